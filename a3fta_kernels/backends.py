@@ -1,0 +1,151 @@
+"""What can run here, and why not: the three op backends and the attention engines.
+
+`reference` is eager PyTorch, `triton` the Triton kernels, `native` the compiled C++/CUDA
+library. `resolve` turns "auto" into one of them, once per device and dtype; an explicit name
+that cannot run raises `BackendUnavailableError` with the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+BACKENDS = ("reference", "triton", "native")
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class BackendUnavailableError(RuntimeError):
+    """The named backend cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend runs here, on which device types, and the reason where it does not."""
+
+    available: bool
+    devices: tuple[str, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.devices) or 'unavailable'}: {self.reason}"
+
+
+def backends() -> dict[str, BackendStatus]:
+    """What is available on this machine, and the reason for what is not.
+
+    Keys: the op backends `reference`, `triton`, `native`, and the attention engines `sdpa` and
+    `xformers`.
+    """
+    cuda = ("cuda",) if torch.cuda.is_available() else ()
+    everywhere = BackendStatus(True, ("cpu", *cuda), "part of PyTorch")
+    return {
+        "reference": everywhere,
+        "triton": triton_status(),
+        "native": native_status(),
+        "sdpa": everywhere,
+        "xformers": xformers_status(),
+    }
+
+
+@functools.cache
+def native_status() -> BackendStatus:
+    """Loads the compiled library on the first call."""
+    path = Path(__file__).with_name("_C.abi3.so")
+    if not path.exists():
+        return BackendStatus(
+            False, (), f"the compiled library is not built ({path.name}); reinstall with a compiler"
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        return BackendStatus(False, (), f"the compiled library does not load: {first}")
+    if not torch.ops.a3fta_native.has_cuda():
+        return BackendStatus(True, ("cpu",), "compiled library, without CUDA kernels")
+    if not torch.cuda.is_available():
+        return BackendStatus(True, ("cpu",), "compiled library with CUDA kernels; no GPU here")
+    if torch.cuda.get_device_capability() < (8, 0):
+        return BackendStatus(True, ("cpu",), f"CUDA kernels need sm_80 or newer; {_capability()}")
+    return BackendStatus(True, ("cpu", "cuda"), "compiled library with CUDA kernels")
+
+
+@functools.cache
+def triton_status() -> BackendStatus:
+    if importlib.util.find_spec("triton") is None:
+        return BackendStatus(False, (), "triton is not installed")
+    if triton_interpreted():
+        return BackendStatus(True, ("cpu",), "interpreter (TRITON_INTERPRET=1), for tests only")
+    if not torch.cuda.is_available():
+        return BackendStatus(False, (), "triton is installed but no GPU is here")
+    if torch.cuda.get_device_capability() < (8, 0):
+        return BackendStatus(False, (), f"the Triton kernels need sm_80 or newer; {_capability()}")
+    return BackendStatus(True, ("cuda",), "compiled at first use")
+
+
+@functools.cache
+def xformers_status() -> BackendStatus:
+    if importlib.util.find_spec("xformers") is None:
+        return BackendStatus(False, (), "xformers is not installed")
+    try:
+        import xformers.ops  # noqa: F401
+    except Exception as error:  # a broken build raises whatever its extension raises
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return BackendStatus(False, (), f"installed but unusable: {first}")
+    if not torch.cuda.is_available():
+        return BackendStatus(False, (), "installed but unusable: it has no CPU operator")
+    return BackendStatus(True, ("cuda",), "memory_efficient_attention")
+
+
+def triton_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+_resolved: dict[tuple[str, torch.device, torch.dtype], str] = {}
+
+
+def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that runs on `device` in `dtype`; "auto" picks the fastest that can.
+
+    Raises ValueError for an unknown name, BackendUnavailableError for one that cannot run here.
+    """
+    key = (backend, device, dtype)
+    if key not in _resolved:
+        _resolved[key] = _resolve(backend, device, dtype)
+    return _resolved[key]
+
+
+def _resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    if backend == "auto":
+        order = ("triton", "native") if device.type == "cuda" else ("native",)
+        return next((b for b in order if why_not(b, device, dtype) is None), "reference")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    reason = why_not(backend, device, dtype)
+    if reason is not None:
+        raise BackendUnavailableError(f"backend {backend!r} on {device.type}, {dtype}: {reason}")
+    return backend
+
+
+def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why `backend` cannot run, or None where it can."""
+    if backend == "reference":
+        return None
+    status = triton_status() if backend == "triton" else native_status()
+    if device.type not in status.devices:
+        return status.reason
+    dtypes = [torch.float32, *_HALF]
+    if backend == "native" and device.type == "cpu":
+        dtypes.append(torch.float64)
+    if dtype not in dtypes:
+        return f"it computes in {', '.join(str(d) for d in dtypes)}"
+    return None
+
+
+def _capability() -> str:
+    major, minor = torch.cuda.get_device_capability()
+    return f"this GPU is sm_{major}{minor}"

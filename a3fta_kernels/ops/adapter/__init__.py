@@ -1,0 +1,3 @@
+from .api import adapter
+
+__all__ = ["adapter"]

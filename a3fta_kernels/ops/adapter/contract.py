@@ -1,0 +1,208 @@
+"""The autograd rule of `adapter`, its torch.library registration, and the backend protocol.
+
+With s = scale and every adapter tensor in h's dtype:
+
+    a  = h @ w_down.T + b_down                        saved, with h
+    z  = act(a) * (1 + gamma) + beta
+    y  = h + z @ (s * w_up).T + s * b_up
+    da = (dy @ (s * w_up)) * (1 + gamma) * act'(a)
+    dh = dy + da @ w_down
+    dw_down = da.T @ h;  db_down = sum(da)
+    dw_up   = s * G,  db_up = s * sum(dy),  ds = <G, w_up> + <sum(dy), b_up>,  G = dy.T @ z
+
+A backend is a module with two functions, without autograd. Their tensors are 2-D with unit
+column stride (`rule.rows`); row strides are free. `w_up` and `b_up` come with the scale inside.
+
+    forward(h, w_down, w_up, b_down, b_up, gamma, beta, activation) -> (y, a)
+    backward(dy, h, a, w_down, w_up, gamma, beta, activation, need_dh, need_dw) -> AdapterGrads
+
+h, y, dy (M, C); a (M, R); w_down (R, C); w_up (C, R); gamma, beta (B, R) or None, where sample
+b owns the rows b * M/B to (b + 1) * M/B. M may be 0.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..rule import acc_dtype, autocast_dtype, cast, is_plain, rows, scaled
+
+_SIGNATURE = (
+    "Tensor h, Tensor w_down, Tensor w_up, Tensor? b_down, Tensor? b_up, Tensor? gamma, "
+    "Tensor? beta, Tensor? scale_tensor, float scale, str activation, str backend"
+)
+_TENSORS = 8  # leading arguments of _SIGNATURE that may need a gradient
+
+_backends: dict[str, ModuleType] = {}
+
+
+def backend_module(name: str) -> ModuleType:
+    if name not in _backends:
+        _backends[name] = importlib.import_module(f".{name}", __package__)
+    return _backends[name]
+
+
+def forward(
+    h: Tensor,
+    w_down: Tensor,
+    w_up: Tensor,
+    b_down: Tensor | None,
+    b_up: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    scale_tensor: Tensor | None,
+    scale: float,
+    activation: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """y (M, C) and a (M, R); casts the adapter to h's dtype."""
+    dtype = h.dtype
+    return backend_module(backend).forward(
+        rows(h),
+        w_down.to(dtype).contiguous(),
+        scaled(w_up, scale, scale_tensor, dtype).contiguous(),
+        cast(b_down, dtype),
+        None if b_up is None else scaled(b_up, scale, scale_tensor, dtype),
+        cast(gamma, dtype),
+        cast(beta, dtype),
+        activation,
+    )
+
+
+def backward(
+    dy: Tensor,
+    h: Tensor,
+    a: Tensor,
+    w_down: Tensor,
+    w_up: Tensor,
+    b_down: Tensor | None,
+    b_up: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    scale_tensor: Tensor | None,
+    scale: float,
+    activation: str,
+    backend: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients for the eight tensors of the forward; an empty tensor where none is needed."""
+    dtype = h.dtype
+    grads = backend_module(backend).backward(
+        rows(dy),
+        rows(h),
+        a,
+        w_down.to(dtype).contiguous(),
+        scaled(w_up, scale, scale_tensor, dtype).contiguous(),
+        cast(gamma, dtype),
+        cast(beta, dtype),
+        activation,
+        needs[0],
+        any(needs[1:]),
+    )
+    wide = acc_dtype(dtype)
+    factor = scale if scale_tensor is None else scale_tensor.to(wide) * scale
+    dscale = None
+    if needs[7]:
+        dscale = (grads.g_up * w_up.to(wide)).sum()
+        if b_up is not None:
+            dscale = dscale + grads.dy_sum @ b_up.to(wide)
+        dscale = (dscale * scale).to(scale_tensor.dtype).view(scale_tensor.shape)
+    found = (
+        grads.dh,
+        _like(grads.dw_down, w_down),
+        _like(grads.g_up * factor, w_up) if needs[2] else None,
+        _like(grads.da_sum, b_down),
+        _like(grads.dy_sum * factor, b_up) if needs[4] else None,
+        _like(grads.dgamma, gamma),
+        _like(grads.dbeta, beta),
+        dscale,
+    )
+    empty = h.new_empty(0)
+    return [
+        g if need and g is not None else empty for g, need in zip(found, needs, strict=True)
+    ]
+
+
+def _like(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    return None if grad is None or parameter is None else grad.to(parameter.dtype)
+
+
+def save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    """Keeps h, a and the adapter's own tensors: nothing else of size M x C."""
+    *tensors, scale, activation, backend = inputs
+    ctx.save_for_backward(output[1], *tensors)
+    ctx.options = (scale, activation, backend)
+
+
+def rule(ctx: Any, dy: Tensor, da: Tensor | None = None) -> tuple:
+    """`da` belongs to the saved output `a`, which no caller sees."""
+    a, h, *adapter = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:_TENSORS])
+    run = backward if is_plain(dy) else torch.ops.a3fta.adapter_backward
+    grads = run(dy, h, a, *adapter, *ctx.options, needs)
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None)
+
+
+class AdapterFunction(torch.autograd.Function):
+    """The cheap eager entry to the rule; compiled code takes torch.ops.a3fta.adapter."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = forward(*inputs)
+        save(ctx, inputs, output)
+        return output[0]
+
+    backward = staticmethod(once_differentiable(rule))
+
+
+def apply(*inputs: Any) -> Tensor:
+    """y (M, C) for the arguments of `forward`, differentiable."""
+    if not is_plain(inputs[0]):
+        return torch.ops.a3fta.adapter(*inputs)[0]
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in inputs[:_TENSORS]
+    ):
+        return AdapterFunction.apply(*inputs)
+    return forward(*inputs)[0]
+
+
+_library = torch.library.Library("a3fta", "FRAGMENT")
+_library.define(f"adapter({_SIGNATURE}) -> (Tensor y, Tensor a)")
+_library.define(
+    "adapter_backward(Tensor dy, Tensor h, Tensor a, "
+    f"{_SIGNATURE.removeprefix('Tensor h, ')}, bool[] needs) -> Tensor[]"
+)
+_library.impl("adapter", forward, "CompositeExplicitAutograd")
+_library.impl("adapter_backward", backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("a3fta::adapter", lib=_library)
+def _(h: Tensor, w_down: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(h, memory_format=torch.contiguous_format), h.new_empty(
+        h.shape[0], w_down.shape[0]
+    )
+
+
+@torch.library.register_fake("a3fta::adapter_backward", lib=_library)
+def _(dy: Tensor, h: Tensor, a: Tensor, *rest: Any) -> list[Tensor]:
+    tensors, needs = (h, *rest[: _TENSORS - 1]), rest[-1]
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need else h.new_empty(0)
+        for t, need in zip(tensors, needs, strict=True)
+    ]
+
+
+def _autocast(h: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    h = h.to(autocast_dtype(h))
+    with torch.autocast(h.device.type, enabled=False):
+        return torch.ops.a3fta.adapter(h, *rest)
+
+
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    _library.impl("adapter", _autocast, _key)
+torch.library.register_autograd("a3fta::adapter", rule, setup_context=save, lib=_library)

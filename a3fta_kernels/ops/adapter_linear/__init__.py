@@ -1,0 +1,3 @@
+from .api import adapter_linear
+
+__all__ = ["adapter_linear"]

@@ -1,0 +1,285 @@
+"""The autograd rule of `adapter_linear`, its registration, and the backend protocol.
+
+With s = scale, W = weight, Ws = W[:, start : start + C] and hs the same columns of h:
+
+    V  = s * Ws @ w_up                   (N, R), made in every forward and kept for its backward
+    a  = hs @ w_down.T + b_down          saved, with h
+    z  = act(a) * (1 + gamma) + beta
+    y  = h @ W.T + z @ V.T + (bias + s * Ws @ b_up) [+ residual]
+    dz = dy @ V;  da = dz * (1 + gamma) * act'(a);  P = dy.T @ z
+    dh = dy @ W;  dh[:, start : start + C] += da @ w_down
+    dw_down = da.T @ hs;  db_down = sum(da)
+    dw_up   = s * G,  db_up = s * g,  ds = <G, w_up> + <g, b_up>,  G = Ws.T @ P,  g = Ws.T @ sum(dy)
+    dresidual = dy
+
+h' = h + adapter(h) and its gradient are never formed. The weight and bias are frozen: they have
+no gradient here.
+
+A backend is a module with these names, without autograd. Tensors are 2-D with unit column
+stride; row strides are free. `bias` already holds s * Ws @ b_up and is in the accumulation dtype.
+
+    paths(device_type) -> tuple of path names, the default first
+    forward(h, weight, bias, w_down, v, b_down, gamma, beta, residual, start, activation, path)
+        -> (y, a)
+    backward(dy, h, a, weight, w_down, v, gamma, beta, start, activation, path, need_dh, need_dw)
+        -> AdapterGrads, with g_up = P
+
+h (M, K); weight (N, K); y, dy, residual (M, N); v (N, R); a (M, R); w_down (R, C); gamma, beta
+(B, R) or None. M may be 0.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..rule import acc_dtype, autocast_dtype, cast, is_plain, rows, scaled
+
+PATHS = ("skinny", "fused")
+
+_SIGNATURE = (
+    "Tensor h, Tensor weight, Tensor w_down, Tensor w_up, Tensor? b_down, Tensor? b_up, "
+    "Tensor? gamma, Tensor? beta, Tensor? scale_tensor, Tensor? residual, Tensor? bias, "
+    "Tensor? v, Tensor? v_bias, float scale, int start, str activation, str path, str backend"
+)
+_OPTIONS = 5  # trailing arguments of _SIGNATURE that are no tensors
+_NAMES = tuple(part.split()[1] for part in _SIGNATURE.split(", ")[:-_OPTIONS])
+
+_backends: dict[str, ModuleType] = {}
+
+
+def backend_module(name: str) -> ModuleType:
+    if name not in _backends:
+        _backends[name] = importlib.import_module(f".{name}", __package__)
+    return _backends[name]
+
+
+def merged_up(
+    weight: Tensor,
+    bias: Tensor | None,
+    w_up: Tensor,
+    b_up: Tensor | None,
+    scale_tensor: Tensor | None,
+    scale: float,
+    start: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """V = s * Ws @ w_up (N, R) in `dtype`, and bias + s * Ws @ b_up (N,) in the wide dtype."""
+    wide = acc_dtype(dtype)
+    weight_slice = weight[:, start : start + w_up.shape[0]].to(dtype)
+    v = weight_slice @ scaled(w_up, scale, scale_tensor, dtype)
+    total = cast(bias, wide)
+    if b_up is not None:
+        shift = (weight_slice @ scaled(b_up, scale, scale_tensor, dtype)).to(wide)
+        total = shift if total is None else total + shift
+    return v, total
+
+
+def forward(
+    h: Tensor,
+    weight: Tensor,
+    w_down: Tensor,
+    w_up: Tensor,
+    b_down: Tensor | None,
+    b_up: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    scale_tensor: Tensor | None,
+    residual: Tensor | None,
+    bias: Tensor | None,
+    v: Tensor | None,
+    v_bias: Tensor | None,
+    scale: float,
+    start: int,
+    activation: str,
+    path: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (M, N), a (M, R) and V (N, R). `v` and `v_bias`, where given, are what `merged_up` made."""
+    dtype = h.dtype
+    if v is None:
+        v, v_bias = merged_up(weight, bias, w_up, b_up, scale_tensor, scale, start, dtype)
+    y, a = backend_module(backend).forward(
+        rows(h),
+        rows(weight.to(dtype)),
+        v_bias,
+        w_down.to(dtype).contiguous(),
+        v,
+        cast(b_down, dtype),
+        cast(gamma, dtype),
+        cast(beta, dtype),
+        None if residual is None else rows(residual),
+        start,
+        activation,
+        path,
+    )
+    return y, a, v
+
+
+def backward(
+    dy: Tensor,
+    a: Tensor,
+    v: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    w_down: Tensor,
+    w_up: Tensor,
+    b_down: Tensor | None,
+    b_up: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    scale_tensor: Tensor | None,
+    scale: float,
+    start: int,
+    activation: str,
+    path: str,
+    backend: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients for h, w_down ... scale_tensor; an empty tensor where none is needed."""
+    dtype = h.dtype
+    wide = acc_dtype(dtype)
+    names = ("h", "w_down", "w_up", "b_down", "b_up", "gamma", "beta", "scale_tensor")
+    need = dict(zip(names, needs, strict=True))
+    weight = rows(weight.to(dtype))
+    grads = backend_module(backend).backward(
+        rows(dy),
+        rows(h),
+        a,
+        weight,
+        w_down.to(dtype).contiguous(),
+        v,
+        cast(gamma, dtype),
+        cast(beta, dtype),
+        start,
+        activation,
+        path,
+        need["h"],
+        any(needs[1:]),
+    )
+    found: dict[str, Tensor | None] = {
+        "h": grads.dh,
+        "w_down": grads.dw_down,
+        "b_down": grads.da_sum,
+        "gamma": grads.dgamma,
+        "beta": grads.dbeta,
+    }
+    if need["w_up"] or need["b_up"] or need["scale_tensor"]:
+        # in fp16 a sum over rows may leave the range: stay wide there
+        narrow = wide if dtype == torch.float16 else dtype
+        weight_t = weight[:, start : start + w_up.shape[0]].t().to(narrow)
+        factor = scale if scale_tensor is None else scale_tensor.to(wide) * scale
+        g_up = (weight_t @ grads.g_up.to(narrow)).to(wide)
+        found["w_up"] = g_up * factor
+        dscale = (g_up * w_up.to(wide)).sum() if need["scale_tensor"] else None
+        if b_up is not None:
+            g_bias = (weight_t @ grads.dy_sum.to(narrow)).to(wide)
+            found["b_up"] = g_bias * factor
+            dscale = None if dscale is None else dscale + g_bias @ b_up.to(wide)
+        if scale_tensor is not None and dscale is not None:
+            found["scale_tensor"] = (dscale * scale).view(scale_tensor.shape)
+    like = dict(
+        zip(names, (h, w_down, w_up, b_down, b_up, gamma, beta, scale_tensor), strict=True)
+    )
+    empty = h.new_empty(0)
+    return [found[n].to(like[n].dtype) if need[n] else empty for n in names]
+
+
+def save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Keeps h, a, V, the frozen weight and the adapter's own tensors: of size M x C only h."""
+    tensors, options = inputs[:-_OPTIONS], inputs[-_OPTIONS:]
+    _, a, v = output
+    ctx.save_for_backward(a, v, *tensors[: _NAMES.index("residual")])
+    ctx.options = options
+
+
+def rule(ctx: Any, dy: Tensor, *_: Any) -> tuple:
+    """The gradients of a and V never come: no caller sees those outputs."""
+    a, v, h, weight, *adapter = ctx.saved_tensors
+    need = dict(zip(_NAMES, ctx.needs_input_grad, strict=False))
+    wanted = [n for n in _NAMES[: _NAMES.index("residual")] if n != "weight"]
+    needs = [need[n] for n in wanted]
+    run = backward if is_plain(dy) else torch.ops.a3fta.adapter_linear_backward
+    grads = run(dy, a, v, h, weight, *adapter, *ctx.options, needs)
+    found = {n: g for n, g in zip(wanted, grads, strict=True) if need[n]}
+    if need["residual"]:
+        found["residual"] = dy
+    return (*(found.get(n) for n in _NAMES), *([None] * _OPTIONS))
+
+
+class AdapterLinearFunction(torch.autograd.Function):
+    """The cheap eager entry to the rule; compiled code takes torch.ops.a3fta.adapter_linear."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = forward(*inputs)
+        save(ctx, inputs, output)
+        return output[0]
+
+    backward = staticmethod(once_differentiable(rule))
+
+
+def apply(*inputs: Any) -> Tensor:
+    """y (M, N) for the arguments of `forward`, differentiable."""
+    if not is_plain(inputs[0]):
+        return torch.ops.a3fta.adapter_linear(*inputs)[0]
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in inputs[:-_OPTIONS]
+    ):
+        return AdapterLinearFunction.apply(*inputs)
+    return forward(*inputs)[0]
+
+
+_library = torch.library.Library("a3fta", "FRAGMENT")
+_library.define(f"adapter_linear({_SIGNATURE}) -> (Tensor y, Tensor a, Tensor v)")
+_library.define(
+    "adapter_linear_backward(Tensor dy, Tensor a, Tensor v, Tensor h, Tensor weight, "
+    "Tensor w_down, Tensor w_up, Tensor? b_down, Tensor? b_up, Tensor? gamma, Tensor? beta, "
+    "Tensor? scale_tensor, float scale, int start, str activation, str path, str backend, "
+    "bool[] needs) -> Tensor[]"
+)
+
+
+def _forward_op(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y, a, v = forward(*inputs)
+    # an op may not return one of its inputs
+    return y, a, v.clone() if v is inputs[_NAMES.index("v")] else v
+
+
+_library.impl("adapter_linear", _forward_op, "CompositeExplicitAutograd")
+_library.impl("adapter_linear_backward", backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("a3fta::adapter_linear", lib=_library)
+def _(h: Tensor, weight: Tensor, w_down: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    m, n, r = h.shape[0], weight.shape[0], w_down.shape[0]
+    return h.new_empty(m, n), h.new_empty(m, r), h.new_empty(n, r)
+
+
+@torch.library.register_fake("a3fta::adapter_linear_backward", lib=_library)
+def _(dy: Tensor, a: Tensor, v: Tensor, h: Tensor, weight: Tensor, *rest: Any) -> list[Tensor]:
+    tensors, needs = (h, *rest[:7]), rest[-1]
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need else h.new_empty(0)
+        for t, need in zip(tensors, needs, strict=True)
+    ]
+
+
+def _autocast(h: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = autocast_dtype(h)
+    at = _NAMES.index("residual") - 1
+    residual = cast(rest[at], dtype)
+    with torch.autocast(h.device.type, enabled=False):
+        return torch.ops.a3fta.adapter_linear(h.to(dtype), *rest[:at], residual, *rest[at + 1 :])
+
+
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    _library.impl("adapter_linear", _autocast, _key)
+torch.library.register_autograd(
+    "a3fta::adapter_linear", rule, setup_context=save, lib=_library
+)

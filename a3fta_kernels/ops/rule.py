@@ -1,0 +1,73 @@
+"""What the autograd rule of every op shares: layouts, the scale, and the choice of entry."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class AdapterGrads(NamedTuple):
+    """What a backend's `backward` returns; a field is None where it was not asked for.
+
+    Weight gradients are in the accumulation dtype (fp64 for fp64, else fp32).
+    `g_up` and `dy_sum` do not hold the scale yet: the rule in contract.py puts it in.
+    """
+
+    dh: Tensor | None  # (M, K), dtype of h
+    dw_down: Tensor | None  # (R, C)
+    g_up: Tensor | None  # (N, R): dy.T @ z
+    da_sum: Tensor | None  # (R,)
+    dy_sum: Tensor | None  # (N,)
+    dgamma: Tensor | None  # (B, R)
+    dbeta: Tensor | None  # (B, R)
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rows(x: Tensor) -> Tensor:
+    """A (M, C) tensor whose rows a kernel can read: unit column stride, rows apart.
+
+    Column slices keep their storage; expanded and transposed tensors are copied.
+    """
+    m, c = x.shape
+    if (c == 1 or x.stride(1) == 1) and (m <= 1 or x.stride(0) >= c):
+        return x
+    return x.contiguous()
+
+
+def is_plain(x: Tensor) -> bool:
+    """True where the cheap eager entry is right: no tracing, no dispatch mode, no subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in _PLAIN
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def scaled(x: Tensor, scale: float, scale_tensor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """scale * scale_tensor * x, rounded once to `dtype`."""
+    if scale_tensor is not None:
+        wide = acc_dtype(dtype)
+        return (x.to(wide) * (scale_tensor.to(wide) * scale)).to(dtype)
+    if scale != 1.0:
+        return (x.to(acc_dtype(dtype)) * scale).to(dtype)
+    return x.to(dtype)
+
+
+def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype)
+
+
+def autocast_dtype(h: Tensor) -> torch.dtype:
+    """The dtype an op computes in: h's own, or autocast's where that is on."""
+    kind = h.device.type
+    if h.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return h.dtype

@@ -1,0 +1,72 @@
+"""The checks that `adapter` and `adapter_linear` share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import check_choice, check_device, check_dtype, check_shape, check_tensor, describe
+from .activations import ACTIVATIONS
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_input(h: Tensor) -> None:
+    check_tensor("h", h)
+    if h.dim() < 1:
+        raise ValueError(f"h: expected shape (..., C), got {tuple(h.shape)}")
+    check_dtype("h", h, FLOATS)
+
+
+def check_adapter(
+    h: Tensor,
+    channels: int,
+    w_down: Tensor,
+    w_up: Tensor,
+    b_down: Tensor | None,
+    b_up: Tensor | None,
+    scale: float | Tensor,
+    activation: str,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+) -> None:
+    """Checks the adapter's tensors and options against h and the `channels` it reads."""
+    check_choice("activation", activation, ACTIVATIONS)
+    for name, value in (("w_down", w_down), ("w_up", w_up)):
+        check_tensor(name, value)
+        if value.dim() != 2:
+            raise ValueError(f"{name}: expected a matrix, got shape {tuple(value.shape)}")
+    rank = w_down.shape[0]
+    if rank == 0:
+        raise ValueError(f"w_down: expected a rank of at least 1, got shape {tuple(w_down.shape)}")
+    check_shape("w_down", w_down, (rank, channels), "(R, C) = (rank, channels)")
+    check_shape("w_up", w_up, (channels, rank), "(C, R) = (channels, rank)")
+    optional = {
+        "b_down": (b_down, (rank,), "(R,) = (rank,)"),
+        "b_up": (b_up, (channels,), "(C,) = (channels,)"),
+    }
+    if gamma is not None or beta is not None:
+        if h.dim() < 2:
+            raise ValueError(
+                f"h: expected shape (B, ..., C) beside gamma or beta, got {tuple(h.shape)}"
+            )
+        meaning = "(B, R) = (h.shape[0], rank)"
+        optional["gamma"] = (gamma, (h.shape[0], rank), meaning)
+        optional["beta"] = (beta, (h.shape[0], rank), meaning)
+    for name, (value, shape, meaning) in optional.items():
+        check_tensor(name, value, optional=True)
+        check_shape(name, value, shape, meaning)
+    tensors = {"w_down": w_down, "w_up": w_up} | {k: v[0] for k, v in optional.items()}
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1:
+            raise ValueError(
+                f"scale: expected a number or a tensor of one element, got {describe(scale)}"
+            )
+        tensors["scale"] = scale
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(
+            f"scale: expected a number or a tensor of one element, got {describe(scale)}"
+        )
+    for name, value in tensors.items():
+        check_dtype(name, value, FLOATS)
+        check_device(name, value, h.device, "h")
