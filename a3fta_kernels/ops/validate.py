@@ -15,6 +15,8 @@ def check_input(h: Tensor) -> None:
     check_tensor("h", h)
     if h.dim() < 1:
         raise ValueError(f"h: expected shape (..., C), got {tuple(h.shape)}")
+    if h.shape[-1] == 0:
+        raise ValueError(f"h: expected at least one channel, got shape {tuple(h.shape)}")
     check_dtype("h", h, FLOATS)
 
 

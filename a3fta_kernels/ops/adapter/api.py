@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import backends
+from ...backends import BackendUnavailableError, resolve
 from ..rule import autocast_dtype
 from . import contract
 from .reference import adapter as reference
@@ -53,7 +53,7 @@ def adapter(
     check_input(h)
     check_adapter(h, h.shape[-1], w_down, w_up, b_down, b_up, scale, activation, gamma, beta)
     h = h.to(autocast_dtype(h))
-    chosen = backends.resolve(backend, h.device, h.dtype)
+    chosen = resolve(backend, h.device, h.dtype)
     if chosen == "reference":
         return reference(
             h, w_down, w_up, b_down, b_up,

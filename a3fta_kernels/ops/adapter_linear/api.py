@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import backends
+from ...backends import BackendUnavailableError, resolve
 from ...checks import check_choice, check_device, check_dtype, check_shape, check_tensor
 from ..rule import autocast_dtype
 from ..validate import FLOATS, check_adapter, check_input
@@ -66,7 +66,7 @@ def adapter_linear(
     dtype = autocast_dtype(h)
     _check_linear(h, weight, bias, residual, dtype)
     check_choice("path", path, ("auto", *contract.PATHS))
-    chosen = backends.resolve(backend, h.device, dtype)
+    chosen = resolve(backend, h.device, dtype)
     h = h.to(dtype)
 
     trains = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -80,7 +80,7 @@ def adapter_linear(
         chosen = "reference"
     if chosen == "reference":
         if path != "auto":
-            raise backends.BackendUnavailableError(
+            raise BackendUnavailableError(
                 f"path {path!r}: the reference backend has no paths; use path='auto'"
             )
         return reference(
@@ -122,7 +122,7 @@ def apply_prepared(
     if path == "auto":
         path = paths[0]
     elif path not in paths:
-        raise backends.BackendUnavailableError(
+        raise BackendUnavailableError(
             f"path {path!r}: backend {backend!r} on {h.device.type} knows {', '.join(paths)}"
         )
     number, tensor = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)

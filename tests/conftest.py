@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import os
+
+# before torch starts its pools: the suite runs beside others on few cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# cuBLAS wants this for deterministic mode, which the poisoned-memory fixture uses
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)
+
+settings.register_profile(
+    "a3fta",
+    max_examples=int(os.environ.get("A3FTA_FUZZ_CASES", "200")),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize="A3FTA_FUZZ_CASES" not in os.environ,
+)
+settings.load_profile("a3fta")
+
+
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every kind of device here."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh memory comes filled with NaN, so that an element nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
