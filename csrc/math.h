@@ -1,0 +1,135 @@
+// Scalar activations and their derivatives, shared by the CPU and the CUDA kernels.
+//
+// On the host, float functions are free of branches and library calls, so that loops over them
+// vectorise, and everything has internal linkage and is inlined: the CPU kernels are compiled once
+// per instruction set, and a merged inline function would carry the wrong one.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+
+#if defined(__CUDACC__)
+#define A3FTA_HD __host__ __device__ __forceinline__
+#else
+#define A3FTA_HD inline __attribute__((always_inline))
+#endif
+
+namespace a3fta {
+
+// the order of ACTIVATIONS in ops/activations.py
+enum Activation : int { kIdentity = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
+constexpr int kActivations = 5;
+
+namespace scalar {
+
+static A3FTA_HD double exponential(double x) { return ::exp(x); }
+
+static A3FTA_HD float exponential(float x) {
+#if defined(__CUDA_ARCH__)
+  return expf(x);
+#else
+  // x = n ln 2 + r, |r| <= ln 2 / 2; NaN passes both comparisons and the polynomial
+  x = x > 88.3f ? 88.3f : x;
+  x = x < -87.0f ? -87.0f : x;
+  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const float n = (x * 1.44269504f + shift) - shift;
+  const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  float p = 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  union {
+    int32_t bits;
+    float value;
+  } power;
+  power.bits = (static_cast<int32_t>(n == n ? n : 0.0f) + 127) << 23;
+  return p * power.value;
+#endif
+}
+
+static A3FTA_HD double sigmoid(double x) { return 1.0 / (1.0 + exponential(-x)); }
+
+static A3FTA_HD float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// the normal distribution's cdf and density at a
+template <typename T>
+struct Normal {
+  T cdf;
+  T density;
+};
+
+static A3FTA_HD Normal<double> normal(double a) {
+  return {0.5 * (1.0 + ::erf(a * 0.70710678118654752440)),
+          0.39894228040143267794 * exponential(-0.5 * a * a)};
+}
+
+static A3FTA_HD Normal<float> normal(float a) {
+#if defined(__CUDA_ARCH__)
+  return {0.5f * (1.0f + erff(a * 0.707106781f)), 0.398942280f * expf(-0.5f * a * a)};
+#else
+  // cdf(-t) = exp(-t^2 / 2) g(t) for t >= 0, where g is smooth: a polynomial in 1 / (1 + p t),
+  // fitted to erfcx(t / sqrt 2) / 2 on [0, 14]
+  const float t = a < 0.0f ? -a : a;
+  const float u = 1.0f / (1.0f + 0.210999995f * t);
+  float g = -0.0687032342f;
+  g = g * u + 0.265528202f;
+  g = g * u - 0.297435701f;
+  g = g * u + 0.316026837f;
+  g = g * u - 0.0734144002f;
+  g = g * u + 0.117261522f;
+  g = g * u + 0.0713891909f;
+  g = g * u + 0.0852231905f;
+  g = g * u + 0.0841243789f;
+  const float e = exponential(-0.5f * a * a);
+  const float tail = e * (g * u);
+  return {a < 0.0f ? tail : 1.0f - tail, 0.398942280f * e};
+#endif
+}
+
+// act(a)
+template <typename T>
+static A3FTA_HD T activate(T a, int activation) {
+  switch (activation) {
+    case kRelu:
+      return a < T(0) ? T(0) : a;  // NaN stays
+    case kGelu:
+      return a * normal(a).cdf;
+    case kGeluTanh:
+      // (1 + tanh u) / 2 = sigmoid(2 u)
+      return a * sigmoid(T(1.5957691216057308) * (a + T(0.044715) * a * a * a));
+    case kSilu:
+      return a * sigmoid(a);
+    default:
+      return a;
+  }
+}
+
+// dz * act'(a)
+template <typename T>
+static A3FTA_HD T activate_backward(T dz, T a, int activation) {
+  switch (activation) {
+    case kRelu:
+      return a <= T(0) ? T(0) : dz;
+    case kGelu: {
+      const Normal<T> n = normal(a);
+      return dz * (n.cdf + a * n.density);
+    }
+    case kGeluTanh: {
+      const T s = sigmoid(T(1.5957691216057308) * (a + T(0.044715) * a * a * a));
+      const T slope = T(1.5957691216057308) * (T(1) + T(3 * 0.044715) * a * a);
+      return dz * (s + a * s * (T(1) - s) * slope);
+    }
+    case kSilu: {
+      const T s = sigmoid(a);
+      return dz * (s + a * s * (T(1) - s));
+    }
+    default:
+      return dz;
+  }
+}
+
+}  // namespace scalar
+}  // namespace a3fta

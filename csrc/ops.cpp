@@ -1,0 +1,67 @@
+// Every operator of the compiled library: the table of contents. The CPU kernels are registered
+// in cpu/<op>.cpp, the CUDA kernels in cuda/<op>.cpp.
+//
+// Tensors are 2-D with unit column stride; row strides are free, except that w_down, w_up, v, a,
+// z and da are contiguous. `activation` is an index into ops/activations.py's ACTIVATIONS. Sums
+// over rows (weight gradients) are fp32, fp64 for fp64. Sample b owns rows b*M/B to (b+1)*M/B.
+
+#include <torch/csrc/stable/library.h>
+
+namespace {
+
+bool has_cuda() {
+#ifdef A3FTA_WITH_CUDA
+  return true;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(a3fta_native, m) {
+  m.def("has_cuda() -> bool");
+
+  // the instruction sets the CPU kernels were built for, and which of them runs
+  m.def("cpu_capabilities() -> int");
+  m.def("cpu_capability() -> int");
+  m.def("set_cpu_capability(int level) -> ()");
+
+  // y = h + act(h @ w_down.T + b_down) [* (1 + gamma) + beta] @ w_up.T + b_up
+  m.def(
+      "adapter_forward(Tensor h, Tensor w_down, Tensor w_up, Tensor? b_down, Tensor? b_up, "
+      "Tensor? gamma, Tensor? beta, int activation) -> (Tensor y, Tensor a)");
+  // an empty tensor where a result is not needed
+  m.def(
+      "adapter_backward(Tensor dy, Tensor h, Tensor a, Tensor w_down, Tensor w_up, "
+      "Tensor? gamma, Tensor? beta, int activation, bool need_dh, bool need_dw) "
+      "-> (Tensor dh, Tensor dw_down, Tensor g_up, Tensor da_sum, Tensor dy_sum, "
+      "Tensor dgamma, Tensor dbeta)");
+
+  // the skinny halves of adapter_linear, beside a library GEMM
+  m.def(
+      "adapter_down(Tensor h, Tensor w_down, Tensor? b_down, Tensor? gamma, Tensor? beta, "
+      "int activation) -> (Tensor a, Tensor z)");
+  // residual + bias + z @ v.T
+  m.def("adapter_up(Tensor z, Tensor v, Tensor? bias, Tensor? residual) -> Tensor");
+  // da = (dy @ v) (1 + gamma) act'(a) and p = dy.T @ z in one pass over dy
+  m.def(
+      "adapter_dz(Tensor dy, Tensor a, Tensor v, Tensor? gamma, Tensor? beta, int activation, "
+      "bool need_dw) -> (Tensor da, Tensor p, Tensor dy_sum, Tensor dgamma, Tensor dbeta)");
+  // dh += da @ w_down
+  m.def("adapter_dh_(Tensor(a!) dh, Tensor da, Tensor w_down) -> ()");
+  m.def("adapter_dw_down(Tensor da, Tensor h) -> (Tensor dw_down, Tensor da_sum)");
+
+  // adapter_linear in one kernel each way; CUDA only
+  m.def(
+      "adapter_linear_forward(Tensor h, Tensor weight, Tensor? bias, Tensor w_down, Tensor v, "
+      "Tensor? b_down, Tensor? gamma, Tensor? beta, Tensor? residual, int start, "
+      "int activation) -> (Tensor y, Tensor a)");
+  m.def(
+      "adapter_linear_backward_dh(Tensor dy, Tensor da, Tensor weight, Tensor w_down, int start) "
+      "-> Tensor dh");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(a3fta_native, CompositeExplicitAutograd, m) {
+  m.impl("has_cuda", TORCH_BOX(&has_cuda));
+}
