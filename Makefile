@@ -1,0 +1,75 @@
+# `make` lists the targets. Every target is one line of plain commands, also in README.md.
+#
+# PYTHON  the interpreter that makes the virtual environment (3.11 or newer)
+# TORCH   what pip installs as torch; options may follow, as in TORCH="torch --index-url URL"
+# VENV    the virtual environment; VENV= uses PYTHON as it is, and installs nothing
+# WORKERS processes of the test run
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+WORKERS ?= 2
+
+PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+READY := $(if $(VENV),$(VENV)/ready,build/ready)
+EXTRAS := triton,demo,train,test,dev
+SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint format bench fuzz aot gpu wheel clean FORCE
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+setup: $(READY) ## virtual environment, torch, the compiled library, the package
+
+demo: setup ## the main job: 20 handwritten digits, a picture and a table in outputs/
+	$(PY) -m a3fta_kernels.cli demo
+
+test: setup lint ## set-up, lint, all tests, and what they could not run here
+	$(PY) scripts/run_tests.py --workers $(WORKERS)
+
+lint: setup ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: setup ## let ruff rewrite what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: setup ## op benchmarks: every op, backend and workload
+	$(PY) -m pytest benchmarks
+
+fuzz: setup ## property tests at length: 5000 op cases, 20000 adapter files
+	A3FTA_FUZZ_CASES=5000 A3FTA_FUZZ_FILES=20000 $(PY) -m pytest tests/ops tests/test_storage_fuzz.py -k "fuzz or random or mutat" --timeout 0
+
+aot: setup ## compile every Triton configuration for every chip, and renew the committed table
+	$(PY) -m benchmarks.aot
+
+gpu: ## build for the GPU found, test, compute-sanitizer, benchmark; needs torch, no network
+	$(PYTHON) benchmarks/gpu.py
+
+wheel: setup ## an abi3 wheel and an sdist in dist/
+	$(PY) -m build --no-isolation
+
+clean: ## remove the virtual environment and everything built
+	rm -rf build dist *.egg-info a3fta_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo '$(PYTHON) is older than 3.11: choose one with make PYTHON=...'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# a change of TORCH reinstalls, an equal one does not
+$(VENV)/torch: $(VENV)/bin/python FORCE
+	@echo '$(TORCH)' | cmp -s - $@ || { set -ex; $(PY) -m pip install "setuptools>=77" wheel ninja $(TORCH); echo '$(TORCH)' > $@; }
+
+$(VENV)/ready: $(VENV)/torch setup.py pyproject.toml $(SOURCES)
+	$(PY) -m pip install --no-build-isolation -e ".[$(EXTRAS)]"
+	@touch $@
+
+build/ready: setup.py $(SOURCES)
+	$(PY) setup.py build_ext --inplace
+	@mkdir -p build && touch $@
