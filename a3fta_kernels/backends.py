@@ -108,6 +108,7 @@ def triton_interpreted() -> bool:
 _resolved: dict[tuple[str, torch.device, torch.dtype], str] = {}
 
 
+@torch.compiler.assume_constant_result
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that runs on `device` in `dtype`; "auto" picks the fastest that can.
 
