@@ -1,0 +1,75 @@
+"""The bottleneck: down to R, an activation, up again, beside the identity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import AdapterConfig
+
+
+class BottleneckAdapter(nn.Module):
+    """The parameters of  h' = h + scale * (act(h @ w_down.T + b_down) @ w_up.T + b_up).
+
+    w_down (R, C), b_down (R,), w_up (C, R), b_up (C,); the biases are None with bias=False.
+    w_up and b_up start at zero, so that a new adapter changes nothing. The projection that owns
+    the adapter computes the formula.
+
+    `.to(dtype)`, `.half()` and layerwise casting never narrow the parameters; moves to another
+    device and wider dtypes are followed.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        rank: int,
+        config: AdapterConfig,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.rank = rank
+        self.activation = config.activation
+        self.scale = config.scale
+        self.dropout = config.dropout
+        # drawn on the CPU in float32, so that a seed means the same on every device
+        bound = 1 / math.sqrt(channels)
+        w_down = torch.empty(rank, channels, dtype=torch.float32).uniform_(-bound, bound)
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.w_down = nn.Parameter(w_down.to(**options))
+        self.w_up = nn.Parameter(torch.zeros(channels, rank, **options))
+        self.b_down = nn.Parameter(torch.zeros(rank, **options)) if config.bias else None
+        self.b_up = nn.Parameter(torch.zeros(channels, **options)) if config.bias else None
+
+    def mask(self, samples: int, device: torch.device) -> Tensor | None:
+        """gamma (samples, R) that drops ranks of the bottleneck; None where dropout is off."""
+        if not self.training or self.dropout == 0:
+            return None
+        keep = 1 - self.dropout
+        return torch.rand(samples, self.rank, device=device).lt(keep).float() / keep - 1
+
+    def extra_repr(self) -> str:
+        rank, channels = self.w_down.shape
+        return f"channels={channels}, rank={rank}, activation={self.activation!r}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BottleneckAdapter:
+        def never_narrow(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype == tensor.dtype or _holds(moved.dtype, tensor.dtype):
+                return moved
+            return tensor.to(moved.device)
+
+        return super()._apply(never_narrow, recurse)
+
+
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether every value of `narrow` is one of `wide`."""
+    if not wide.is_floating_point:
+        return False
+    a, b = torch.finfo(wide), torch.finfo(narrow)
+    return a.max >= b.max and a.eps <= b.eps and a.tiny <= b.tiny

@@ -1,0 +1,159 @@
+"""The settings of an adapter: what `inject` takes and what an adapter file holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..checks import check_choice, describe
+from ..ops.activations import ACTIVATIONS
+
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter is and where it goes.
+
+    Args:
+        rank: R, the width of the bottleneck.
+        activation: identity, relu, gelu, gelu_tanh or silu.
+        scale: factor on the adapter's output.
+        design: a name from `adapters.DESIGNS`.
+        bias: whether the adapter has b_down and b_up.
+        dropout: probability, in training, of masking a rank of the bottleneck for a sample.
+        targets: which attention layers get an adapter: None (all), a regular expression searched
+            in the projection's name, or names, each a whole dotted part of it ("attn2",
+            "mid_block", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0").
+        rank_pattern: regular expression -> rank, for layers whose rank differs; the first that
+            matches counts.
+        dtype: dtype of the adapter's parameters; None: the layer's own, but float32 beside
+            weights of 16 bits and less.
+
+    Raises:
+        TypeError, ValueError: a field does not fit; the message names it.
+    """
+
+    rank: int = 64
+    activation: str = "gelu"
+    scale: float = 1.0
+    design: str = "bottleneck"
+    bias: bool = True
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        from . import DESIGNS
+
+        _check_rank("rank", self.rank)
+        check_choice("activation", self.activation, ACTIVATIONS)
+        check_choice("design", self.design, DESIGNS)
+        object.__setattr__(self, "scale", _number("scale", self.scale))
+        object.__setattr__(self, "dropout", _number("dropout", self.dropout))
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: expected 0 <= p < 1, got {self.dropout!r}")
+        if not isinstance(self.bias, bool):
+            raise TypeError(f"bias: expected True or False, got {describe(self.bias)}")
+        object.__setattr__(self, "targets", _targets(self.targets))
+        if not isinstance(self.rank_pattern, Mapping):
+            raise TypeError(
+                f"rank_pattern: expected a dict of regular expression to rank, "
+                f"got {describe(self.rank_pattern)}"
+            )
+        for pattern, rank in self.rank_pattern.items():
+            _check_regex("rank_pattern", pattern)
+            _check_rank(f"rank_pattern[{pattern!r}]", rank)
+        object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
+        if self.dtype is not None and self.dtype not in DTYPES.values():
+            raise TypeError(
+                f"dtype: expected None or one of {', '.join(DTYPES)}, got {describe(self.dtype)}"
+            )
+
+    def rank_for(self, layer: str) -> int:
+        """The rank of the adapter on `layer`."""
+        for pattern, rank in self.rank_pattern.items():
+            if re.search(pattern, layer):
+                return rank
+        return self.rank
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings in JSON's types; `from_dict` reads them back."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["rank_pattern"] = dict(self.rank_pattern)
+        if isinstance(self.targets, tuple):
+            values["targets"] = list(self.targets)
+        if self.dtype is not None:
+            values["dtype"] = str(self.dtype).removeprefix("torch.")
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AdapterConfig:
+        """The config that `to_dict` wrote. Unknown keys and bad values raise."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"config: expected a dict, got {describe(values)}")
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(str(key) for key in values if key not in known)
+        if unknown:
+            raise ValueError(
+                f"config: expected the keys {', '.join(known)}, got the unknown {', '.join(unknown)}"
+            )
+        values = dict(values)
+        dtype = values.get("dtype")
+        if isinstance(dtype, str):
+            check_choice("dtype", dtype, DTYPES)
+            values["dtype"] = DTYPES[dtype]
+        return cls(**values)
+
+
+def _check_rank(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {describe(value)}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {describe(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    return float(value)
+
+
+def _check_regex(name: str, pattern: Any) -> None:
+    if not isinstance(pattern, str):
+        raise TypeError(f"{name}: expected a regular expression, got {describe(pattern)}")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{name}: expected a regular expression, got {pattern!r} ({error})"
+        ) from error
+
+
+def _targets(value: Any) -> str | tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        _check_regex("targets", value)
+        return value
+    names = tuple(value) if isinstance(value, (list, tuple, set, frozenset)) else ()
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise TypeError(
+            f"targets: expected None, a regular expression or a list of names, "
+            f"got {describe(value)}"
+        )
+    return names

@@ -1,0 +1,318 @@
+"""AdaptedProjection: the linear layer that consumes attention, with its adapters.
+
+`adapt` turns an existing linear layer into one in place, by its class: the module, its
+parameters, its hooks and its state-dict names stay, and `restore` undoes it without a trace.
+`forward` is the one place that chooses how the adapters are computed.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from . import backends, ops
+from .adapters import BottleneckAdapter
+from .ops.activations import activate
+from .ops.adapter_linear import api as adapter_linear_api
+from .ops.adapter_linear import contract as adapter_linear_contract
+from .ops.rule import autocast_dtype
+from .ops.validate import FLOATS
+
+logger = logging.getLogger("a3fta_kernels")
+
+_PLAIN_WEIGHTS = (Tensor, nn.Parameter, FakeTensor)
+_logged: set[str] = set()
+
+
+class Stack(NamedTuple):
+    """Parallel adapters of one activation as one adapter: stacked along the rank."""
+
+    w_down: Tensor
+    w_up: Tensor
+    b_down: Tensor | None
+    b_up: Tensor | None
+    scale: float
+    activation: str
+    gamma: Tensor | None
+
+
+class Frozen(NamedTuple):
+    """What `freeze` keeps: the stack, and V and the bias that `merged_up` made of it."""
+
+    stack: Stack
+    v: Tensor
+    v_bias: Tensor | None
+
+
+class Merged(NamedTuple):
+    """What `unmerge` needs: the weight and bias from before the merge."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class AdaptedProjectionMixin(nn.Module):
+    """What an adapted layer adds to the linear class it had before."""
+
+    adapters: nn.ModuleDict
+    weights: dict[str, float]
+    enabled: bool
+    backend: str
+    merged: Merged | None
+    frozen: Frozen | None
+
+    def forward(self, h: Tensor, residual: Tensor | None = None) -> Tensor:
+        """y = h' @ weight.T + bias [+ residual],  h' = h + sum of weight_i * adapter_i(h).
+
+        h (..., C), residual (..., N). With no active adapter this is the layer as it was.
+        """
+        active = self.active()
+        if not active:
+            return _add(super().forward(h), residual)
+        if residual is not None and residual.dtype != h.dtype:
+            return _add(self(h), residual)
+        frozen = self.frozen
+        if frozen is not None and frozen.v.dtype == autocast_dtype(h):
+            return self._forward_frozen(h, residual, frozen)
+        first, *others = stacks(active, h)
+        reason = self.unfused_reason()
+        if reason is None and not others:
+            return ops.adapter_linear(
+                h, first.w_down, first.w_up, self.weight, self.bias, first.b_down, first.b_up,
+                residual=residual, scale=first.scale, activation=first.activation,
+                gamma=first.gamma, backend=self.backend,
+            )  # fmt: skip
+        _log_once(reason or "its adapters differ in activation")
+        adapted = ops.adapter(
+            h, first.w_down, first.w_up, first.b_down, first.b_up, scale=first.scale,
+            activation=first.activation, gamma=first.gamma, backend=self.backend,
+        )  # fmt: skip
+        for other in others:
+            adapted = adapted + delta(h.to(adapted.dtype), other)
+        return _add(super().forward(adapted), residual)
+
+    def _forward_frozen(self, h: Tensor, residual: Tensor | None, frozen: Frozen) -> Tensor:
+        stack = frozen.stack
+        dtype = frozen.v.dtype
+        return adapter_linear_api.apply_prepared(
+            h.to(dtype), stack.w_down, stack.w_up, self.weight, self.bias, stack.b_down,
+            stack.b_up, residual, 0, stack.scale, stack.activation, None, None, "auto",
+            backends.resolve(self.backend, h.device, dtype), frozen.v, frozen.v_bias,
+        )  # fmt: skip
+
+    def active(self) -> list[tuple[BottleneckAdapter, float]]:
+        """The adapters that act in the next forward, with their weights."""
+        if not self.enabled or self.merged is not None:
+            return []
+        return [(self.adapters[name], weight) for name, weight in self.weights.items()]  # type: ignore[misc]
+
+    def unfused_reason(self) -> str | None:
+        """Why the fused op cannot read this layer's weight now; None where it can."""
+        if type(self) is not AdaptedProjection:
+            return f"the layer is of class {stock_class(self).__name__}, not a plain Linear"
+        weight, bias = self.weight, self.bias
+        if type(weight) not in _PLAIN_WEIGHTS:
+            return f"its weight is a {type(weight).__name__}, not a plain tensor"
+        if weight.device.type == "meta":
+            return "its weight is on the meta device"
+        if weight.dtype not in FLOATS:
+            return f"its weight is stored as {weight.dtype}"
+        if torch.is_grad_enabled() and (
+            weight.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            return "the layer itself trains"
+        return None
+
+    def freeze(self) -> bool:
+        """Computes V and the bias once; False where this layer has nothing to keep."""
+        self.frozen = None
+        active = self.active()
+        if not active or self.unfused_reason() not in (None, "the layer itself trains"):
+            return False
+        dtype = autocast_dtype(self.weight)
+        if backends.resolve(self.backend, self.weight.device, dtype) == "reference":
+            return False
+        with torch.no_grad():
+            first, *others = stacks(active, None)
+            if others:
+                return False
+            v, v_bias = adapter_linear_contract.merged_up(
+                self.weight, self.bias, first.w_up, first.b_up, None, first.scale, 0, dtype
+            )
+        self.frozen = Frozen(first, v, v_bias)
+        return True
+
+    def train(self, mode: bool = True) -> AdaptedProjectionMixin:
+        if mode:
+            self.frozen = None
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AdaptedProjectionMixin:
+        self.frozen = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
+        missing: list[str], unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        if self.merged is not None and f"{prefix}weight" in state_dict:
+            errors.append(f"{prefix}weight: an adapter is merged into it; call unmerge first")
+            return
+        self.frozen = None
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing, unexpected, errors
+        )
+
+
+class AdaptedProjection(AdaptedProjectionMixin, nn.Linear):
+    """An adapted plain `nn.Linear`. Made by `adapt`, never by its constructor."""
+
+
+class _AdaptedSubclass(AdaptedProjectionMixin):
+    """An adapted layer of another linear class, made on demand: pickles by its stock class."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _blank, (stock_class(self),), self.__dict__
+
+
+@functools.cache
+def adapted_class(stock: type[nn.Linear]) -> type[nn.Linear]:
+    """The class that an adapted layer of class `stock` has."""
+    if stock is nn.Linear:
+        return AdaptedProjection
+    return type(f"Adapted{stock.__name__}", (_AdaptedSubclass, stock), {"__module__": __name__})
+
+
+def stock_class(projection: AdaptedProjectionMixin) -> type[nn.Linear]:
+    """The class the layer had before, and has after `restore`."""
+    return type(projection).__mro__[type(projection).__mro__.index(AdaptedProjectionMixin) + 1]
+
+
+def _blank(stock: type[nn.Linear]) -> nn.Module:
+    cls = adapted_class(stock)
+    return cls.__new__(cls)
+
+
+def adapt(linear: nn.Linear, backend: str = "auto") -> AdaptedProjectionMixin:
+    """Turns `linear` into an adapted projection, in place, without an adapter yet."""
+    check_forward(linear)
+    linear.__class__ = adapted_class(type(linear))
+    linear.adapters = nn.ModuleDict()
+    linear.adapters.train(linear.training)
+    linear.weights = {}  # type: ignore[assignment]
+    linear.enabled = True  # type: ignore[assignment]
+    linear.backend = backend  # type: ignore[assignment]
+    linear.merged = None  # type: ignore[assignment]
+    linear.frozen = None  # type: ignore[assignment]
+    _rebind_forward(linear)
+    return linear  # type: ignore[return-value]
+
+
+def restore(projection: AdaptedProjectionMixin) -> None:
+    """Gives the layer its class back and removes everything that `adapt` added."""
+    projection.__class__ = stock_class(projection)
+    del projection._modules["adapters"]
+    for name in ("weights", "enabled", "backend", "merged", "frozen"):
+        del projection.__dict__[name]
+    _rebind_forward(projection)
+
+
+def check_forward(linear: nn.Module) -> None:
+    """Raises ValueError where the instance carries a forward that `adapt` cannot follow."""
+    if "forward" in linear.__dict__ and not _bound_forwards(linear):
+        raise ValueError(
+            f"model: expected layers whose forward is their class's, got a {type(linear).__name__} "
+            f"whose forward was replaced by {linear.__dict__['forward']!r}; inject first, then "
+            f"wrap the layer"
+        )
+
+
+def _bound_forwards(module: nn.Module) -> list[tuple[Any, str]]:
+    """Where hooks (accelerate, diffusers) keep the module's own bound forward."""
+    places: list[tuple[Any, str]] = [(module, "forward"), (module, "_old_forward")]
+    registry = module.__dict__.get("_diffusers_hook")
+    for reference in getattr(registry, "_fn_refs", ()):
+        places += [(reference, "forward"), (reference, "original_forward")]
+    found = []
+    for holder, name in places:
+        value = vars(holder).get(name)
+        own = isinstance(value, MethodType) and value.__self__ is module
+        if own and value.__name__ == "forward":
+            found.append((holder, name))
+    return found
+
+
+def _rebind_forward(module: nn.Module) -> None:
+    for holder, name in _bound_forwards(module):
+        vars(holder)[name] = MethodType(type(module).forward, module)
+
+
+def stacks(active: list[tuple[BottleneckAdapter, float]], h: Tensor | None) -> list[Stack]:
+    """The active adapters, stacked along the rank, one stack per activation.
+
+    With h, dropout is drawn for its samples.
+    """
+    groups: dict[str, list[tuple[BottleneckAdapter, float]]] = {}
+    for adapter, weight in active:
+        groups.setdefault(adapter.activation, []).append((adapter, weight))
+    return [_stack(group, activation, h) for activation, group in groups.items()]
+
+
+def _stack(
+    group: list[tuple[BottleneckAdapter, float]], activation: str, h: Tensor | None
+) -> Stack:
+    masks = [None if h is None else a.mask(h.shape[0], h.device) for a, _ in group]
+    adapter, weight = group[0]
+    if len(group) == 1:
+        return Stack(
+            adapter.w_down, adapter.w_up, adapter.b_down, adapter.b_up,
+            adapter.scale * weight, activation, masks[0],
+        )  # fmt: skip
+    b_down = b_up = gamma = None
+    if any(a.b_down is not None for a, _ in group):
+        b_down = torch.cat([_or_zeros(a.b_down, a.w_down[:, 0]) for a, _ in group])
+        shifts = [a.b_up * (a.scale * w) for a, w in group if a.b_up is not None]
+        b_up = functools.reduce(torch.add, shifts)
+    if h is not None and any(m is not None for m in masks):
+        gamma = torch.cat(
+            [
+                h.new_zeros(h.shape[0], a.rank, dtype=torch.float32) if m is None else m
+                for m, (a, _) in zip(masks, group, strict=True)
+            ],
+            dim=1,
+        )
+    w_down = torch.cat([a.w_down for a, _ in group])
+    w_up = torch.cat([a.w_up * (a.scale * w) for a, w in group], dim=1)
+    return Stack(w_down, w_up, b_down, b_up, 1.0, activation, gamma)
+
+
+def delta(h: Tensor, stack: Stack) -> Tensor:
+    """scale * (act(h @ w_down.T + b_down) * (1 + gamma) @ w_up.T + b_up), without h itself."""
+    dtype = h.dtype
+    w_down, w_up, b_down, b_up = (None if t is None else t.to(dtype) for t in stack[:4])
+    z = activate(nn.functional.linear(h, w_down, b_down), stack.activation)
+    if stack.gamma is not None:
+        per_sample = stack.gamma.to(dtype).view(h.shape[0], *[1] * (h.dim() - 2), -1)
+        z = z * (1 + per_sample)
+    return stack.scale * nn.functional.linear(z, w_up, b_up)
+
+
+def _or_zeros(x: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if x is None else x
+
+
+def _add(y: Tensor, residual: Tensor | None) -> Tensor:
+    return y if residual is None else y + residual
+
+
+def _log_once(reason: str) -> None:
+    if torch.compiler.is_compiling() or reason in _logged:
+        return
+    _logged.add(reason)
+    logger.info("a projection computes its adapter apart from the layer: %s", reason)
