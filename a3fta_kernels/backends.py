@@ -108,7 +108,6 @@ def triton_interpreted() -> bool:
 _resolved: dict[tuple[str, torch.device, torch.dtype], str] = {}
 
 
-@torch.compiler.assume_constant_result
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that runs on `device` in `dtype`; "auto" picks the fastest that can.
 
@@ -118,6 +117,10 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if key not in _resolved:
         _resolved[key] = _resolve(backend, device, dtype)
     return _resolved[key]
+
+
+# torch.compiler.assume_constant_result, less the import of dynamo, which takes two seconds
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
