@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -71,3 +72,11 @@ def autocast_dtype(h: Tensor) -> torch.dtype:
     if h.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return h.dtype
+
+
+def without_autocast(h: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast off: the op has cast what it takes, its own products keep their dtypes."""
+    kind = h.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()

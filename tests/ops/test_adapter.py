@@ -129,7 +129,7 @@ BAD = [
     (dict(h=[1.0]), TypeError, r"h: expected a torch.Tensor, got \[1.0\] \(list\)"),
     (dict(h=H.int()), TypeError, r"h: expected dtype .* got torch.int32"),
     (dict(h=H[0, 0, 0]), ValueError, r"h: expected shape \(\.\.\., C\), got \(\)"),
-    (dict(h=torch.zeros(2, 0)), ValueError, r"h: expected at least one channel, got shape \(2, 0\)"),
+    (dict(h=torch.zeros(2, 0)), ValueError, r"h: expected at least one channel, got shape"),
     (dict(w_down=DOWN[:, :9]), ValueError, r"w_down: expected shape \(4, 16\), .*got \(4, 9\)"),
     (dict(w_down=DOWN[0]), ValueError, r"w_down: expected a matrix, got shape \(16,\)"),
     (dict(w_down=DOWN[:0], w_up=UP[:, :0]), ValueError, r"w_down: expected a rank of at least 1"),
@@ -158,6 +158,6 @@ def test_unavailable_backend(monkeypatch):
     module = sys.modules["a3fta_kernels.backends"]
     monkeypatch.setattr(module, "native_status", lambda: BackendStatus(False, (), "not built"))
     monkeypatch.setattr(module, "_resolved", {})
-    with pytest.raises(BackendUnavailableError, match="backend 'native' on cpu.*not built"):
+    with pytest.raises(BackendUnavailableError, match=r"backend 'native' on cpu.*not built"):
         ops.adapter(H, DOWN, UP, backend="native")
     assert module.resolve("auto", torch.device("cpu"), torch.float32) == "reference"

@@ -149,7 +149,7 @@ def test_unknown_path_on_this_device(run, monkeypatch):
     backend, device, dtype = run
     inputs = Case((2, 6), 16, 4, n=12).inputs(dtype, device)
     monkeypatch.setattr(contract.backend_module(backend), "paths", lambda kind: ("skinny",))
-    with pytest.raises(BackendUnavailableError, match="path 'fused': backend .* knows skinny"):
+    with pytest.raises(BackendUnavailableError, match=r"path 'fused': backend .* knows skinny"):
         ops.adapter_linear(**inputs, backend=backend, path="fused")
 
 
@@ -163,7 +163,7 @@ BAD = [
     (dict(weight=None), TypeError, r"weight: expected a torch.Tensor, got None"),
     (dict(bias=torch.zeros(16)), ValueError, r"bias: expected shape \(12,\), .*got \(16,\)"),
     (dict(residual=H), ValueError, r"residual: expected shape \(2, 5, 12\), .*got \(2, 5, 16\)"),
-    (dict(columns=(8, 16)), ValueError, r"columns: expected \(start, length\) inside h's 16 columns"),
+    (dict(columns=(8, 16)), ValueError, r"columns: expected .* inside h's 16 columns"),
     (dict(columns=3), ValueError, r"columns: expected \(start, length\).*got 3"),
     (dict(columns=(0, 8)), ValueError, r"w_down: expected shape \(4, 8\), .*got \(4, 16\)"),
     (dict(path="quick"), ValueError, r"path: expected one of auto, .*got 'quick'"),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...backends import BackendUnavailableError, resolve
-from ..rule import autocast_dtype
+from ...backends import resolve
+from ..rule import autocast_dtype, without_autocast
+from ..validate import check_adapter, check_input
 from . import contract
 from .reference import adapter as reference
-from ..validate import check_adapter, check_input
 
 
 def adapter(
@@ -61,7 +61,8 @@ def adapter(
         )  # fmt: skip
     number, tensor = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
     flat = h.reshape(-1, h.shape[-1])
-    y = contract.apply(
-        flat, w_down, w_up, b_down, b_up, gamma, beta, tensor, number, activation, chosen
-    )
+    with without_autocast(h):
+        y = contract.apply(
+            flat, w_down, w_up, b_down, b_up, gamma, beta, tensor, number, activation, chosen
+        )
     return y.view(h.shape)

@@ -122,9 +122,9 @@ def backward(
         _like(grads.dbeta, beta),
         dscale,
     )
-    empty = h.new_empty(0)
     return [
-        g if need and g is not None else empty for g, need in zip(found, needs, strict=True)
+        g if need and g is not None else h.new_empty(0)
+        for g, need in zip(found, needs, strict=True)
     ]
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...backends import BackendUnavailableError, resolve
 from ...checks import check_choice, check_device, check_dtype, check_shape, check_tensor
-from ..rule import autocast_dtype
+from ..rule import autocast_dtype, without_autocast
 from ..validate import FLOATS, check_adapter, check_input
 from . import contract
 from .reference import adapter_linear as reference
@@ -129,10 +129,12 @@ def apply_prepared(
     # a wider residual (autocast) is added outside, so that the sum keeps its dtype
     fused = residual if residual is not None and residual.dtype == h.dtype else None
     flat = None if fused is None else fused.reshape(-1, fused.shape[-1])
-    y = contract.apply(
-        h.reshape(-1, h.shape[-1]), weight, w_down, w_up, b_down, b_up, gamma, beta, tensor,
-        flat, bias, v, v_bias, number, start, activation, path, backend,
-    ).view(*h.shape[:-1], weight.shape[0])  # fmt: skip
+    with without_autocast(h):
+        y = contract.apply(
+            h.reshape(-1, h.shape[-1]), weight, w_down, w_up, b_down, b_up, gamma, beta, tensor,
+            flat, bias, v, v_bias, number, start, activation, path, backend,
+        )  # fmt: skip
+    y = y.view(*h.shape[:-1], weight.shape[0])
     return y if residual is None or fused is not None else y + residual
 
 

@@ -183,11 +183,8 @@ def backward(
             dscale = None if dscale is None else dscale + g_bias @ b_up.to(wide)
         if scale_tensor is not None and dscale is not None:
             found["scale_tensor"] = (dscale * scale).view(scale_tensor.shape)
-    like = dict(
-        zip(names, (h, w_down, w_up, b_down, b_up, gamma, beta, scale_tensor), strict=True)
-    )
-    empty = h.new_empty(0)
-    return [found[n].to(like[n].dtype) if need[n] else empty for n in names]
+    like = dict(zip(names, (h, w_down, w_up, b_down, b_up, gamma, beta, scale_tensor), strict=True))
+    return [found[n].to(like[n].dtype) if need[n] else h.new_empty(0) for n in names]
 
 
 def save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -280,6 +277,4 @@ def _autocast(h: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 for _key in ("AutocastCPU", "AutocastCUDA"):
     _library.impl("adapter_linear", _autocast, _key)
-torch.library.register_autograd(
-    "a3fta::adapter_linear", rule, setup_context=save, lib=_library
-)
+torch.library.register_autograd("a3fta::adapter_linear", rule, setup_context=save, lib=_library)
