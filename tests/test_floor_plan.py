@@ -1,0 +1,314 @@
+"""The house as CONTRIBUTING.md draws it: import arrows, one op one name, no orphans."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+import a3fta_kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "a3fta_kernels"
+
+# bottom first; a module imports from the layers below its own, and never beside itself
+LAYERS = [
+    ["checks"],
+    ["backends"],
+    ["triton_support"],
+    ["ops.activations", "ops.rule"],
+    ["ops.validate", "ops.*_triton"],
+    ["ops.*.reference", "ops.*.triton", "ops.*.native"],
+    ["ops.*.contract"],
+    ["ops.*.api"],
+    ["ops.*"],
+    ["ops"],
+    ["adapters.config"],
+    ["adapters.*"],
+    ["adapters"],
+    ["projection"],
+    ["processors.common"],
+    ["processors.*"],
+    ["processors"],
+    ["inject"],
+    ["adapter_file"],
+    ["storage"],
+    ["cli", "cli.*"],
+    [""],
+    ["__main__"],
+]
+
+# importer, imported, why
+EXCEPTIONS = [
+    ("ops.adapter_linear.*", "ops.adapter.*", "adapter_linear is adapter, then the projection"),
+    ("adapters.config", "adapters", "the table of designs, read when a config is checked"),
+    ("cli*", "cli.*", "the command line is one unit"),
+    ("cli*", "", "the command line is a user of the public names"),
+]
+
+# a third-party package may be imported in these modules alone
+HOMES = {
+    "triton": ["*triton", "triton_support"],
+    "diffusers": ["processors*", "inject", "cli*"],
+    "peft": ["cli*"],
+    "xformers": ["backends", "processors*"],
+    "safetensors": ["adapter_file", "storage", "cli*"],
+    "rich": ["cli*"],
+    "matplotlib": ["cli*"],
+    "sklearn": ["cli*"],
+    "numpy": ["cli*"],
+    "torch": ["*"],
+}
+
+
+def module_name(path: Path) -> str:
+    """`ops.adapter.api` for a3fta_kernels/ops/adapter/api.py, "" for the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+OPS = sorted(path.parent.name for path in PACKAGE.glob("ops/*/api.py"))
+
+
+def package_of(name: str) -> list[str]:
+    parts = name.split(".") if name else []
+    return parts if FILES[name].name == "__init__.py" else parts[:-1]
+
+
+def imports(name: str) -> Iterator[str]:
+    """Absolute names of what the module imports, wherever in the file it does so."""
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            here = package_of(name)
+            base = here[: len(here) - node.level + 1] if node.level else []
+            prefix = ["a3fta_kernels", *base] if node.level else []
+            source = ".".join(prefix + (node.module.split(".") if node.module else []))
+            for alias in node.names:
+                inner = f"{source}.{alias.name}".removeprefix("a3fta_kernels.")
+                is_module = source.startswith("a3fta_kernels") and inner in FILES
+                yield f"{source}.{alias.name}" if is_module else source
+
+
+def own_imports(name: str) -> set[str]:
+    found = {x for x in imports(name) if x.split(".")[0] == "a3fta_kernels"}
+    return {x.removeprefix("a3fta_kernels").removeprefix(".") for x in found}
+
+
+def layer(name: str) -> int:
+    found = [i for i, patterns in enumerate(LAYERS) if any(fnmatch(name, p) for p in patterns)]
+    exact = [i for i, patterns in enumerate(LAYERS) if name in patterns]
+    assert found or exact, f"{name} has no place: give it one in LAYERS and in CONTRIBUTING.md"
+    return (exact or found)[0]
+
+
+def is_exception(importer: str, imported: str) -> bool:
+    return any(fnmatch(importer, a) and fnmatch(imported, b) for a, b, _ in EXCEPTIONS)
+
+
+def op_of(name: str) -> str | None:
+    parts = name.split(".")
+    return parts[1] if parts[0] == "ops" and len(parts) > 1 and parts[1] in OPS else None
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name])
+def test_imports_point_down(name):
+    for target in own_imports(name) - {name}:
+        if is_exception(name, target):
+            continue
+        assert layer(target) < layer(name), f"{name} imports {target}, which is not below it"
+        if op_of(name) and op_of(target):
+            assert op_of(name) == op_of(target), f"{name} imports {target}, of another op"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_third_party_packages_stay_in_their_homes(name):
+    for target in {x.split(".")[0] for x in imports(name)}:
+        if target == "a3fta_kernels" or target in sys.stdlib_module_names:
+            continue
+        assert target in HOMES, f"{name} imports {target}, which no list of dependencies names"
+        allowed = HOMES[target]
+        assert any(fnmatch(name, p) for p in allowed), f"{target} in {name}, not in {allowed}"
+
+
+def test_the_rules_catch_what_they_forbid(monkeypatch, tmp_path):
+    planted = tmp_path / "reference.py"
+    planted.write_text(
+        "def f():\n    from ..adapter_linear import api\n    import triton.language\n"
+    )
+    monkeypatch.setitem(FILES, "ops.adapter.reference", planted)
+    with pytest.raises(AssertionError, match=r"imports ops\.adapter_linear\.api, which is not"):
+        test_imports_point_down("ops.adapter.reference")
+    with pytest.raises(AssertionError, match=r"triton in ops\.adapter\.reference"):
+        test_third_party_packages_stay_in_their_homes("ops.adapter.reference")
+
+
+def fresh(code: str, cwd: Path, *options: str) -> str:
+    """What `code` prints in an interpreter of its own that sees the package in `cwd` first."""
+    done = subprocess.run(
+        [sys.executable, *options, "-c", f"import sys; sys.path.insert(0, {str(cwd)!r})\n{code}"],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_import_is_cheap():
+    code = """
+import torch
+before = set(sys.modules)
+import a3fta_kernels
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+print(*sorted(new & {"triton", "diffusers", "peft", "transformers", "xformers", "safetensors",
+                     "rich", "matplotlib", "sklearn", "numpy"}))
+"""
+    assert fresh(code, ROOT) == ""
+
+
+BARE = """
+import importlib.util
+from importlib.machinery import PathFinder
+
+HIDDEN = {"triton", "diffusers", "peft", "safetensors", "xformers"}
+
+class Missing(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in HIDDEN else PathFinder.find_spec(name, path, target)
+
+sys.meta_path = [Missing if finder is PathFinder else finder for finder in sys.meta_path]
+assert importlib.util.find_spec("triton") is None
+import torch
+import a3fta_kernels as a3fta
+
+assert a3fta.__file__.startswith(sys.path[0]), a3fta.__file__
+found = a3fta.backends()
+assert [name for name, status in found.items() if status.available] == ["reference", "sdpa"], found
+h, w_down, w_up, weight = (
+    torch.randn(*shape, requires_grad=i < 3)
+    for i, shape in enumerate([(2, 5, 16), (4, 16), (16, 4), (12, 16)])
+)
+y = a3fta.ops.adapter_linear(h, w_down, w_up, weight)
+y.square().sum().backward()
+assert y.shape == (2, 5, 12) and all(t.grad.isfinite().all() for t in (h, w_down, w_up))
+try:
+    a3fta.ops.adapter(h, w_down, w_up, backend="native")
+except a3fta.BackendUnavailableError as error:
+    assert "not built" in str(error), error
+else:
+    raise SystemExit("native ran without its library")
+a3fta.AdapterConfig(rank=4)
+print("reference ran")
+"""
+
+
+def test_reference_runs_with_everything_optional_missing(tmp_path):
+    copy = tmp_path / "a3fta_kernels"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__", "data"))
+    assert fresh(BARE, tmp_path) == "reference ran"
+
+
+# the contract with users; a name leaves this list with a major version
+PUBLIC = {
+    "AdapterConfig",
+    "AdapterFileError",
+    "BackendStatus",
+    "BackendUnavailableError",
+    "InjectionReport",
+    "attn_processors",
+    "backends",
+    "disable_adapters",
+    "disabled",
+    "eject",
+    "enable_adapters",
+    "freeze_for_inference",
+    "inject",
+    "load_adapter",
+    "merge",
+    "ops",
+    "processors",
+    "save_adapter",
+    "set_adapters",
+    "set_trainable",
+    "trainable_parameters",
+    "unfreeze",
+    "unmerge",
+}
+
+
+def test_the_public_names_stand():
+    assert set(a3fta_kernels.__all__) >= PUBLIC
+    for name in a3fta_kernels.__all__:
+        assert getattr(a3fta_kernels, name) is not None
+    assert set(a3fta_kernels.__all__) <= set(dir(a3fta_kernels))
+    assert callable(a3fta_kernels.ops.adapter) and callable(a3fta_kernels.ops.adapter_linear)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = a3fta_kernels.nothing
+
+
+def test_type_checkers_see_every_public_name():
+    tree = ast.parse(FILES[""].read_text())
+    block = next(x for x in tree.body if isinstance(x, ast.If))
+    seen = {a.name for x in block.body if isinstance(x, ast.ImportFrom) for a in x.names}
+    assert seen == set(a3fta_kernels.__all__)
+
+
+@pytest.mark.parametrize("name", ["backends", "inject"])
+def test_a_submodule_does_not_hide_the_function_of_its_name(name):
+    first = f"import a3fta_kernels.{name} as _, a3fta_kernels as a3fta\n"
+    assert fresh(f"{first}print(type(a3fta.{name}).__name__)", ROOT) == "function"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_one_op_is_one_folder_one_test_one_bench(op):
+    expected = ["__init__", "api", "contract", "native", "reference", "triton"]
+    assert sorted(path.stem for path in (PACKAGE / "ops" / op).glob("*.py")) == expected
+    for path in (
+        f"tests/ops/test_{op}.py",
+        f"benchmarks/bench_{op}.py",
+        f"csrc/cpu/{op}.cpp",
+        f"csrc/cuda/{op}.cu",
+    ):
+        assert (ROOT / path).is_file(), f"{path} is missing"
+    schemas = (ROOT / "csrc/ops.cpp").read_text()
+    assert f"{op}_forward(" in schemas and f"{op}_backward" in schemas
+    assert op in a3fta_kernels.ops.__all__
+
+
+def test_every_bench_names_an_op():
+    benches = {path.stem.removeprefix("bench_") for path in ROOT.glob("benchmarks/bench_*.py")}
+    assert benches == set(OPS)
+
+
+def test_every_design_is_in_its_table():
+    from a3fta_kernels.adapters import DESIGNS
+
+    files = {name for name in FILES if name.startswith("adapters.")} - {"adapters.config"}
+    homes = {cls.__module__.removeprefix("a3fta_kernels.") for cls in DESIGNS.values()}
+    assert homes == files
+
+
+FOLDERS = ("a3fta_kernels", "tests", "benchmarks", "examples", "scripts", "csrc")
+
+
+def sources() -> list[Path]:
+    suffixes = {".py", ".cpp", ".cu", ".h", ".cuh"}
+    inside = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))
+    return sorted(path for path in [*inside, *ROOT.glob("*.py")] if path.suffix in suffixes)
+
+
+def test_no_file_outgrows_a_reader():
+    long = {
+        str(p.relative_to(ROOT)): n for p in sources() if (n := len(p.open().readlines())) > 450
+    }
+    assert not long, f"over 450 lines, find a seam: {long}"
