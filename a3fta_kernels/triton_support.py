@@ -1,0 +1,256 @@
+"""What the Triton kernels share: device functions, tile configurations, and the launch.
+
+Imported by `triton.py` modules only. A kernel's configurations are a function of dtype, rank
+block and compute capability, so that one list serves three uses: the launch picks the fastest of
+it on a GPU, the interpreter takes its first, and `benchmarks/aot.py` compiles all of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from .backends import triton_interpreted
+
+INTERPRETED: tl.constexpr = tl.constexpr(triton_interpreted())
+
+# the order of ops/activations.ACTIVATIONS
+IDENTITY: tl.constexpr = tl.constexpr(0)
+RELU: tl.constexpr = tl.constexpr(1)
+GELU: tl.constexpr = tl.constexpr(2)
+GELU_TANH: tl.constexpr = tl.constexpr(3)
+
+GROUP_M: tl.constexpr = tl.constexpr(8)
+SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
+RSQRT_2PI: tl.constexpr = tl.constexpr(0.3989422804014327)
+# tanh GELU is a * sigmoid(a * (TANH_LINEAR + TANH_CUBIC * a * a)), as (1 + tanh(u)) / 2 is a sigmoid
+TANH_LINEAR: tl.constexpr = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
+TANH_CUBIC: tl.constexpr = tl.constexpr(0.07135481627260025)  # 0.044715 of that
+
+
+@triton.jit
+def dot(x, y, acc):
+    """acc + x @ y in fp32. The interpreter computes bf16 products wrongly, hence the upcast."""
+    if INTERPRETED:
+        x = x.to(tl.float32)
+        y = y.to(tl.float32)
+    return tl.dot(x, y, acc, input_precision="ieee")
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def activate(a, ACT: tl.constexpr):
+    """act(a) for a in fp32."""
+    if ACT == IDENTITY:
+        return a
+    elif ACT == RELU:
+        return tl.where(a < 0, 0.0, a)  # keeps NaN, as PyTorch does
+    elif ACT == GELU:
+        return 0.5 * a * (1.0 + tl.math.erf(a * SQRT_HALF))
+    elif ACT == GELU_TANH:
+        return a * sigmoid(a * (a * a * TANH_CUBIC + TANH_LINEAR))
+    else:
+        return a * sigmoid(a)
+
+
+@triton.jit
+def activate_slope(a, ACT: tl.constexpr):
+    """act'(a) for a in fp32."""
+    if ACT == IDENTITY:
+        return tl.full(a.shape, 1.0, tl.float32)
+    elif ACT == RELU:
+        return tl.where(a > 0, 1.0, 0.0)
+    elif ACT == GELU:
+        cdf = 0.5 * (1.0 + tl.math.erf(a * SQRT_HALF))
+        return cdf + a * RSQRT_2PI * tl.exp(-0.5 * a * a)
+    elif ACT == GELU_TANH:
+        s = sigmoid(a * (a * a * TANH_CUBIC + TANH_LINEAR))
+        return s + a * s * (1.0 - s) * (a * a * (3.0 * TANH_CUBIC) + TANH_LINEAR)
+    else:
+        s = sigmoid(a)
+        return s * (1.0 + a * (1.0 - s))
+
+
+@triton.jit
+def load_modulation(ptr, offs_m, mask_m, offs_r, mask_r, rows_per_sample, R):
+    """gamma or beta (B, R), seen by the rows offs_m: (BLOCK_M, BLOCK_R) in fp32."""
+    offsets = (offs_m // rows_per_sample).to(tl.int64)[:, None] * R + offs_r[None, :]
+    return tl.load(ptr + offsets, mask=mask_m[:, None] & mask_r[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def modulated(
+    a, gamma_ptr, beta_ptr, offs_m, mask_m, offs_r, mask_r, rows_per_sample, R, ACT: tl.constexpr
+):
+    """z = act(a) * (1 + gamma) + beta in fp32; either of gamma and beta may be None."""
+    z = activate(a, ACT)
+    if gamma_ptr is not None:
+        gamma = load_modulation(gamma_ptr, offs_m, mask_m, offs_r, mask_r, rows_per_sample, R)
+        z = z * (1.0 + gamma)
+    if beta_ptr is not None:
+        z += load_modulation(beta_ptr, offs_m, mask_m, offs_r, mask_r, rows_per_sample, R)
+    return z
+
+
+@triton.jit
+def grouped_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """This program's tile (pid_m, pid_n): neighbours share rows, so that L2 serves both inputs."""
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    first = (pid // (GROUP_M * tiles_n)) * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    inside = pid % (GROUP_M * tiles_n)
+    return first + inside % height, inside // height
+
+
+class Config(NamedTuple):
+    """The tile sizes of one build of a kernel."""
+
+    blocks: tuple[tuple[str, int], ...]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def meta(self) -> dict[str, int]:
+        return dict(self.blocks)
+
+    def __str__(self) -> str:
+        tiles = " ".join(f"{k.removeprefix('BLOCK_')}{v}" for k, v in self.blocks)
+        return f"{tiles} w{self.num_warps} s{self.num_stages}"
+
+
+def config(num_warps: int, num_stages: int, **blocks: int) -> Config:
+    return Config(tuple(blocks.items()), num_warps, num_stages)
+
+
+class Chip(NamedTuple):
+    """What the choice of tiles depends on."""
+
+    capability: int  # 90 for sm_90
+    processors: int
+
+
+# bytes of shared memory one block may take; other chips get the smallest
+_SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
+TARGETS = (80, 89, 90, 100, 120)
+
+
+def shared_limit(capability: int) -> int:
+    return _SHARED.get(capability, 99) * 1024
+
+
+@functools.cache
+def chip(device: torch.device) -> Chip:
+    if device.type != "cuda":
+        return Chip(80, 2)  # interpreted: few processors, so that sums still have several parts
+    major, minor = torch.cuda.get_device_capability(device)
+    return Chip(
+        10 * major + minor, torch.cuda.get_device_properties(device).multi_processor_count
+    )
+
+
+def rank_block(rank: int, limit: int = 256) -> int:
+    """The rank padded to a power of two that tensor cores take."""
+    return min(limit, max(16, triton.next_power_of_2(rank)))
+
+
+@dataclass(frozen=True)
+class AotKernel:
+    """How to build a kernel where no GPU is.
+
+    `pointers` names each pointer argument's dtype: "data" for the op's own, else a Triton type.
+    `variants` are the sets of pointers that are None and of constants beside the tile sizes.
+    """
+
+    launcher: Launcher
+    pointers: dict[str, str]
+    variants: dict[str, dict[str, Any]] = field(default_factory=lambda: {"all": {}})
+    ranks: tuple[int, ...] = (16, 64, 128, 256)
+
+
+class Launcher:
+    """A kernel with its configurations: picks one and launches.
+
+    `configs(bytes per element, rank block, capability)` lists them, the default first. The first
+    call for a key times all of them on a GPU; a capturing stream and the interpreter take the
+    default.
+    """
+
+    def __init__(self, kernel: Any, configs: Callable[[int, int, int], list[Config]]) -> None:
+        self.kernel = kernel
+        self.configs = configs
+        self._chosen: dict[tuple, Config] = {}
+
+    def __call__(
+        self,
+        plan: Callable[[dict[str, int]], tuple[tuple[int, ...], dict[str, Any]]],
+        like: Tensor,
+        rank: int,
+        *key: Any,
+    ) -> None:
+        """Launches on `like`'s device what `plan(tile sizes)` returns: a grid and the arguments.
+
+        `rank` is the rank block, `key` what else the best tiles depend on. The last plan asked
+        for is the one whose results stand; a kernel overwrites its outputs, as it may run often.
+        """
+        device = like.device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self._launch(plan, like, rank, key)
+        else:
+            self._launch(plan, like, rank, key)
+
+    def candidates(self, like: Tensor, rank: int) -> list[Config]:
+        return self.configs(like.element_size(), rank, chip(like.device).capability)
+
+    def _launch(self, plan: Callable, like: Tensor, rank: int, key: tuple) -> None:
+        def run(choice: Config) -> None:
+            grid, arguments = plan(choice.meta)
+            self.kernel[grid](
+                **arguments,
+                **choice.meta,
+                num_warps=choice.num_warps,
+                num_stages=choice.num_stages,
+            )
+
+        full = (like.device, like.dtype, rank, *key)
+        choice = self._chosen.get(full)
+        if choice is None:
+            candidates = self.candidates(like, rank)
+            choice = candidates[0]
+            if like.is_cuda and not torch.cuda.is_current_stream_capturing():
+                choice = self._chosen[full] = fastest(run, candidates)
+        run(choice)
+
+
+def fastest(run: Callable[[Config], None], candidates: list[Config]) -> Config:
+    """Times each candidate; one that the chip has no room for is passed over."""
+    if len(candidates) == 1:
+        return candidates[0]
+    times = {}
+    for candidate in candidates:
+        try:
+            times[candidate] = triton.testing.do_bench(
+                functools.partial(run, candidate), warmup=5, rep=20
+            )
+        except OutOfResources:
+            continue
+    return min(times, key=times.__getitem__, default=candidates[0])
+
+
+def rows_bucket(m: int) -> int:
+    """Row counts that share their tiles: retuning for every M would cost more than it gains."""
+    return triton.next_power_of_2(m)
