@@ -43,7 +43,7 @@ def check_adapter(
         raise ValueError(f"w_down: expected a rank of at least 1, got shape {tuple(w_down.shape)}")
     check_shape("w_down", w_down, (rank, channels), "(R, C) = (rank, channels)")
     check_shape("w_up", w_up, (channels, rank), "(C, R) = (channels, rank)")
-    optional = {
+    optional: dict[str, tuple[Tensor | None, tuple[int, ...], str]] = {
         "b_down": (b_down, (rank,), "(R,) = (rank,)"),
         "b_up": (b_up, (channels,), "(C,) = (channels,)"),
     }
@@ -55,10 +55,11 @@ def check_adapter(
         meaning = "(B, R) = (h.shape[0], rank)"
         optional["gamma"] = (gamma, (h.shape[0], rank), meaning)
         optional["beta"] = (beta, (h.shape[0], rank), meaning)
-    for name, (value, shape, meaning) in optional.items():
-        check_tensor(name, value, optional=True)
-        check_shape(name, value, shape, meaning)
-    tensors = {"w_down": w_down, "w_up": w_up} | {k: v[0] for k, v in optional.items()}
+    for name, (tensor, shape, meaning) in optional.items():
+        check_tensor(name, tensor, optional=True)
+        check_shape(name, tensor, shape, meaning)
+    tensors: dict[str, Tensor | None] = {"w_down": w_down, "w_up": w_up}
+    tensors |= {k: v[0] for k, v in optional.items()}
     if isinstance(scale, Tensor):
         if scale.numel() != 1:
             raise ValueError(
@@ -69,6 +70,6 @@ def check_adapter(
         raise TypeError(
             f"scale: expected a number or a tensor of one element, got {describe(scale)}"
         )
-    for name, value in tensors.items():
-        check_dtype(name, value, FLOATS)
-        check_device(name, value, h.device, "h")
+    for name, tensor in tensors.items():
+        check_dtype(name, tensor, FLOATS)
+        check_device(name, tensor, h.device, "h")

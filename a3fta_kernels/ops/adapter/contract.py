@@ -23,6 +23,7 @@ b owns the rows b * M/B to (b + 1) * M/B. M may be 0.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -107,7 +108,7 @@ def backward(
     wide = acc_dtype(dtype)
     factor = scale if scale_tensor is None else scale_tensor.to(wide) * scale
     dscale = None
-    if needs[7]:
+    if scale_tensor is not None and needs[7]:
         dscale = (grads.g_up * w_up.to(wide)).sum()
         if b_up is not None:
             dscale = dscale + grads.dy_sum @ b_up.to(wide)
@@ -139,11 +140,12 @@ def save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.options = (scale, activation, backend)
 
 
-def rule(ctx: Any, dy: Tensor, da: Tensor | None = None) -> tuple:
-    """`da` belongs to the saved output `a`, which no caller sees."""
+def rule(ctx: Any, *grad_outputs: Any) -> tuple:
+    """The gradient of the saved output `a` never comes: no caller sees it."""
+    dy = grad_outputs[0]
     a, h, *adapter = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:_TENSORS])
-    run = backward if is_plain(dy) else torch.ops.a3fta.adapter_backward
+    run: Callable = backward if is_plain(dy) else torch.ops.a3fta.adapter_backward
     grads = run(dy, h, a, *adapter, *ctx.options, needs)
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None)
 
@@ -157,7 +159,10 @@ class AdapterFunction(torch.autograd.Function):
         save(ctx, inputs, output)
         return output[0]
 
-    backward = staticmethod(once_differentiable(rule))
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple:
+        return rule(ctx, *grad_outputs)
 
 
 def apply(*inputs: Any) -> Tensor:

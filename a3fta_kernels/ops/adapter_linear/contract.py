@@ -31,6 +31,7 @@ h (M, K); weight (N, K); y, dy, residual (M, N); v (N, R); a (M, R); w_down (R, 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -183,8 +184,15 @@ def backward(
             dscale = None if dscale is None else dscale + g_bias @ b_up.to(wide)
         if scale_tensor is not None and dscale is not None:
             found["scale_tensor"] = (dscale * scale).view(scale_tensor.shape)
-    like = dict(zip(names, (h, w_down, w_up, b_down, b_up, gamma, beta, scale_tensor), strict=True))
-    return [found[n].to(like[n].dtype) if need[n] else h.new_empty(0) for n in names]
+    results = []
+    like = (h, w_down, w_up, b_down, b_up, gamma, beta, scale_tensor)
+    for name, tensor in zip(names, like, strict=True):
+        grad = found.get(name)
+        if need[name] and grad is not None and tensor is not None:
+            results.append(grad.to(tensor.dtype))
+        else:
+            results.append(h.new_empty(0))
+    return results
 
 
 def save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -195,13 +203,14 @@ def save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None
     ctx.options = options
 
 
-def rule(ctx: Any, dy: Tensor, *_: Any) -> tuple:
+def rule(ctx: Any, *grad_outputs: Any) -> tuple:
     """The gradients of a and V never come: no caller sees those outputs."""
+    dy = grad_outputs[0]
     a, v, h, weight, *adapter = ctx.saved_tensors
     need = dict(zip(_NAMES, ctx.needs_input_grad, strict=False))
     wanted = [n for n in _NAMES[: _NAMES.index("residual")] if n != "weight"]
     needs = [need[n] for n in wanted]
-    run = backward if is_plain(dy) else torch.ops.a3fta.adapter_linear_backward
+    run: Callable = backward if is_plain(dy) else torch.ops.a3fta.adapter_linear_backward
     grads = run(dy, a, v, h, weight, *adapter, *ctx.options, needs)
     found = {n: g for n, g in zip(wanted, grads, strict=True) if need[n]}
     if need["residual"]:
@@ -218,7 +227,10 @@ class AdapterLinearFunction(torch.autograd.Function):
         save(ctx, inputs, output)
         return output[0]
 
-    backward = staticmethod(once_differentiable(rule))
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple:
+        return rule(ctx, *grad_outputs)
 
 
 def apply(*inputs: Any) -> Tensor:

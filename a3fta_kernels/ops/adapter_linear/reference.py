@@ -29,13 +29,18 @@ def adapter_linear(
 
     With `columns = (start, length)` the adapter reads and writes only that slice of h's columns.
     """
-    options = dict(scale=scale, activation=activation, gamma=gamma, beta=beta)
+
+    def with_adapter(x: Tensor) -> Tensor:
+        return adapter(
+            x, w_down, w_up, b_down, b_up,
+            scale=scale, activation=activation, gamma=gamma, beta=beta,
+        )  # fmt: skip
+
     if columns is None:
-        adapted = adapter(h, w_down, w_up, b_down, b_up, **options)
+        adapted = with_adapter(h)
     else:
         start, length = columns
         before, inside, after = h.split((start, length, h.shape[-1] - start - length), dim=-1)
-        inside = adapter(inside, w_down, w_up, b_down, b_up, **options)
-        adapted = torch.cat((before, inside, after), dim=-1)
+        adapted = torch.cat((before, with_adapter(inside), after), dim=-1)
     y = F.linear(adapted, weight, bias)
     return y if residual is None else y + residual
