@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import backends, ops
+from . import ops
 from .adapters import BottleneckAdapter
+from .backends import resolve
 from .ops.activations import activate
 from .ops.adapter_linear import api as adapter_linear_api
 from .ops.adapter_linear import contract as adapter_linear_contract
@@ -103,7 +104,7 @@ class AdaptedProjectionMixin(nn.Module):
         return adapter_linear_api.apply_prepared(
             h.to(dtype), stack.w_down, stack.w_up, self.weight, self.bias, stack.b_down,
             stack.b_up, residual, 0, stack.scale, stack.activation, None, None, "auto",
-            backends.resolve(self.backend, h.device, dtype), frozen.v, frozen.v_bias,
+            resolve(self.backend, h.device, dtype), frozen.v, frozen.v_bias,
         )  # fmt: skip
 
     def active(self) -> list[tuple[BottleneckAdapter, float]]:
@@ -136,7 +137,7 @@ class AdaptedProjectionMixin(nn.Module):
         if not active or self.unfused_reason() not in (None, "the layer itself trains"):
             return False
         dtype = autocast_dtype(self.weight)
-        if backends.resolve(self.backend, self.weight.device, dtype) == "reference":
+        if resolve(self.backend, self.weight.device, dtype) == "reference":
             return False
         with torch.no_grad():
             first, *others = stacks(active, None)
