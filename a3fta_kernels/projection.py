@@ -67,6 +67,7 @@ class AdaptedProjectionMixin(nn.Module):
     backend: str
     merged: Merged | None
     frozen: Frozen | None
+    resting: tuple[str, ...]  # adapters that were chosen not to train
 
     def forward(self, h: Tensor, residual: Tensor | None = None) -> Tensor:
         """y = h' @ weight.T + bias [+ residual],  h' = h + sum of weight_i * adapter_i(h).
@@ -77,7 +78,7 @@ class AdaptedProjectionMixin(nn.Module):
         if not active:
             return _add(super().forward(h), residual)
         if residual is not None and residual.dtype != h.dtype:
-            return _add(self(h), residual)
+            return _add(AdaptedProjectionMixin.forward(self, h), residual)
         frozen = self.frozen
         if frozen is not None and frozen.v.dtype == autocast_dtype(h):
             return self._forward_frozen(h, residual, frozen)
@@ -211,6 +212,7 @@ def adapt(linear: nn.Linear, backend: str = "auto") -> AdaptedProjectionMixin:
     linear.backend = backend  # type: ignore[assignment]
     linear.merged = None  # type: ignore[assignment]
     linear.frozen = None  # type: ignore[assignment]
+    linear.resting = ()  # type: ignore[assignment]
     _rebind_forward(linear)
     return linear  # type: ignore[return-value]
 
@@ -219,7 +221,7 @@ def restore(projection: AdaptedProjectionMixin) -> None:
     """Gives the layer its class back and removes everything that `adapt` added."""
     projection.__class__ = stock_class(projection)
     del projection._modules["adapters"]
-    for name in ("weights", "enabled", "backend", "merged", "frozen"):
+    for name in ("weights", "enabled", "backend", "merged", "frozen", "resting"):
         del projection.__dict__[name]
     _rebind_forward(projection)
 

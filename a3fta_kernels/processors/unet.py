@@ -1,0 +1,248 @@
+"""The U-Net family: every model built on diffusers' `Attention` layer.
+
+UNet2DConditionModel (SD1.x, SD2.x, SDXL; Kandinsky with added keys and values), UNet2DModel, and
+others whose attention is followed by `to_out[0]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models import attention_processor as stock
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from ..checks import check_choice, describe
+from ..projection import AdaptedProjectionMixin
+from . import engines
+from .family import Family, Site
+
+ATTENTION = ("sdpa", "math", "sliced", "xformers")
+
+
+class A3FTAAttnProcessor:
+    """Drop-in for AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor and XFormersAttnProcessor.
+
+    Args:
+        attention: sdpa (AttnProcessor2_0), math (AttnProcessor), sliced or xformers.
+        slice_size: heads at a time, for "sliced".
+        attention_op: xformers' own choice of operator, for "xformers".
+
+    It holds no parameters: the adapter is part of `attn.to_out[0]`. On a layer without an
+    adapter it computes what the stock processor does.
+    """
+
+    def __init__(
+        self,
+        attention: str = "sdpa",
+        *,
+        slice_size: int | None = None,
+        attention_op: Any = None,
+        **unknown: Any,
+    ) -> None:
+        if unknown or not isinstance(attention, str):
+            got = ", ".join(unknown) or describe(attention)
+            raise TypeError(
+                f"{type(self).__name__}: expected attention, slice_size or attention_op, got "
+                f"{got}. It owns no parameters: call a3fta_kernels.inject(model, "
+                f"AdapterConfig(rank=...)), or model.set_attn_processor("
+                f"a3fta_kernels.attn_processors(model, AdapterConfig(rank=...)))"
+            )
+        check_choice("attention", attention, ATTENTION)
+        if attention == "sliced" and (not isinstance(slice_size, int) or slice_size < 1):
+            raise ValueError(
+                f"slice_size: expected a number of heads for attention='sliced', "
+                f"got {describe(slice_size)}"
+            )
+        if attention == "xformers":
+            engines.xformers_attention()
+        self.attention = attention
+        self.slice_size = slice_size
+        self.attention_op = attention_op
+
+    def __repr__(self) -> str:
+        # diffusers prints this where set_default_attn_processor meets a class it does not know
+        return (
+            f"{type(self).__name__}(attention={self.attention!r}) "
+            f"[a3fta_kernels.eject(model) restores the stock processors]"
+        )
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        shape = hidden_states.shape
+        if hidden_states.ndim == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attention_mask is not None:
+            source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+            attention_mask = attn.prepare_attention_mask(
+                attention_mask, source.shape[1], source.shape[0]
+            )
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+
+        query, key, value = self.project(attn, hidden_states, encoder_hidden_states)
+        h = self.attend(attn, query, key, value, attention_mask)
+
+        # the last division is skipped at 1: it changes nothing
+        if attn.residual_connection and len(shape) == 3 and not _drops(attn.to_out[1]):
+            y = project_out(attn.to_out[0], h, residual)
+        else:
+            y = attn.to_out[1](attn.to_out[0](h))
+            if len(shape) == 4:
+                y = y.transpose(-1, -2).reshape(shape)
+            if attn.residual_connection:
+                y = y + residual
+        return y if attn.rescale_output_factor == 1 else y / attn.rescale_output_factor
+
+    def project(
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        query = attn.to_q(hidden_states)
+        if encoder_hidden_states is None:
+            encoder_hidden_states = hidden_states
+        elif attn.norm_cross:
+            encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
+        return query, attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+
+    def attend(
+        self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        if self.attention == "sdpa":
+            return engines.sdpa(attn, query, key, value, mask)
+        if self.attention == "math":
+            return engines.math(attn, query, key, value, mask)
+        if self.attention == "sliced":
+            assert self.slice_size is not None
+            return engines.sliced(attn, query, key, value, mask, self.slice_size)
+        return engines.xformers(attn, query, key, value, mask, self.attention_op)
+
+
+class A3FTAFusedAttnProcessor(A3FTAAttnProcessor):
+    """Drop-in for FusedAttnProcessor2_0: one product for q, k and v (cross-attention: k and v)."""
+
+    def project(
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if encoder_hidden_states is None:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+            return query, key, value
+        if attn.norm_cross:
+            encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
+        key, value = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
+        return attn.to_q(hidden_states), key, value
+
+
+class A3FTAAttnAddedKVProcessor(A3FTAAttnProcessor, stock.AttnAddedKVProcessor2_0):
+    """Drop-in for AttnAddedKVProcessor and kin: keys and values of the text come first.
+
+    A subclass of the stock one, because `enable_xformers_memory_efficient_attention` asks.
+    """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        batch, tokens, _ = hidden_states.shape
+        attention_mask = attn.prepare_attention_mask(attention_mask, tokens, batch)
+        if encoder_hidden_states is None:
+            encoder_hidden_states = hidden_states
+        elif attn.norm_cross:
+            encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
+        hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+
+        query = attn.to_q(hidden_states)
+        key = attn.add_k_proj(encoder_hidden_states)
+        value = attn.add_v_proj(encoder_hidden_states)
+        if not attn.only_cross_attention:
+            key = torch.cat([key, attn.to_k(hidden_states)], dim=1)
+            value = torch.cat([value, attn.to_v(hidden_states)], dim=1)
+        h = self.attend(attn, query, key, value, attention_mask)
+
+        y = attn.to_out[1](attn.to_out[0](h))
+        return y.transpose(-1, -2).reshape(residual.shape) + residual
+
+
+def project_out(layer: nn.Module, h: Tensor, residual: Tensor) -> Tensor:
+    """layer(h) + residual, in one op where the layer can: PEFT's wrappers add outside."""
+    if isinstance(layer, AdaptedProjectionMixin):
+        return layer(h, residual=residual)
+    return layer(h) + residual
+
+
+def _drops(layer: nn.Module) -> bool:
+    return not isinstance(layer, nn.Dropout) or (layer.training and layer.p > 0)
+
+
+# stock class, exactly -> ours
+REPLACEMENTS: dict[type, Callable[[Any], A3FTAAttnProcessor]] = {
+    stock.AttnProcessor2_0: lambda _: A3FTAAttnProcessor(),
+    stock.AttnProcessor: lambda _: A3FTAAttnProcessor("math"),
+    stock.SlicedAttnProcessor: lambda p: A3FTAAttnProcessor("sliced", slice_size=p.slice_size),
+    stock.XFormersAttnProcessor: lambda p: A3FTAAttnProcessor(
+        "xformers", attention_op=p.attention_op
+    ),
+    stock.FusedAttnProcessor2_0: lambda _: A3FTAFusedAttnProcessor(),
+    stock.AttnAddedKVProcessor2_0: lambda _: A3FTAAttnAddedKVProcessor(),
+    stock.AttnAddedKVProcessor: lambda _: A3FTAAttnAddedKVProcessor("math"),
+    stock.SlicedAttnAddedKVProcessor: lambda p: A3FTAAttnAddedKVProcessor(
+        "sliced", slice_size=p.slice_size
+    ),
+    stock.XFormersAttnAddedKVProcessor: lambda p: A3FTAAttnAddedKVProcessor(
+        "xformers", attention_op=p.attention_op
+    ),
+}
+
+
+def processor_for(processor: Any) -> A3FTAAttnProcessor | None:
+    make = REPLACEMENTS.get(type(processor))
+    return None if make is None else make(processor)
+
+
+def owns(processor: Any) -> bool:
+    return isinstance(processor, A3FTAAttnProcessor)
+
+
+def sites(model: nn.Module) -> Iterator[Site]:
+    """The `Attention` layers; without projections where none consumes their output."""
+    for name, module in model.named_modules():
+        if isinstance(module, Attention):
+            found = {}
+            out = module.to_out
+            if isinstance(out, nn.ModuleList) and len(out) > 0:
+                found[f"{name}.to_out.0" if name else "to_out.0"] = out[0]
+            yield Site(name, module, found)
+
+
+def _has_attention(model: nn.Module) -> bool:
+    return any(isinstance(module, Attention) for module in model.modules())
+
+
+def _family(name: str, matches: Callable[[nn.Module], bool]) -> Family:
+    return Family(name, matches, sites, processor_for, owns)
+
+
+FAMILIES = (
+    _family("unet_condition", lambda m: isinstance(m, diffusers.UNet2DConditionModel)),
+    _family("unet", lambda m: isinstance(m, diffusers.UNet2DModel)),
+    _family("attention", _has_attention),
+)

@@ -1,0 +1,157 @@
+"""Which adapters act, which train, and the frozen state for inference."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from .checks import describe
+from .tree import adapted, adapter_names, check_known, check_unmerged, projections
+
+
+def set_adapters(
+    model: Any,
+    names: str | Sequence[str],
+    weights: float | Sequence[float] | None = None,
+) -> None:
+    """Makes exactly these adapters act, in parallel: h' = h + sum of weight_i * adapter_i(h).
+
+    `weights`: one number for all, one per name, or None for 1. No names: none acts.
+
+    Raises:
+        TypeError, ValueError: a name the model does not have (the message lists the known), a
+            weight that is no finite number, or merged layers. Nothing is changed then.
+    """
+    layers = adapted(model)
+    chosen = _names(names)
+    check_known("names", chosen, layers.values())
+    factors = _weights(weights, len(chosen))
+    check_unmerged(layers, "choose adapters")
+    for layer in layers.values():
+        layer.weights = {
+            n: w for n, w in zip(chosen, factors, strict=True) if n in layer.adapters
+        }
+        layer.frozen = None
+
+
+def enable_adapters(model: Any) -> None:
+    """Lets the adapters act again after `disable_adapters`."""
+    _enable(model, True)
+
+
+def disable_adapters(model: Any) -> None:
+    """Makes the model compute what it did before injection; the adapters stay."""
+    _enable(model, False)
+
+
+def _enable(model: Any, value: bool) -> None:
+    layers = adapted(model)
+    check_unmerged(layers, "switch them on or off")
+    for layer in layers.values():
+        layer.enabled = value
+
+
+@contextlib.contextmanager
+def disabled(model: Any) -> Iterator[None]:
+    """Adapters off inside the block: the teacher, where a loss compares with the stock model.
+
+    Takes effect for the forwards inside; with gradient checkpointing their backward belongs
+    inside too, because it runs the forward again.
+    """
+    layers = adapted(model)
+    check_unmerged(layers, "switch them off")
+    before = {name: layer.enabled for name, layer in layers.items()}
+    disable_adapters(model)
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.enabled = before[name]
+
+
+def trainable_parameters(model: Any) -> Iterator[nn.Parameter]:
+    """The adapter parameters that train, for an optimizer or for clipping: a new iterator at
+    every call.
+
+    Warns where adapters were frozen by someone else: PEFT's `add_adapter` does that, and
+    `set_trainable` undoes it.
+    """
+    layers = adapted(model)
+    training: list[nn.Parameter] = []
+    frozen: dict[str, None] = {}
+    for layer in layers.values():
+        for name, adapter in layer.adapters.items():
+            parameters = list(adapter.parameters())
+            training += [p for p in parameters if p.requires_grad]
+            if name not in layer.resting and not all(p.requires_grad for p in parameters):
+                frozen[name] = None
+    if frozen:
+        warnings.warn(
+            f"the adapters {', '.join(frozen)} are frozen and will not train; call "
+            f"set_trainable(model) (PEFT's add_adapter freezes all other parameters)",
+            stacklevel=2,
+        )
+    return iter(training)
+
+
+def set_trainable(model: Any, names: str | Sequence[str] | None = None) -> None:
+    """Lets the named adapters train, and the model's other adapters not. None: all of them.
+
+    The model's own parameters, and those of PEFT, stay as they are.
+    """
+    layers = adapted(model)
+    chosen = adapter_names(layers.values()) if names is None else _names(names)
+    check_known("names", chosen, layers.values())
+    for layer in layers.values():
+        for name, adapter in layer.adapters.items():
+            adapter.requires_grad_(name in chosen)
+        layer.resting = tuple(n for n in layer.adapters if n not in chosen)
+
+
+def freeze_for_inference(model: Any) -> int:
+    """Computes V = scale * weight @ w_up of every projection once and keeps it.
+
+    Holds until `train()`, loading, `set_adapters`, `merge`, a move of the model, or `unfreeze`.
+    Weights that are changed in other ways (an optimizer, `.data`) are not seen meanwhile.
+    Returns the number of projections that keep something: on the reference backend, with
+    adapters of different activations, and where the weight cannot be read, there is nothing.
+    """
+    layers = adapted(model)
+    return sum(layer.freeze() for layer in layers.values())
+
+
+def unfreeze(model: Any) -> None:
+    """Drops what `freeze_for_inference` kept."""
+    for layer in projections(model).values():
+        layer.frozen = None
+
+
+def _names(names: Any) -> list[str]:
+    chosen = [names] if isinstance(names, str) else names
+    if not isinstance(chosen, Iterable) or not all(isinstance(n, str) for n in list(chosen)):
+        raise TypeError(f"names: expected a name or a list of names, got {describe(names)}")
+    chosen = list(chosen)
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"names: expected each name once, got {chosen}")
+    return chosen
+
+
+def _weights(weights: Any, count: int) -> list[float]:
+    if weights is None:
+        weights = 1.0
+    values = [weights] * count if isinstance(weights, (int, float)) else weights
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"weights: expected a number or a list of them, got {describe(weights)}")
+    if len(values) != count:
+        raise ValueError(f"weights: expected one for each of {count} names, got {len(values)}")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"weights: expected numbers, got {describe(value)}")
+        if not math.isfinite(value):
+            raise ValueError(f"weights: expected finite numbers, got {value!r}")
+    return [float(value) for value in values]

@@ -1,0 +1,99 @@
+"""Finding one's way in a model: the denoiser of a pipeline, its adapted layers, its record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from .checks import describe
+from .projection import AdaptedProjectionMixin
+
+# what `inject` notes on the model it was given: plain names and stock objects, so that a deep
+# copy of the model has a record of its own
+RECORD = "_a3fta"
+
+
+def denoiser(model: Any) -> nn.Module:
+    """The module that is adapted: of a pipeline its U-Net or transformer, of a wrapper (DDP,
+    torch.compile, PEFT) the model inside.
+    """
+    if not isinstance(model, nn.Module):
+        for name in ("unet", "transformer"):
+            part = getattr(model, name, None)
+            if isinstance(part, nn.Module):
+                return denoiser(part)
+        raise TypeError(
+            f"model: expected a diffusers model, or a pipeline with a unet or a transformer, "
+            f"got {describe(model) if not hasattr(model, 'components') else type(model).__name__}"
+        )
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        return denoiser(model._orig_mod)
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return denoiser(model.module)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        return denoiser(model.get_base_model())
+    return model
+
+
+def projections(model: Any) -> dict[str, AdaptedProjectionMixin]:
+    """The adapted layers by name. A layer that PEFT wraps keeps the name it has without PEFT."""
+    return {
+        plain_name(name): module
+        for name, module in denoiser(model).named_modules()
+        if isinstance(module, AdaptedProjectionMixin)
+    }
+
+
+def plain_name(name: str) -> str:
+    """The name of a module or parameter without the levels that PEFT puts in."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
+def adapted(model: Any) -> dict[str, AdaptedProjectionMixin]:
+    """`projections`, or ValueError where there are none."""
+    found = projections(model)
+    if not found:
+        raise ValueError(
+            f"model: expected a model with adapters, got a {type(denoiser(model)).__name__} "
+            f"without; call inject first"
+        )
+    return found
+
+
+def adapter_names(layers: Iterable[AdaptedProjectionMixin]) -> list[str]:
+    """The names of the adapters on these layers, in the order of injection."""
+    names: dict[str, None] = {}
+    for layer in layers:
+        names.update(dict.fromkeys(layer.adapters))
+    return list(names)
+
+
+def check_known(
+    argument: str, names: Iterable[str], layers: Iterable[AdaptedProjectionMixin]
+) -> None:
+    known = adapter_names(layers)
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"{argument}: expected adapters that the model has ({', '.join(known)}), "
+                f"got {name!r}"
+            )
+
+
+def check_unmerged(layers: dict[str, AdaptedProjectionMixin], action: str) -> None:
+    merged = [name for name, layer in layers.items() if layer.merged is not None]
+    if merged:
+        raise ValueError(
+            f"model: expected unmerged adapters to {action}, got {len(merged)} merged layers "
+            f"({merged[0]}, ...); call unmerge first"
+        )
+
+
+def records(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+    """What earlier injections noted, on the model or on parts of it that were injected alone."""
+    for module in model.modules():
+        record = module.__dict__.get(RECORD)
+        if record is not None:
+            yield module, record

@@ -1,0 +1,130 @@
+"""Small models of every family, with the inputs they take. Nothing is downloaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+_SMALL = dict(
+    block_out_channels=(32, 64),
+    layers_per_block=1,
+    norm_num_groups=8,
+    sample_size=16,
+    in_channels=4,
+    out_channels=4,
+)
+_CROSS = dict(
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    cross_attention_dim=32,
+)
+
+
+def sd15(**options: Any) -> nn.Module:
+    """Like SD1.5: convolutions around the transformer, 4 heads."""
+    config = {**_SMALL, **_CROSS, "attention_head_dim": 4} | options
+    return diffusers.UNet2DConditionModel(**config)
+
+
+def sd2(**options: Any) -> nn.Module:
+    """Like SD2: linear projections around the transformer, heads per level, upcast attention."""
+    options = {
+        "attention_head_dim": (2, 4), "use_linear_projection": True, "upcast_attention": True
+    } | options  # fmt: skip
+    return sd15(**options)
+
+
+def sdxl(**options: Any) -> nn.Module:
+    """Like SDXL: more transformer layers at depth, and the size and text embeddings."""
+    options = {
+        "attention_head_dim": (2, 4), "use_linear_projection": True,
+        "transformer_layers_per_block": (1, 2), "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80,
+    } | options  # fmt: skip
+    return sd15(**options)
+
+
+def kandinsky(**options: Any) -> nn.Module:
+    """Like Kandinsky 2: keys and values of the text are added to those of the image."""
+    options = {
+        "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "attention_head_dim": 8,
+    } | options  # fmt: skip
+    return sd15(**options)
+
+
+def unet2d(**options: Any) -> nn.Module:
+    """UNet2DModel: attention on 4-D input with its own group norm and residual."""
+    config = _SMALL | dict(
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+    )
+    return diffusers.UNet2DModel(**(config | options))
+
+
+MODELS = {
+    "sd15": sd15, "sd2": sd2, "sdxl": sdxl, "kandinsky": kandinsky, "unet2d": unet2d
+}  # fmt: skip
+
+
+def build(
+    name: str,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> nn.Module:
+    """A model of the table, always with the same weights, in eval mode."""
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    model = MODELS[name](**options)
+    torch.set_rng_state(state)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def inputs(
+    name: str,
+    batch: int = 2,
+    seed: int = 1,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    masked: bool = False,
+) -> dict[str, Any]:
+    """Keyword arguments for `model(**inputs(name))`; `masked` hides some of the text."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
+
+    found: dict[str, Any] = dict(sample=draw(batch, 4, 16, 16), timestep=7)
+    if name != "unet2d":
+        found["encoder_hidden_states"] = draw(batch, 7, 32)
+    if name == "sdxl":
+        found["added_cond_kwargs"] = dict(
+            text_embeds=draw(batch, 32), time_ids=torch.ones(batch, 6, device=device, dtype=dtype)
+        )
+    if masked:
+        mask = torch.ones(batch, 7, device=device, dtype=torch.bool)
+        mask[:, 4:] = False
+        found["encoder_attention_mask"] = mask
+    return found
+
+
+def randomize(model: nn.Module, name: str = "default", std: float = 0.1, seed: int = 2) -> None:
+    """Fills the named adapter as training would, so that it changes the output."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if f".adapters.{name}." in key:
+                noise = torch.randn(parameter.shape, generator=generator) * std
+                parameter.copy_(noise.to(parameter))
+
+
+def run(model: nn.Module, name: str, **options: Any) -> Tensor:
+    return model(**inputs(name, **options)).sample
