@@ -63,7 +63,7 @@ __all__ = [
 
 
 @dataclass
-class _Plan:
+class Plan:
     """Everything `inject` will do, worked out before anything is touched."""
 
     name: str
@@ -103,7 +103,7 @@ def inject(
         BackendUnavailableError: the named backend cannot run here.
     """
     root = denoiser(model)
-    plan = _plan(root, config, name, backend)
+    plan = plan_injection(root, config, name, backend)
     _apply(root, plan)
     for attention, processor in plan.processors.items():
         root.get_submodule(attention).set_processor(processor)  # type: ignore[operator]
@@ -123,7 +123,7 @@ def attn_processors(
     Layers whose processor is not known keep it. Arguments and errors are those of `inject`.
     """
     root = denoiser(model)
-    plan = _plan(root, config, name, backend)
+    plan = plan_injection(root, config, name, backend)
     _apply(root, plan)
     return {
         f"{attention}.processor": plan.processors.get(attention, module.get_processor())  # type: ignore[operator]
@@ -157,11 +157,11 @@ def eject(model: Any, name: str | None = None) -> None:
         _restore_model(root)
 
 
-def _plan(root: nn.Module, config: AdapterConfig | None, name: str, backend: str) -> _Plan:
+def plan_injection(root: nn.Module, config: AdapterConfig | None, name: str, backend: str) -> Plan:
     config = AdapterConfig() if config is None else config
     if not isinstance(config, AdapterConfig):
         raise TypeError(f"config: expected an AdapterConfig or None, got {describe(config)}")
-    _check_name(name)
+    check_name(name)
     check_choice("backend", backend, ("auto", *BACKENDS))
     existing = projections(root)
     if any(name in layer.adapters for layer in existing.values()):
@@ -178,7 +178,7 @@ def _plan(root: nn.Module, config: AdapterConfig | None, name: str, backend: str
             f"({', '.join(processors.FAMILIES)}), got a {type(root).__name__} with none"
         )
 
-    plan = _Plan(name, config, backend, family, {}, {}, {}, {}, {})
+    plan = Plan(name, config, backend, family, {}, {}, {}, {}, {})
     for site in sites:
         _plan_site(plan, site)
     _check_patterns(plan, [plain_name(p) for site in sites for p in site.projections])
@@ -190,7 +190,7 @@ def _plan(root: nn.Module, config: AdapterConfig | None, name: str, backend: str
     return plan
 
 
-def _plan_site(plan: _Plan, site: processors.Site) -> None:
+def _plan_site(plan: Plan, site: processors.Site) -> None:
     if not site.projections:
         plan.unadapted[site.name] = "no linear layer of its own consumes it"
         return
@@ -217,7 +217,7 @@ def _plan_site(plan: _Plan, site: processors.Site) -> None:
         plan.left[site.name] = type(current).__name__
 
 
-def _check_patterns(plan: _Plan, names: list[str]) -> None:
+def _check_patterns(plan: Plan, names: list[str]) -> None:
     targets = plan.config.targets
     wanted = [targets] if isinstance(targets, str) else list(targets or ())
     for target in wanted:
@@ -248,7 +248,7 @@ def _is_target(targets: str | tuple[str, ...] | None, name: str) -> bool:
     return any(f".{target}." in f".{name}." for target in targets)
 
 
-def _check_name(name: Any) -> None:
+def check_name(name: Any) -> None:
     if not isinstance(name, str):
         raise TypeError(f"name: expected a string, got {describe(name)}")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
@@ -265,7 +265,7 @@ def _inside(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def _apply(root: nn.Module, plan: _Plan) -> None:
+def _apply(root: nn.Module, plan: Plan) -> None:
     first = next(records(root), None) is None
     fresh = {
         name: DESIGNS[plan.config.design](
@@ -273,7 +273,7 @@ def _apply(root: nn.Module, plan: _Plan) -> None:
             plan.ranks[name],
             plan.config,
             device=_adapter_device(linear),
-            dtype=_adapter_dtype(linear, plan.config),
+            dtype=adapter_dtype(linear, plan.config),
         )
         for name, linear in plan.targets.items()
     }
@@ -337,7 +337,7 @@ def _adapter_device(linear: nn.Linear) -> torch.device:
     return torch.device(getattr(hook, "execution_device", None) or "cpu")
 
 
-def _adapter_dtype(linear: nn.Linear, config: AdapterConfig) -> torch.dtype:
+def adapter_dtype(linear: nn.Linear, config: AdapterConfig) -> torch.dtype:
     if config.dtype is not None:
         return config.dtype
     return torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
@@ -348,7 +348,7 @@ def _compute_dtype(linear: nn.Linear) -> torch.dtype:
     return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.float32
 
 
-def _report(root: nn.Module, plan: _Plan) -> InjectionReport:
+def _report(root: nn.Module, plan: Plan) -> InjectionReport:
     layers = projections(root)
     found = {name: describe_layer(layers[name], plan.name) for name in plan.targets}
     notes = []

@@ -33,6 +33,7 @@ class BottleneckAdapter(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        self.config = config  # as given, for the adapter file
         self.rank = rank
         self.activation = config.activation
         self.scale = config.scale
