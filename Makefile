@@ -26,7 +26,7 @@ help: ## list the targets
 setup: $(READY) ## virtual environment, torch, the compiled library, the package
 
 demo: setup ## the main job: 20 handwritten digits, a picture and a table in outputs/
-	$(PY) -m a3fta_kernels.cli demo
+	$(PY) -m a3fta_kernels demo
 
 test: setup lint ## set-up, lint, all tests, and what they could not run here
 	$(PY) scripts/run_tests.py --workers $(WORKERS)
@@ -41,7 +41,7 @@ format: setup ## let ruff rewrite what it can
 	$(PY) -m ruff format .
 
 bench: setup ## op benchmarks: every op, backend and workload
-	$(PY) -m pytest benchmarks
+	$(PY) benchmarks/run.py
 
 fuzz: setup ## property tests at length: 5000 op cases, 20000 adapter files
 	A3FTA_FUZZ_CASES=5000 A3FTA_FUZZ_FILES=20000 $(PY) -m pytest tests/ops tests/test_storage_fuzz.py -k "fuzz or random or mutat" --timeout 0

@@ -23,7 +23,8 @@ LAYERS = [
     ["backends"],
     ["triton_support"],
     ["ops.activations", "ops.rule"],
-    ["ops.validate", "ops.*_triton"],
+    ["ops.validate", "ops.skinny_triton"],
+    ["ops.*_triton"],
     ["ops.*.reference", "ops.*.triton", "ops.*.native"],
     ["ops.*.contract"],
     ["ops.*.api"],
@@ -33,7 +34,8 @@ LAYERS = [
     ["adapters.*"],
     ["adapters"],
     ["projection"],
-    ["processors.common"],
+    ["tree"],
+    ["processors.engines", "processors.family"],
     ["processors.*"],
     ["processors"],
     ["inject"],
@@ -296,6 +298,15 @@ def test_every_design_is_in_its_table():
     files = {name for name in FILES if name.startswith("adapters.")} - {"adapters.config"}
     homes = {cls.__module__.removeprefix("a3fta_kernels.") for cls in DESIGNS.values()}
     assert homes == files
+
+
+def test_every_family_is_in_its_table():
+    from a3fta_kernels.processors import FAMILIES
+
+    shared = {"processors.engines", "processors.family"}
+    files = {name for name in FILES if name.startswith("processors.")} - shared
+    rows = {row.matches.__module__.removeprefix("a3fta_kernels.") for row in FAMILIES.values()}
+    assert rows == files
 
 
 FOLDERS = ("a3fta_kernels", "tests", "benchmarks", "examples", "scripts", "csrc")
