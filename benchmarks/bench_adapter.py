@@ -1,0 +1,12 @@
+"""`ops.adapter`: every backend against eager PyTorch, torch.compile and a clone of h."""
+
+from __future__ import annotations
+
+import pytest
+
+from .harness import Entry, Runner, clock, report
+
+
+@pytest.mark.benchmark(timer=clock)
+def test_adapter(entry: Entry, benchmark, runner: Runner) -> None:
+    report(entry, benchmark, runner)

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .harness import Runner, Settings, entries
+
+_OPS = {"bench_adapter": "adapter", "bench_adapter_linear": "adapter_linear"}
+_settings = pytest.StashKey[Settings]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("op benchmarks")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    group.addoption("--bench-device", default=default, choices=("cpu", "cuda"))
+    group.addoption("--bench-quick", action="store_true", help="few workloads, few rounds")
+    group.addoption("--bench-minutes", type=float, default=1e9, help="no new group after this")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    quick = config.getoption("--bench-quick")
+    device = torch.device(config.getoption("--bench-device"))
+    seconds = 0.2 if quick else (2.0 if device.type == "cpu" else 0.5)
+    config.stash[_settings] = Settings(device, quick, config.getoption("--bench-minutes"), seconds)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    op = _OPS[metafunc.module.__name__.rpartition(".")[2]]
+    found = entries(op, metafunc.config.stash[_settings])
+    metafunc.parametrize("entry", found, ids=str)
+
+
+@pytest.fixture(scope="session")
+def runner(pytestconfig: pytest.Config) -> Runner:
+    return Runner(pytestconfig.stash[_settings])

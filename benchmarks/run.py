@@ -1,0 +1,143 @@
+"""The op benchmarks in one command: `python benchmarks/run.py [--quick] [--device cpu|cuda]`.
+
+Runs the pytest-benchmark files, writes results/<device>.json (environment, ceilings, one row per
+op, workload, dtype, direction and variant) and prints a table. Exit status is not zero when a
+variant was wrong or did not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from benchmarks import measure  # noqa: E402
+from benchmarks.workloads import OPS  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few workloads, few rounds")
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--only", choices=OPS, help="this op alone; other rows of the file stay")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no group after this")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("benchmarks: --device cuda, but no GPU is usable here", file=sys.stderr)
+        return 2
+
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    report, status = run_pytest(arguments, device)
+    rows = ratios([b["extra_info"]["row"] for b in report.get("benchmarks", [])])
+    if not rows:
+        print("benchmarks: nothing was measured", file=sys.stderr)
+        return status or 1
+    found = {
+        "environment": measure.environment(device) | {"quick": arguments.quick},
+        "ceilings": report["benchmarks"][0]["extra_info"]["ceilings"],
+        "rows": rows,
+    }
+    path = arguments.out / f"{measure.file_stem(device)}.json"
+    write(path, merged(path, found, arguments.only))
+    print_table(found)
+    print(f"\nwritten: {path}")
+    return status
+
+
+def run_pytest(arguments: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], int]:
+    only = (arguments.only,) if arguments.only else OPS
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder, "pytest.json")
+        command = [
+            sys.executable, "-m", "pytest", "-q", "--no-header", "-o", "addopts=", "-rs",
+            "-p", "no:cacheprovider", "--tb=short", "--benchmark-columns=median,iqr,rounds",
+            f"--benchmark-json={target}", f"--bench-device={device.type}",
+            f"--bench-minutes={arguments.minutes}", *(["--bench-quick"] * arguments.quick),
+            *(f"benchmarks/bench_{op}.py" for op in only),
+        ]  # fmt: skip
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        status = subprocess.run(command, cwd=ROOT, env=environment).returncode
+        text = target.read_text() if target.exists() else ""
+    return (json.loads(text) if text else {}), status
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Adds, per row, how many times faster than eager it is, and floor / time."""
+    eager = {_key(r): r["q50_us"] for r in rows if r["variant"] == "eager"}
+    for row in rows:
+        row["x_eager"] = eager[_key(row)] / row["q50_us"] if _key(row) in eager else None
+        if "floor_us" in row:
+            row["of_floor"] = row["floor_us"] / row["q50_us"]
+    return rows
+
+
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(row[k] for k in ("op", "workload", "dtype", "direction"))
+
+
+def merged(path: Path, found: dict[str, Any], only: str | None) -> dict[str, Any]:
+    """With --only, the other op's rows of the same commit and device stay."""
+    if only is None or not path.exists():
+        return found
+    before = json.loads(path.read_text())
+    same = ("device", "commit", "torch", "quick")
+    if any(before["environment"].get(k) != found["environment"][k] for k in same):
+        print(f"{path.name} is of another commit or device: its rows are dropped")
+        return found
+    kept = [r for r in before["rows"] if r["op"] != only]
+    return found | {"rows": sorted(kept + found["rows"], key=lambda r: OPS.index(r["op"]))}
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    def short(x: Any) -> Any:
+        if isinstance(x, float):
+            return float(f"{x:.4g}")
+        if isinstance(x, dict):
+            return {k: short(v) for k, v in x.items()}
+        return x
+
+    head = {k: short(v) for k, v in found.items() if k != "rows"}
+    lines = ",\n".join(f"    {json.dumps(short(row))}" for row in found["rows"])
+    text = json.dumps(head, indent=2).removesuffix("\n}") + f',\n  "rows": [\n{lines}\n  ]\n}}\n'
+    partial = path.with_suffix(".part")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def print_table(found: dict[str, Any]) -> None:
+    about = found["environment"]
+    print(f"\n{about['device']}, torch {about['torch']}, commit {about['commit']}")
+    print(", ".join(f"{k} {v:.3g}" for k, v in found["ceilings"].items()))
+    group = None
+    for row in found["rows"]:
+        if _key(row) != group:
+            group = _key(row)
+            print(f"\n{row['op']} {row['workload']} {row['dtype']} {row['direction']}")
+        notes = [f"{row['x_eager']:.2f}x eager"] if row["x_eager"] else []
+        if "of_floor" in row:
+            notes.append(f"{row['of_floor']:.0%} of the floor {row['floor_us']:.0f} us")
+        notes += [f"{v} {k}" for k, v in row.get("counts", {}).items()]
+        if "saved_bytes" in row:
+            notes.append(f"saves {row['saved_bytes'] / 2**20:.1f} MiB")
+        if row["peak_bytes"] is not None:
+            notes.append(f"peak {row['peak_bytes'] / 2**20:.1f} MiB")
+        print(
+            f"  {row['variant']:16s} {row['q50_us']:10.1f} us [{row['q20_us']:.1f}, "
+            f"{row['q80_us']:.1f}]  {', '.join(notes)}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
