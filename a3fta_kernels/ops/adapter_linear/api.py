@@ -118,13 +118,7 @@ def apply_prepared(
 
     Arguments are not checked: for callers that hold a frozen layer whose V they made themselves.
     """
-    paths = contract.backend_module(backend).paths(h.device.type)
-    if path == "auto":
-        path = paths[0]
-    elif path not in paths:
-        raise BackendUnavailableError(
-            f"path {path!r}: backend {backend!r} on {h.device.type} knows {', '.join(paths)}"
-        )
+    path = _path(path, backend, h.device.type)
     number, tensor = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
     # a wider residual (autocast) is added outside, so that the sum keeps its dtype
     fused = residual if residual is not None and residual.dtype == h.dtype else None
@@ -136,6 +130,22 @@ def apply_prepared(
         )  # fmt: skip
     y = y.view(*h.shape[:-1], weight.shape[0])
     return y if residual is None or fused is not None else y + residual
+
+
+def _path(path: str, backend: str, device_type: str) -> str:
+    """The path that `backend` takes on such a device."""
+    paths: tuple[str, ...] = contract.backend_module(backend).paths(device_type)
+    if path == "auto":
+        return paths[0]
+    if path not in paths:
+        raise BackendUnavailableError(
+            f"path {path!r}: backend {backend!r} on {device_type} knows {', '.join(paths)}"
+        )
+    return path
+
+
+# constant for the compiler, which cannot trace the import of the backend's module
+_path._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _columns(columns: tuple[int, int] | None, width: int) -> tuple[int, int]:
