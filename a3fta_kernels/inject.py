@@ -126,7 +126,7 @@ def attn_processors(
     plan = plan_injection(root, config, name, backend)
     _apply(root, plan)
     return {
-        f"{attention}.processor": plan.processors.get(attention, module.get_processor())  # type: ignore[operator]
+        f"{attention}.processor": plan.processors.get(attention, module.get_processor())
         for attention, module in root.named_modules()
         if hasattr(module, "get_processor")
     }
@@ -286,9 +286,7 @@ def _apply(root: nn.Module, plan: Plan) -> None:
         record["processors"].setdefault(attention, current)
     for name, linear in plan.targets.items():
         layer = (
-            linear
-            if isinstance(linear, AdaptedProjectionMixin)
-            else adapt(linear, plan.backend)
+            linear if isinstance(linear, AdaptedProjectionMixin) else adapt(linear, plan.backend)
         )
         fresh[name].train(layer.training)
         layer.adapters[plan.name] = fresh[name]
@@ -359,9 +357,7 @@ def _report(root: nn.Module, plan: Plan) -> InjectionReport:
             f"{_adapter_device(layers[meta[0]])}"
         )
     count = Counter({plan.family.name: len(found)})
-    ours = {
-        name: repr(processor).split(" ")[0] for name, processor in plan.processors.items()
-    }
+    ours = {name: repr(processor).split(" ")[0] for name, processor in plan.processors.items()}
     adapters = sum(p.numel() for x in layers.values() for p in x.adapters.parameters())
     return InjectionReport(
         name=plan.name,

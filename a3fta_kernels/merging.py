@@ -77,10 +77,11 @@ def _merge(layer: AdaptedProjectionMixin) -> None:
             shift = moved if shift is None else shift + moved
     layer.weight.copy_(w + change)
     if shift is not None:
-        if layer.bias is None:
+        bias: Tensor | None = layer.bias
+        if bias is None:
             layer.bias = nn.Parameter(shift.to(kept.weight.dtype), requires_grad=False)
         else:
-            layer.bias.copy_(layer.bias.to(wide) + shift)
+            bias.copy_(bias.to(wide) + shift)
     layer.frozen = None
     layer.merged = kept
 
@@ -101,7 +102,7 @@ def unmerge(model: Any) -> None:
             assert kept is not None
             layer.weight.copy_(kept.weight)
             if kept.bias is None:
-                layer.bias = None
+                layer.register_parameter("bias", None)
             else:
                 layer.bias.copy_(kept.bias)
             layer.merged = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,14 @@ class Merged(NamedTuple):
     bias: Tensor | None
 
 
-class AdaptedProjectionMixin(nn.Module):
+# beside some linear class, which the type checker takes for nn.Linear
+if TYPE_CHECKING:
+    _Linear = nn.Linear
+else:
+    _Linear = nn.Module
+
+
+class AdaptedProjectionMixin(_Linear):
     """What an adapted layer adds to the linear class it had before."""
 
     adapters: nn.ModuleDict
@@ -112,7 +119,8 @@ class AdaptedProjectionMixin(nn.Module):
         """The adapters that act in the next forward, with their weights."""
         if not self.enabled or self.merged is not None:
             return []
-        return [(self.adapters[name], weight) for name, weight in self.weights.items()]  # type: ignore[misc]
+        adapters: Any = self.adapters
+        return [(adapters[name], weight) for name, weight in self.weights.items()]
 
     def unfused_reason(self) -> str | None:
         """Why the fused op cannot read this layer's weight now; None where it can."""
@@ -184,19 +192,20 @@ class _AdaptedSubclass(AdaptedProjectionMixin):
 
 
 @functools.cache
-def adapted_class(stock: type[nn.Linear]) -> type[nn.Linear]:
+def adapted_class(stock: Any) -> Any:
     """The class that an adapted layer of class `stock` has."""
     if stock is nn.Linear:
         return AdaptedProjection
     return type(f"Adapted{stock.__name__}", (_AdaptedSubclass, stock), {"__module__": __name__})
 
 
-def stock_class(projection: AdaptedProjectionMixin) -> type[nn.Linear]:
+def stock_class(projection: AdaptedProjectionMixin) -> type:
     """The class the layer had before, and has after `restore`."""
-    return type(projection).__mro__[type(projection).__mro__.index(AdaptedProjectionMixin) + 1]
+    order = type(projection).__mro__
+    return order[order.index(AdaptedProjectionMixin) + 1]
 
 
-def _blank(stock: type[nn.Linear]) -> nn.Module:
+def _blank(stock: type) -> nn.Module:
     cls = adapted_class(stock)
     return cls.__new__(cls)
 
@@ -204,17 +213,19 @@ def _blank(stock: type[nn.Linear]) -> nn.Module:
 def adapt(linear: nn.Linear, backend: str = "auto") -> AdaptedProjectionMixin:
     """Turns `linear` into an adapted projection, in place, without an adapter yet."""
     check_forward(linear)
-    linear.__class__ = adapted_class(type(linear))
-    linear.adapters = nn.ModuleDict()
-    linear.adapters.train(linear.training)
-    linear.weights = {}  # type: ignore[assignment]
-    linear.enabled = True  # type: ignore[assignment]
-    linear.backend = backend  # type: ignore[assignment]
-    linear.merged = None  # type: ignore[assignment]
-    linear.frozen = None  # type: ignore[assignment]
-    linear.resting = ()  # type: ignore[assignment]
-    _rebind_forward(linear)
-    return linear  # type: ignore[return-value]
+    stock: Any = type(linear)
+    linear.__class__ = adapted_class(stock)
+    projection = cast(AdaptedProjectionMixin, linear)
+    projection.adapters = nn.ModuleDict()
+    projection.adapters.train(linear.training)
+    projection.weights = {}
+    projection.enabled = True
+    projection.backend = backend
+    projection.merged = None
+    projection.frozen = None
+    projection.resting = ()
+    _rebind_forward(projection)
+    return projection
 
 
 def restore(projection: AdaptedProjectionMixin) -> None:
@@ -298,12 +309,13 @@ def _stack(
 def delta(h: Tensor, stack: Stack) -> Tensor:
     """scale * (act(h @ w_down.T + b_down) * (1 + gamma) @ w_up.T + b_up), without h itself."""
     dtype = h.dtype
-    w_down, w_up, b_down, b_up = (None if t is None else t.to(dtype) for t in stack[:4])
-    z = activate(nn.functional.linear(h, w_down, b_down), stack.activation)
+    b_down, b_up = (None if b is None else b.to(dtype) for b in (stack.b_down, stack.b_up))
+    a = nn.functional.linear(h, stack.w_down.to(dtype), b_down)
+    z = activate(a, stack.activation)
     if stack.gamma is not None:
         per_sample = stack.gamma.to(dtype).view(h.shape[0], *[1] * (h.dim() - 2), -1)
         z = z * (1 + per_sample)
-    return stack.scale * nn.functional.linear(z, w_up, b_up)
+    return stack.scale * nn.functional.linear(z, stack.w_up.to(dtype), b_up)
 
 
 def _or_zeros(x: Tensor | None, like: Tensor) -> Tensor:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from .backends import resolve
+from .ops.validate import FLOATS
 from .projection import AdaptedProjectionMixin
 
 
@@ -66,17 +69,15 @@ class InjectionReport:
 
 
 def describe_layer(layer: AdaptedProjectionMixin, name: str) -> LayerReport:
-    adapter = layer.adapters[name]
-    channels, rank = layer.in_features, adapter.rank
+    adapter: Any = layer.adapters[name]
     reason = layer.unfused_reason() or ""
-    weight = layer.weight
-    backend = layer.backend
+    backend, weight = layer.backend, layer.weight
     if weight.device.type != "meta":
-        dtype = weight.dtype if not reason else adapter.w_down.dtype
+        dtype = weight.dtype if weight.dtype in FLOATS else adapter.w_down.dtype
         backend = resolve(backend, weight.device, dtype)
     parameters = sum(p.numel() for p in adapter.parameters())
-    return LayerReport(int(channels), int(rank), backend, not reason, reason, parameters)
+    return LayerReport(layer.in_features, adapter.rank, backend, not reason, reason, parameters)
 
 
-def _reasons(values: object) -> list[tuple[str, int]]:
-    return sorted(Counter(v for v in values if v).items())  # type: ignore[attr-defined]
+def _reasons(values: Iterable[str]) -> list[tuple[str, int]]:
+    return sorted(Counter(v for v in values if v).items())

@@ -33,9 +33,7 @@ def set_adapters(
     factors = _weights(weights, len(chosen))
     check_unmerged(layers, "choose adapters")
     for layer in layers.values():
-        layer.weights = {
-            n: w for n, w in zip(chosen, factors, strict=True) if n in layer.adapters
-        }
+        layer.weights = {n: w for n, w in zip(chosen, factors, strict=True) if n in layer.adapters}
         layer.frozen = None
 
 

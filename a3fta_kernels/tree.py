@@ -32,8 +32,9 @@ def denoiser(model: Any) -> nn.Module:
         return denoiser(model._orig_mod)
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return denoiser(model.module)
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        return denoiser(model.get_base_model())
+    get_base_model: Any = getattr(model, "get_base_model", None)
+    if get_base_model is not None and hasattr(model, "peft_config"):
+        return denoiser(get_base_model())
     return model
 
 

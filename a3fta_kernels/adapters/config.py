@@ -108,7 +108,7 @@ class AdapterConfig:
         unknown = sorted(str(key) for key in values if key not in known)
         if unknown:
             raise ValueError(
-                f"config: expected the keys {', '.join(known)}, got the unknown {', '.join(unknown)}"
+                f"config: expected keys of {', '.join(known)}, got {', '.join(unknown)}"
             )
         values = dict(values)
         dtype = values.get("dtype")

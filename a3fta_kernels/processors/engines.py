@@ -61,9 +61,7 @@ def xformers(
     if mask is not None:
         mask = _xformers_bias(mask, batch, attn.heads, tokens, query.dtype)
     try:
-        h = memory_efficient_attention(
-            query, key, value, attn_bias=mask, op=op, scale=attn.scale
-        )
+        h = memory_efficient_attention(query, key, value, attn_bias=mask, op=op, scale=attn.scale)
     except NotImplementedError as error:
         first = str(error).strip().splitlines()[0]
         raise BackendUnavailableError(f"attention 'xformers': {first}") from error
@@ -85,9 +83,7 @@ def _split(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1))
 
 
-def _xformers_bias(
-    mask: Tensor, batch: int, heads: int, tokens: int, dtype: torch.dtype
-) -> Tensor:
+def _xformers_bias(mask: Tensor, batch: int, heads: int, tokens: int, dtype: torch.dtype) -> Tensor:
     """(B, H, Lq, Lk), expanded over queries, with rows that start at multiples of 8 elements."""
     keys = mask.shape[-1]
     mask = mask.to(dtype).view(batch, heads, -1, keys)

@@ -163,7 +163,8 @@ class A3FTAAttnAddedKVProcessor(A3FTAAttnProcessor, stock.AttnAddedKVProcessor2_
             hidden_states = attn.spatial_norm(hidden_states, temb)
         hidden_states = hidden_states.flatten(2).transpose(1, 2)
         batch, tokens, _ = hidden_states.shape
-        attention_mask = attn.prepare_attention_mask(attention_mask, tokens, batch)
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, tokens, batch)
         if encoder_hidden_states is None:
             encoder_hidden_states = hidden_states
         elif attn.norm_cross:
