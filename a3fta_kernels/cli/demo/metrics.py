@@ -1,0 +1,97 @@
+"""What the demo measures on samples. All distances are between pixels, images in -1..1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+COPY_QUANTILE = 0.01
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.flatten(1).double()
+
+
+def nearest(samples: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
+    """Euclidean distance (N,) to the nearest training image, and its index (N,)."""
+    distance, index = torch.cdist(_flat(samples), _flat(train)).min(1)
+    return distance, index
+
+
+def copy_threshold(reference: Tensor, train: Tensor) -> float:
+    """Below this distance to its nearest training image, a sample counts as a near-copy.
+
+    It is the 1st percentile of that distance over real images that nobody trained on, so by
+    chance alone 1 % of real handwriting would count.
+    """
+    return float(nearest(reference, train)[0].quantile(COPY_QUANTILE))
+
+
+def copies(samples: Tensor, train: Tensor, threshold: float) -> Tensor:
+    """(N,) bool: which samples are near-copies."""
+    return nearest(samples, train)[0] < threshold
+
+
+def _mmd(x: Tensor, y: Tensor) -> float:
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    n, m = len(x), len(y)
+    xx, yy = kernel(x, x), kernel(y, y)
+    within = (xx.sum() - xx.trace()) / (n * (n - 1)) + (yy.sum() - yy.trace()) / (m * (m - 1))
+    return float(within - 2 * kernel(x, y).mean())
+
+
+def kid(samples: Tensor, reference: Tensor) -> float:
+    """Kernel distance (cubic polynomial, unbiased) between samples and real images.
+
+    Scaled so that blank images score 100; 0 is real handwriting, and noise around 0 may be
+    negative.
+    """
+    real = _flat(reference)
+    blank = _flat(torch.full_like(reference, -1.0))
+    return 100 * _mmd(_flat(samples), real) / _mmd(blank, real)
+
+
+def recall(samples: Tensor, reference: Tensor, neighbours: int = 3) -> float:
+    """Share of the real images that lie within reach of the samples.
+
+    A sample reaches as far as its `neighbours`-th nearest other sample. Low where samples
+    repeat each other, or the training images.
+    """
+    samples, reference = _flat(samples), _flat(reference)
+    k = min(neighbours, len(samples) - 1)
+    radius = torch.cdist(samples, samples).kthvalue(k + 1, dim=1).values
+    return float((torch.cdist(reference, samples) <= radius).any(1).double().mean())
+
+
+def legible(samples: Tensor, labels: Tensor, reference: Tensor, truth: Tensor) -> float:
+    """Share of samples that a classifier of real digits reads as the digit asked for."""
+    from sklearn.svm import SVC
+
+    reader = SVC().fit(_flat(reference).numpy(), truth.numpy())
+    return float((reader.predict(_flat(samples).numpy()) == labels.numpy()).mean())
+
+
+def saved_for_backward(model: nn.Module, *args: Any, **kwargs: Any) -> int:
+    """Bytes that one training forward keeps for its backward.
+
+    Counted from autograd's saved tensors: a storage counts once, however many views of it are
+    saved; the model's own parameters and buffers do not count.
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    # the graph, alive in `output`, keeps every saved storage from being reused while we count
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = model(*args, **kwargs)
+    del output
+    return sum(found.values())
