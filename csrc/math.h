@@ -28,9 +28,10 @@ static A3FTA_HD float exponential(float x) {
 #if defined(__CUDA_ARCH__)
   return expf(x);
 #else
-  // x = n ln 2 + r, |r| <= ln 2 / 2; NaN passes both comparisons and the polynomial
-  x = x > 88.3f ? 88.3f : x;
-  x = x < -87.0f ? -87.0f : x;
+  // x = n ln 2 + r, |r| <= ln 2 / 2; at the ends 2^n becomes infinity and zero. NaN passes both
+  // comparisons and the polynomial
+  x = x > 89.0f ? 89.0f : x;
+  x = x < -88.0f ? -88.0f : x;
   const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const float n = (x * 1.44269504f + shift) - shift;
   const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;

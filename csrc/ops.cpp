@@ -22,10 +22,11 @@ bool has_cuda() {
 STABLE_TORCH_LIBRARY(a3fta_native, m) {
   m.def("has_cuda() -> bool");
 
-  // the instruction sets the CPU kernels were built for, and which of them runs
-  m.def("cpu_capabilities() -> int");
-  m.def("cpu_capability() -> int");
-  m.def("set_cpu_capability(int level) -> ()");
+  // the instruction sets of the CPU kernels that this processor runs, separated by commas, the
+  // best last; the one in use; and another choice (for tests)
+  m.def("cpu_capabilities() -> str");
+  m.def("cpu_capability() -> str");
+  m.def("set_cpu_capability(str name) -> ()");
 
   // y = h + act(h @ w_down.T + b_down) [* (1 + gamma) + beta] @ w_up.T + b_up
   m.def(

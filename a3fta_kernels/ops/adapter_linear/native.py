@@ -1,0 +1,100 @@
+"""`adapter_linear` in the compiled library. The protocol is in contract.py.
+
+Path "skinny", on the CPU and on CUDA: the wide products by PyTorch's library, the narrow ones by
+kernels that fold in the activation, the residual and the sums. Path "fused", on CUDA: the wide
+product, too, in a kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...backends import BackendUnavailableError, native_status
+from ..activations import activation_code
+from ..rule import AdapterGrads
+
+# loads the library: its operators exist from here on
+if not native_status().available:
+    raise BackendUnavailableError(f"backend 'native': {native_status().reason}")
+
+_native = torch.ops.a3fta_native
+
+
+def paths(device_type: str) -> tuple[str, ...]:
+    """The ways of computing on this device, the default first."""
+    return ("skinny", "fused") if device_type == "cuda" else ("skinny",)
+
+
+def forward(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    w_down: Tensor,
+    v: Tensor,
+    b_down: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    start: int,
+    activation: str,
+    path: str,
+) -> tuple[Tensor, Tensor]:
+    """y (M, N) and a (M, R)."""
+    code = activation_code(activation)
+    v, bias, b_down = v.contiguous(), _dense(bias), _dense(b_down)
+    gamma, beta = _dense(gamma), _dense(beta)
+    if path == "fused":
+        y, a = _native.adapter_linear_forward.default(
+            h, weight, bias, w_down, v, b_down, gamma, beta, residual, start, code
+        )
+        return y, a
+    part = h.narrow(1, start, w_down.shape[1])
+    a, z = _native.adapter_down.default(part, w_down, b_down, gamma, beta, code)
+    y = _native.adapter_up.default(z, v, bias, residual)
+    return y.addmm_(h, weight.t()), a
+
+
+def backward(
+    dy: Tensor,
+    h: Tensor,
+    a: Tensor,
+    weight: Tensor,
+    w_down: Tensor,
+    v: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    start: int,
+    activation: str,
+    path: str,
+    need_dh: bool,
+    need_dw: bool,
+) -> AdapterGrads:
+    """Gradients; g_up is P = dy.T @ z (N, R)."""
+    gamma, beta = _dense(gamma), _dense(beta)
+    da, p, dy_sum, dgamma, dbeta = _native.adapter_dz.default(
+        dy, a, v.contiguous(), gamma, beta, activation_code(activation), need_dw
+    )
+    channels = w_down.shape[1]
+    dh = None
+    if need_dh and path == "fused":
+        dh = _native.adapter_linear_backward_dh.default(dy, da, weight, w_down, start)
+    elif need_dh:
+        dh = torch.mm(dy, weight)
+        _native.adapter_dh_.default(dh.narrow(1, start, channels), da, w_down)
+    if not need_dw:
+        return AdapterGrads(dh, None, None, None, None, None, None)
+    dw_down, da_sum = _native.adapter_dw_down.default(da, h.narrow(1, start, channels))
+    return AdapterGrads(
+        dh,
+        dw_down,
+        p,
+        da_sum,
+        dy_sum,
+        None if gamma is None else dgamma,
+        None if beta is None else dbeta,
+    )
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()

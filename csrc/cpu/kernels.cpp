@@ -1,0 +1,28 @@
+// The CPU kernels of one instruction set. setup.py compiles this file once per set, with
+// A3FTA_ISA naming it and the compiler flags to match.
+
+#include "backward.h"
+#include "forward.h"
+
+#ifndef A3FTA_ISA
+#error "A3FTA_ISA names the table of kernels that this build exports"
+#endif
+
+namespace a3fta::cpu {
+
+#define A3FTA_NAME_(isa) #isa
+#define A3FTA_NAME(isa) A3FTA_NAME_(isa)
+
+extern const Kernels A3FTA_ISA;
+const Kernels A3FTA_ISA = {
+    A3FTA_NAME(A3FTA_ISA),
+    {Forward<double>::forward, Forward<float>::forward, Forward<BFloat16>::forward,
+     Forward<Float16>::forward},
+    {Forward<double>::up, Forward<float>::up, Forward<BFloat16>::up, Forward<Float16>::up},
+    {Backward<double>::backward, Backward<float>::backward, Backward<BFloat16>::backward,
+     Backward<Float16>::backward},
+    {Backward<double>::outer, Backward<float>::outer, Backward<BFloat16>::outer,
+     Backward<Float16>::outer},
+};
+
+}  // namespace a3fta::cpu

@@ -1,0 +1,91 @@
+// What the CPU kernels look like from outside. kernels.cpp is compiled once per instruction set;
+// each build exports one table of this type, and runtime.cpp picks one when the library loads.
+//
+// No torch and no standard C++ headers here or in kernels.cpp: an inline function compiled for
+// one instruction set must not be merged with that of another.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace a3fta::cpu {
+
+enum DType : int { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
+constexpr int kDTypes = 4;
+
+struct Host {
+  // calls work(ctx, worker) for worker = 0 .. workers - 1, at once
+  void (*parallel)(int64_t workers, void (*work)(void* ctx, int64_t worker), void* ctx);
+  int64_t (*threads)();
+  void* (*allocate)(size_t bytes);  // aligned to a cache line; throws
+  void (*release)(void*);
+};
+
+struct Matrix {  // unit column stride
+  void* data = nullptr;
+  int64_t stride = 0;
+};
+
+// (1 + gamma) and beta, one row per sample
+struct Modulation {
+  const void* gamma = nullptr;  // (samples, R) or null, contiguous
+  const void* beta = nullptr;
+  int64_t samples = 1;
+};
+
+// a = h @ w_down.T + b_down, z = act(a) * (1 + gamma) + beta, and, where y is given,
+// y = h + z @ w_up.T + b_up
+struct ForwardArgs {
+  int64_t rows, channels, rank;
+  int activation;
+  Matrix h, w_down, w_up;
+  const void* b_down = nullptr;
+  const void* b_up = nullptr;
+  Modulation modulation;
+  Matrix a, z, y;  // z, y: null where not wanted
+};
+
+// out = residual + bias + x @ w.T (w: (columns, rank)) or x @ w (w: (rank, columns))
+struct UpArgs {
+  int64_t rows, columns, rank;
+  Matrix x, w;
+  bool transposed;  // w is (columns, rank)
+  const void* bias = nullptr;
+  bool bias_wide = false;  // bias is in the accumulation dtype
+  Matrix residual, out;    // residual: null or (rows, columns), may be out
+};
+
+// dz = dy @ w_up, da = dz (1 + gamma) act'(a), z = act(a) (1 + gamma) + beta; then what is asked:
+// dh = dy + da @ w_down, dw_down = da.T @ h, g_up = dy.T @ z, and the sums over rows
+struct BackwardArgs {
+  int64_t rows, channels, rank;
+  int activation;
+  Matrix dy, h, a, w_down, w_up;  // h: null without dw_down; w_down: null without dh
+  Modulation modulation;
+  Matrix da, dh;  // each may be null
+  // in the accumulation dtype, contiguous; null where not wanted
+  void* dw_down = nullptr;  // (R, C)
+  void* g_up = nullptr;     // (C, R)
+  void* da_sum = nullptr;   // (R,)
+  void* dy_sum = nullptr;   // (C,)
+  void* dgamma = nullptr;   // (samples, R), zeroed
+  void* dbeta = nullptr;
+};
+
+// dw_down = da.T @ h and da_sum = sum(da)
+struct OuterArgs {
+  int64_t rows, channels, rank;
+  Matrix da, h;
+  void* dw_down;  // (R, C)
+  void* da_sum;   // (R,)
+};
+
+struct Kernels {
+  const char* name;
+  void (*forward[kDTypes])(const Host&, const ForwardArgs&);
+  void (*up[kDTypes])(const Host&, const UpArgs&);
+  void (*backward[kDTypes])(const Host&, const BackwardArgs&);
+  void (*outer[kDTypes])(const Host&, const OuterArgs&);
+};
+
+}  // namespace a3fta::cpu
