@@ -35,6 +35,7 @@ LAYERS = [
     ["adapters"],
     ["projection"],
     ["tree"],
+    ["merging", "report", "switch"],
     ["processors.engines", "processors.family"],
     ["processors.*"],
     ["processors"],

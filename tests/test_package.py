@@ -1,0 +1,222 @@
+"""What is shipped: versions, wheel and sdist, the README's code, the Makefile's documentation."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import a3fta_kernels as a3fta
+
+from . import models
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+README = (ROOT / "README.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def test_one_version_everywhere():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", a3fta.__version__)
+    assert f"\n## [{a3fta.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {a3fta.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"Version {a3fta.__version__}:" in README
+
+
+def test_the_promise_of_the_version_is_written_down():
+    assert "What a version promises" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """The project without what was built in it: builders write beside the sources."""
+    copy = tmp_path_factory.mktemp("tree") / "project"
+    skip = shutil.ignore_patterns(
+        ".git",
+        ".venv*",
+        "build",
+        "dist",
+        "outputs",
+        "*.egg-info",
+        "__pycache__",
+        "*.so",
+        ".*_cache",
+    )
+    shutil.copytree(ROOT, copy, ignore=skip)
+    return copy
+
+
+def build(tree: Path, hook: str, out: Path) -> Path:
+    """Calls a hook of the build backend, as pip does, without compiling."""
+    code = f"from setuptools import build_meta as b; b.build_{hook}({str(out)!r})"
+    environment = {"A3FTA_NATIVE": "0", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tree, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return next(out.iterdir())
+
+
+def test_sdist_and_the_wheel_from_it(tree, tmp_path):
+    sdist = build(tree, "sdist", tmp_path / "sdist")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    unpacked = next((tmp_path / "unpacked").iterdir())
+    for folder in ("a3fta_kernels", "csrc", "tests"):
+        expected = {p.relative_to(tree) for p in (tree / folder).rglob("*") if p.is_file()}
+        found = {p.relative_to(unpacked) for p in (unpacked / folder).rglob("*")}
+        assert not expected - found, f"the sdist lacks {sorted(map(str, expected - found))}"
+    for name in ("LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "Makefile", "setup.py"):
+        assert (unpacked / name).is_file(), f"the sdist lacks {name}"
+
+    wheel = build(unpacked, "wheel", tmp_path / "wheel")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        metadata = archive.read(next(n for n in names if n.endswith("/METADATA"))).decode()
+        scripts = archive.read(next(n for n in names if n.endswith("/entry_points.txt"))).decode()
+    expected = {
+        str(p.relative_to(tree)) for p in (tree / "a3fta_kernels").rglob("*") if p.is_file()
+    }
+    shipped = {n for n in names if ".dist-info/" not in n}
+    assert shipped == expected
+    assert f"Version: {a3fta.__version__}" in metadata
+    assert "License-Expression: MIT" in metadata
+    assert "a3fta = a3fta_kernels.cli:main" in scripts
+
+
+def test_a_wheel_with_the_library_is_abi3(tree):
+    """Asked of the builder itself, which does not compile for the answer."""
+    code = """
+from distutils.core import run_setup
+dist = run_setup("setup.py", stop_after="commandline")
+command = dist.get_command_obj("bdist_wheel")
+command.ensure_finalized()
+print("tag", "-".join(command.get_tag()[:2]))
+"""
+    environment = {"CXX": "c++", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", f"import setuptools\n{code}"],
+        cwd=tree, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "tag cp311-abi3"
+
+
+def test_the_requirements_leave_torch_alone():
+    """Nothing that is installed may ask for another torch, or for CUDA."""
+    project = PROJECT["project"]
+    pinned = [d for d in project["dependencies"] if d.startswith("torch")]
+    assert pinned == ["torch>=2.10"]
+    assert not any(d.startswith("torch") for d in PROJECT["build-system"]["requires"])
+    extras = project["optional-dependencies"]
+    named = {re.match(r"[\w-]+", d)[0] for group in extras.values() for d in group}
+    assert not named & {"torch", "torchvision", "torchaudio"}
+    assert not [name for name in named if name.startswith(("nvidia", "cuda"))]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def test_the_code_of_the_readme_runs(monkeypatch, tmp_path):
+    import diffusers
+
+    torch.manual_seed(0)
+    unet = models.sd15()
+    stock = {name: p.clone() for name, p in unet.state_dict().items()}
+    monkeypatch.setattr(
+        diffusers.StableDiffusionPipeline, "from_pretrained", lambda _: SimpleNamespace(unet=unet)
+    )
+    monkeypatch.chdir(tmp_path)
+    noisy, noise = torch.randn(2, 2, 4, 16, 16)
+    text = torch.randn(2, 7, 32)
+    names: dict = {}
+    equation, training, storing = blocks("python")
+    exec(equation, names)
+    exec(training, names)
+    first = names["step"](noisy, torch.tensor([3, 500]), text, noise)
+    second = names["step"](noisy, torch.tensor([3, 500]), text, noise)
+    assert second < first
+    with torch.no_grad():
+        trained = unet(noisy, 3, text).sample
+    exec(storing, names)
+    with torch.no_grad():
+        assert torch.equal(unet(noisy, 3, text).sample, trained)
+    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
+    a3fta.eject(unet)
+    assert all(torch.equal(p, stock[name]) for name, p in unet.state_dict().items())
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_the_equation_of_the_readme_is_the_op(modulated):
+    names: dict = {}
+    exec(blocks("python")[0], names)
+    torch.manual_seed(0)
+    h, residual = torch.randn(2, 5, 16), torch.randn(2, 5, 12)
+    tensors = [torch.randn(s) for s in [(4, 16), (16, 4), (12, 16), (12,), (4,), (16,)]]
+    options = {"residual": residual, "scale": 0.5}
+    if modulated:
+        options |= {"gamma": torch.randn(2, 4), "beta": torch.randn(2, 4)}
+    y = names["adapter_linear"](h, *tensors, **options)
+    torch.testing.assert_close(a3fta.ops.adapter_linear(h, *tensors, **options), y)
+
+
+def targets() -> dict[str, str]:
+    return dict(re.findall(r"^([a-z]+):.*?## (.+)$", MAKEFILE, re.MULTILINE))
+
+
+def test_every_target_is_documented():
+    phony = re.search(r"^\.PHONY: (.+)$", MAKEFILE, re.MULTILINE)[1].split()
+    assert set(targets()) == set(phony) - {"FORCE"}
+    for name in set(targets()) - {"help"}:
+        assert f"| `make {name}` |" in README, f"the README's table lacks make {name}"
+
+
+def test_the_files_that_targets_run_exist():
+    for path in re.findall(r"\$\(PY(?:THON)?\) ([\w/]+\.py)", MAKEFILE):
+        assert (ROOT / path).is_file(), f"the Makefile runs {path}, which is missing"
+
+
+def test_files_that_the_readme_names_exist():
+    links = re.findall(r"\]\(([\w./-]+)\)", README)
+    paths = re.findall(r"`((?:examples|scripts|benchmarks)/[\w./]+)`", README)
+    commands = re.findall(r"`python ([\w./]+\.py)", README)
+    assert links and paths and commands
+    for name in [*links, *paths, *commands]:
+        assert (ROOT / name).exists(), f"the README names {name}, which is missing"
+
+
+def test_the_memory_table_is_what_the_script_counts():
+    if not a3fta.backends()["native"].available:
+        pytest.skip("the table was counted with the compiled library, which is not here")
+    path = ROOT / "scripts/count_memory.py"
+    names = runpy.run_path(str(path))
+    counted = names["count"](names["SD15"], rank=64, batch=1)
+    row = re.search(r"^\| SD1\.5, 512² \| (.+) \|$", README, re.MULTILINE)[1].split(" | ")
+    assert row == [f"{n / 2**20:,.0f}" for n in counted]
+
+
+def test_ci_runs_what_a_user_runs():
+    lines = (ROOT / ".ci/run").read_text().splitlines()
+    assert lines == [
+        "#!/usr/bin/env bash",
+        "set -euo pipefail",
+        'cd "$(dirname "$0")/.."',
+        "exec make test",
+    ]
+
+
+def test_every_public_name_is_in_the_changelog_or_the_readme():
+    told = README + (ROOT / "CHANGELOG.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
+    untold = [name for name in a3fta.__all__ if name not in told]
+    assert not untold
