@@ -19,7 +19,7 @@ from .backends import BACKENDS, resolve
 from .checks import check_choice, describe
 from .merging import merge, unmerge
 from .processors import Family
-from .projection import AdaptedProjectionMixin, adapt, check_forward, restore
+from .projection import AdaptedProjectionMixin, adapt, check_forward, check_restorable, restore
 from .report import InjectionReport, LayerReport, describe_layer
 from .switch import (
     disable_adapters,
@@ -146,6 +146,8 @@ def eject(model: Any, name: str | None = None) -> None:
         check_known("name", [name], layers.values())
     check_unmerged(layers, "eject")
     for layer in layers.values():
+        check_restorable(layer)
+    for layer in layers.values():
         for gone in list(layer.adapters) if name is None else [name]:
             if gone in layer.adapters:
                 del layer.adapters[gone]
@@ -251,7 +253,7 @@ def _is_target(targets: str | tuple[str, ...] | None, name: str) -> bool:
 def check_name(name: Any) -> None:
     if not isinstance(name, str):
         raise TypeError(f"name: expected a string, got {describe(name)}")
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
         raise ValueError(
             f"name: expected letters, digits, - and _ (and no method of torch's ModuleDict), "
             f"got {name!r}"
@@ -266,7 +268,6 @@ def _inside(layer: nn.Module) -> nn.Module:
 
 
 def _apply(root: nn.Module, plan: Plan) -> None:
-    first = next(records(root), None) is None
     fresh = {
         name: DESIGNS[plan.config.design](
             linear.in_features,
@@ -277,10 +278,9 @@ def _apply(root: nn.Module, plan: Plan) -> None:
         )
         for name, linear in plan.targets.items()
     }
-    if first:
-        trained = _freeze(root)
-        root.__dict__[RECORD] = {"trained": trained, "processors": {}}
-    _, record = next(records(root))
+    if RECORD not in root.__dict__:
+        root.__dict__[RECORD] = {"trained": _freeze(root), "processors": {}}
+    record = root.__dict__[RECORD]
     for attention in plan.processors:
         current = root.get_submodule(attention).get_processor()  # type: ignore[operator]
         record["processors"].setdefault(attention, current)
@@ -296,7 +296,8 @@ def _apply(root: nn.Module, plan: Plan) -> None:
 
 
 def _freeze(root: nn.Module) -> list[str]:
-    """Freezes all but PEFT's parameters; returns the plain names of what trained."""
+    """Freezes all but adapters and PEFT's parameters; returns the plain names of what trained."""
+    ours = {id(p) for x in projections(root).values() for p in x.adapters.parameters()}
     tuners = [
         f"{name}." if name else ""
         for name, module in root.named_modules()
@@ -305,7 +306,7 @@ def _freeze(root: nn.Module) -> list[str]:
     trained = []
     for name, parameter in root.named_parameters():
         rest = next((name[len(t) :] for t in reversed(tuners) if name.startswith(t)), None)
-        if rest is not None and not rest.startswith("base_layer."):
+        if id(parameter) in ours or (rest is not None and not rest.startswith("base_layer.")):
             continue
         if parameter.requires_grad:
             trained.append(plain_name(name))

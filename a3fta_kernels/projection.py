@@ -237,6 +237,16 @@ def restore(projection: AdaptedProjectionMixin) -> None:
     _rebind_forward(projection)
 
 
+def check_restorable(projection: AdaptedProjectionMixin) -> None:
+    """Raises ValueError where something (a parametrization) changed the class since `adapt`."""
+    expected: Any = adapted_class(stock_class(projection))
+    if type(projection) is not expected:
+        raise ValueError(
+            f"model: expected layers of class {expected.__name__}, got a "
+            f"{type(projection).__name__}; undo what changed the class after injection first"
+        )
+
+
 def check_forward(linear: nn.Module) -> None:
     """Raises ValueError where the instance carries a forward that `adapt` cannot follow."""
     if "forward" in linear.__dict__ and not _bound_forwards(linear):
