@@ -45,7 +45,11 @@ MODELS = {"SD1.5 512x512": SD15, "SDXL 1024x1024": SDXL}
 
 
 def kept_bytes(model_config: dict[str, Any], method: str) -> dict[str, int]:
-    """Saved bytes and trainable parameters of one model with one way to adapt it."""
+    """Saved bytes, trainable parameters and bytes of weights of one model with one way to adapt it.
+
+    A checkpointed forward keeps what its segments start from; the segment that is being recomputed
+    comes on top.
+    """
     from diffusers import UNet2DConditionModel
     from diffusers.utils import logging
     from peft import LoraConfig
@@ -73,14 +77,19 @@ def kept_bytes(model_config: dict[str, Any], method: str) -> dict[str, int]:
                     module._parameters[name] = torch.nn.Parameter(empty, parameter.requires_grad)
         if method.startswith("A3FTA"):
             a3fta.inject(unet, a3fta.AdapterConfig(rank=64), backend=method.split()[-1])
+        if "checkpointed" in method:
+            unet.enable_gradient_checkpointing()
         inputs = example(model_config)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             y = unet(**inputs).sample
         weights = {t.untyped_storage()._cdata for t in (*unet.parameters(), *unet.buffers())}
         bytes_kept = sum(s.nbytes() for key, s in kept.items() if key not in weights)
         trainable = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+        frozen = sum(p.nbytes for p in unet.parameters() if not p.requires_grad)
         assert y.requires_grad
-    return {"saved_bytes": bytes_kept, "trainable_parameters": trainable}
+    return {
+        "saved_bytes": bytes_kept, "trainable_parameters": trainable, "frozen_bytes": frozen
+    }  # fmt: skip
 
 
 def example(model_config: dict[str, Any]) -> dict[str, Any]:
@@ -107,6 +116,7 @@ def main() -> int:
     native = a3fta.backends()["native"]
     if native.available:
         methods.append("A3FTA r64, backend native")
+        methods.append("A3FTA r64, checkpointed, backend native")
     else:
         print(f"A3FTA r64, backend native: not counted ({native.reason})")
     rows = []
