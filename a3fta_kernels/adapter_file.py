@@ -10,6 +10,7 @@ unpickled.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import math
@@ -266,7 +267,9 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(_dump([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        if tensor.nbytes:
+            tensor = tensor.contiguous()
+            digest.update((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
     return digest.hexdigest()
 
 

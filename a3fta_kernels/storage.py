@@ -119,6 +119,7 @@ def load_adapter(
     if backend is not None:
         check_choice("backend", backend, ("auto", *BACKENDS))
     layers = projections(root)
+    backend = backend or next((layer.backend for layer in layers.values()), "auto")
     check_unmerged(layers, "load")
     file = adapter_file.read(Path(folder))
     config = _parse_config(file)
@@ -129,9 +130,8 @@ def load_adapter(
         adapters = {key: _adapter(layer, name) for key, layer in existing.items()}
         _check_kind(file, config, name, adapters)
         states = {key: _state(key, adapter) for key, adapter in adapters.items()}
-        targets: Mapping[str, nn.Linear] = existing  # type: ignore[assignment]
+        targets: Mapping[str, nn.Linear] = existing
     else:
-        backend = backend or next((layer.backend for layer in layers.values()), "auto")
         targets, states = _planned(file, root, config, name, backend)
     _check_samples(file, targets, allow_other_base)
     values = _converted(file, states)
@@ -272,14 +272,14 @@ def _samples(layers: Mapping[str, nn.Module]) -> dict[str, list[float | None]]:
 
 def _readable(layer: nn.Module) -> bool:
     """Whether the weight is at hand, in a plain floating dtype."""
-    weight = layer.weight
+    weight: Any = layer.weight
     plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype in _SAMPLED_DTYPES
     return plain and weight.device.type != "meta"
 
 
 def _sampled(layer: nn.Module) -> list[float | None]:
     """Weights at even distances."""
-    weight = layer.weight
+    weight: Any = layer.weight
     count = min(_SAMPLES_PER_LAYER, weight.numel())
     places = torch.arange(count, device=weight.device) * (weight.numel() - 1) // max(1, count - 1)
     values = weight.detach().reshape(-1)[places].double().tolist()
@@ -341,7 +341,5 @@ def _converted(file: AdapterFile, states: dict[str, dict[str, Tensor]]) -> dict[
         dtype = wanted[key].dtype
         values[key] = tensor.to(dtype)
         if not torch.equal(values[key].isfinite(), tensor.isfinite()):
-            refuse(
-                file.path, f"{key} in the range of {dtype}", f"values beyond it ({tensor.dtype})"
-            )
+            refuse(file.path, f"{key} in the range of {dtype}", f"{tensor.dtype} beyond it")
     return values
