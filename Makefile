@@ -42,6 +42,7 @@ format: setup ## let ruff rewrite what it can
 
 bench: setup ## op benchmarks: every op, backend and workload
 	$(PY) benchmarks/run.py
+	$(PY) -m benchmarks.count_saved
 
 fuzz: setup ## property tests at length: 5000 op cases, 20000 adapter files
 	A3FTA_FUZZ_CASES=5000 A3FTA_FUZZ_FILES=20000 $(PY) -m pytest tests/ops tests/test_storage_fuzz.py -k "fuzz or random or mutat" --timeout 0
