@@ -4,6 +4,7 @@
 # TORCH   what pip installs as torch; options may follow, as in TORCH="torch --index-url URL"
 # VENV    the virtual environment; VENV= uses PYTHON as it is, and installs nothing
 # WORKERS processes of the test run
+# STAGE   one stage of `make gpu`, which benchmarks/gpu.py lists
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -45,13 +46,14 @@ bench: setup ## op benchmarks: every op, backend and workload
 	$(PY) -m benchmarks.count_saved
 
 fuzz: setup ## property tests at length: 5000 op cases, 20000 adapter files
-	A3FTA_FUZZ_CASES=5000 A3FTA_FUZZ_FILES=20000 $(PY) -m pytest tests/ops tests/test_storage_fuzz.py -k "fuzz or random or mutat" --timeout 0
+	A3FTA_FUZZ_CASES=5000 $(PY) -m pytest tests/ops -k property --timeout 0
+	A3FTA_FUZZ_CASES=20000 $(PY) -m pytest tests/test_storage_fuzz.py --timeout 0
 
 aot: setup ## compile every Triton configuration for every chip, and renew the committed table
 	$(PY) -m benchmarks.aot
 
 gpu: ## build for the GPU found, test, compute-sanitizer, benchmark; needs torch, no network
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) benchmarks/gpu.py $(if $(STAGE),--stage $(STAGE))
 
 wheel: setup ## an abi3 wheel and an sdist in dist/
 	$(PY) -m build --no-isolation
@@ -65,7 +67,7 @@ $(VENV)/bin/python:
 
 # a change of TORCH reinstalls, an equal one does not
 $(VENV)/torch: $(VENV)/bin/python FORCE
-	@echo '$(TORCH)' | cmp -s - $@ || { set -ex; $(PY) -m pip install "setuptools>=77" wheel ninja $(TORCH); echo '$(TORCH)' > $@; }
+	@echo '$(TORCH)' | cmp -s - $@ || { set -ex; $(PY) -m pip install "setuptools>=77" $(TORCH); echo '$(TORCH)' > $@; }
 
 $(VENV)/ready: $(VENV)/torch setup.py pyproject.toml $(SOURCES)
 	$(PY) -m pip install --no-build-isolation -e ".[$(EXTRAS)]"
