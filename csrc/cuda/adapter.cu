@@ -35,14 +35,13 @@ __global__ void __launch_bounds__(kThreads, 2) adapter_kernel(const Params<T> p)
   // the weight of either product is stored along the reduction in the forward, across it in the
   // backward
   constexpr Order kOrder = BACKWARD ? Order::k_outer : Order::outer_k;
-  extern __shared__ __align__(128) unsigned char shared_memory[];
 
   const int64_t rank = p.middle.rank;
   const int64_t rows = p.x.rows;
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kBlockM;
-  T* const resident = p.y == nullptr ? nullptr : reinterpret_cast<T*>(shared_memory);
+  T* const resident = p.y == nullptr ? nullptr : reinterpret_cast<T*>(shared_memory());
   unsigned char* const scratch =
-      shared_memory + (p.y == nullptr ? 0 : middle_bytes<T>(rank));
+      shared_memory() + (p.y == nullptr ? 0 : middle_bytes<T>(rank));
   T* const tiles = reinterpret_cast<T*>(scratch);
   float* const stage = reinterpret_cast<float*>(scratch);  // used only between two products
 

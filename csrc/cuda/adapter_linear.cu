@@ -39,10 +39,9 @@ constexpr int kBuffer = TileH<T>::kSize + TileWeight<T>::kSize + TileDown<T>::kS
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) adapter_linear_kernel(const Params<T> p) {
-  extern __shared__ __align__(128) unsigned char shared_memory[];
   const int64_t rank = p.middle.rank;
-  T* const resident = reinterpret_cast<T*>(shared_memory);
-  T* const tiles = reinterpret_cast<T*>(shared_memory + middle_bytes<T>(rank));
+  T* const resident = reinterpret_cast<T*>(shared_memory());
+  T* const tiles = reinterpret_cast<T*>(shared_memory() + middle_bytes<T>(rank));
   float* const stage = reinterpret_cast<float*>(tiles);  // used only between two products
 
   const int64_t rows = p.h.rows;

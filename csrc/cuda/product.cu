@@ -30,9 +30,8 @@ struct Params {
 template <typename T, bool TRANSPOSED>
 __global__ void __launch_bounds__(kThreads, 2) product_kernel(const Params<T> p) {
   constexpr Order kOrder = TRANSPOSED ? Order::outer_k : Order::k_outer;
-  extern __shared__ __align__(128) unsigned char shared_memory[];
-  T* const tiles = reinterpret_cast<T*>(shared_memory);
-  float* const stage = reinterpret_cast<float*>(shared_memory);  // used after the products
+  T* const tiles = reinterpret_cast<T*>(shared_memory());
+  float* const stage = reinterpret_cast<float*>(shared_memory());  // used after the products
 
   const int64_t row0 = blockIdx.x / p.tiles_n * kBlockM;
   const int64_t tile = blockIdx.x % p.tiles_n;

@@ -41,9 +41,8 @@ constexpr int64_t product_shared_bytes() {
 // column also sum the columns of `left`, which pass through their shared memory.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) row_product_kernel(const ProductParams<T> p) {
-  extern __shared__ __align__(128) unsigned char shared_memory[];
-  T* const tiles = reinterpret_cast<T*>(shared_memory);
-  float* const stage = reinterpret_cast<float*>(shared_memory);  // used after the product
+  T* const tiles = reinterpret_cast<T*>(shared_memory());
+  float* const stage = reinterpret_cast<float*>(shared_memory());  // used after the product
 
   const int64_t r0 = blockIdx.x % p.tiles_r * kBlock;
   const int64_t n0 = blockIdx.x / p.tiles_r % p.tiles_n * kBlock;
@@ -129,8 +128,7 @@ struct SampleParams {
 // dgamma and dbeta of kRankLanes ranks of one sample over one part of its rows
 template <typename T>
 __global__ void __launch_bounds__(kThreads) sample_sums_kernel(const SampleParams<T> p) {
-  extern __shared__ __align__(128) unsigned char shared_memory[];
-  float* const lanes = reinterpret_cast<float*>(shared_memory);  // (2, kThreads)
+  float* const lanes = reinterpret_cast<float*>(shared_memory());  // (2, kThreads)
 
   const int64_t r = blockIdx.x % p.tiles_r * kRankLanes + threadIdx.x % kRankLanes;
   const int64_t sample = blockIdx.x / p.tiles_r % p.samples;

@@ -1,0 +1,220 @@
+// A stand-in for the CUDA headers: compiles csrc/cuda/*.cu with a host compiler and runs each
+// block on the CPU, one fiber per CUDA thread, so that the kernels' own source is tested where
+// there is no GPU.
+//
+// It is stricter than a GPU where that finds mistakes: shared memory starts as NaN; asynchronous
+// copies happen only when they are waited for; a barrier that not all threads of a block reach
+// fails, and so do misaligned vectors and matrix fragments. Under ThreadSanitizer only barriers
+// order the fibers of a block, so that it sees every missing __syncthreads.
+//
+// Left out: caches, warp scheduling, the order of sums inside a tensor-core instruction.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <type_traits>
+#include <utility>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3() = default;
+  dim3(unsigned x, unsigned y, unsigned z) : x(x), y(y), z(z) {}
+};
+
+extern dim3 gridDim, blockDim;
+
+namespace emulator {
+
+constexpr int kWarp = 32;
+
+dim3 thread_index();
+dim3 block_index();
+void barrier(int line);
+void copy_async(void* to, const void* from, size_t bytes);
+void commit();
+void wait_prior(size_t groups);
+void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+         const std::function<void()>& body);
+[[noreturn]] void fail(const char* what, long value = 0);
+void allow_shared(const void* kernel, int bytes);
+
+inline void require(bool ok, const char* what, long value = 0) {
+  if (!ok) fail(what, value);
+}
+inline void require_aligned(const void* p, size_t bytes) {
+  require(reinterpret_cast<uintptr_t>(p) % bytes == 0, "misaligned address for bytes", bytes);
+}
+
+}  // namespace emulator
+
+#define threadIdx (::emulator::thread_index())
+#define blockIdx (::emulator::block_index())
+#define __syncthreads() ::emulator::barrier(__LINE__)
+
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  emulator::require_aligned(to, bytes);
+  emulator::require_aligned(from, bytes);
+  emulator::copy_async(to, from, bytes);
+}
+inline void __pipeline_commit() { emulator::commit(); }
+inline void __pipeline_wait_prior(size_t groups) { emulator::wait_prior(groups); }
+
+// the CUDA runtime
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+using cudaStream_t = void*;
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  emulator::allow_shared(kernel, bytes);
+  return cudaSuccess;
+}
+
+template <typename... Params, typename... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
+                               Args&&... args) {
+  emulator::run(reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim,
+                config->dynamicSmemBytes, [&] { kernel(args...); });
+  return cudaSuccess;
+}
+
+// 16-bit floats, rounded to nearest even
+
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+
+inline float __bfloat162float(__nv_bfloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+struct __half {
+  uint16_t bits;
+};
+
+inline float __half2float(__half x) {
+  const int exponent = x.bits >> 10 & 31;
+  const int fraction = x.bits & 1023;
+  float value;
+  if (exponent == 31) {
+    value = fraction != 0 ? NAN : INFINITY;
+  } else if (exponent == 0) {
+    value = std::ldexp(static_cast<float>(fraction), -24);
+  } else {
+    value = std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
+  }
+  return x.bits & 0x8000 ? -value : value;
+}
+
+inline __half __float2half_rn(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint16_t sign = bits >> 16 & 0x8000;
+  const float size = std::fabs(x);
+  if (x != x) return {0x7fff};
+  if (size >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
+  if (size < 0x1p-14f) return {static_cast<uint16_t>(sign | std::lrint(size * 0x1p24f))};
+  bits &= 0x7fffffff;
+  bits += 0xfff + (bits >> 13 & 1);
+  return {static_cast<uint16_t>(sign | ((bits >> 13) - (112 << 10)))};
+}
+
+namespace emulator {
+inline float widen(float x) { return x; }
+inline float widen(__half x) { return __half2float(x); }
+inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+}  // namespace emulator
+
+// Warp-wide matrix fragments: lane 0 holds and computes the whole fragment of its warp.
+namespace nvcuda::wmma {
+
+struct matrix_a;
+struct matrix_b;
+struct accumulator;
+struct row_major;
+struct col_major;
+enum layout_t { mem_row_major, mem_col_major };
+
+template <typename Use, int M, int N, int K, typename T, typename Layout = void>
+struct fragment {
+  static_assert(M == 16 && N == 16 && K == 16);
+  float values[16][16];
+};
+
+inline bool leads() { return threadIdx.x % emulator::kWarp == 0; }
+
+template <typename F>
+void fill_fragment(F& f, float value) {
+  if (!leads()) return;
+  for (auto& row : f.values) {
+    for (float& x : row) x = value;
+  }
+}
+
+template <typename Use, typename T, typename Layout>
+void load_matrix_sync(fragment<Use, 16, 16, 16, T, Layout>& f, const T* from, unsigned stride) {
+  emulator::require_aligned(from, 32);
+  emulator::require(stride * sizeof(T) % 16 == 0, "fragment stride", stride);
+  if (!leads()) return;
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < 16; ++j) {
+      const bool by_rows = std::is_same_v<Layout, row_major>;
+      f.values[i][j] = emulator::widen(from[by_rows ? i * stride + j : j * stride + i]);
+    }
+  }
+}
+
+template <typename D, typename A, typename B>
+void mma_sync(D& d, const A& a, const B& b, const D& c) {
+  if (!leads()) return;
+  for (int i = 0; i < 16; ++i) {
+    float sums[16];
+    for (int j = 0; j < 16; ++j) sums[j] = c.values[i][j];
+    for (int k = 0; k < 16; ++k) {
+      for (int j = 0; j < 16; ++j) sums[j] += a.values[i][k] * b.values[k][j];
+    }
+    for (int j = 0; j < 16; ++j) d.values[i][j] = sums[j];
+  }
+}
+
+template <typename F>
+void store_matrix_sync(float* to, const F& f, unsigned stride, layout_t layout) {
+  emulator::require_aligned(to, 32);
+  emulator::require(stride % 4 == 0 && layout == mem_row_major, "fragment stride", stride);
+  if (!leads()) return;
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < 16; ++j) to[i * stride + j] = f.values[i][j];
+  }
+}
+
+}  // namespace nvcuda::wmma
