@@ -180,7 +180,8 @@ def measure_group(group: Group, settings: Settings) -> dict[str, dict[str, Any]]
         if not (name == "compile" and device.type == "cpu"):
             found[name]["counts"] = measure.count(call, device)
         found[name]["peak_bytes"] = measure.peak_bytes(call, device)
-        found[name]["host_us"] = 1e6 * measure.host_seconds(call, len(sets), device)
+        if device.type == "cuda":
+            found[name]["host_us"] = 1e6 * measure.host_seconds(call, len(sets), device)
         if group.direction == "forward+backward":
             constant = [v for k, v in sets[0].items() if isinstance(v, Tensor) and k != "h"]
             found[name]["saved_bytes"] = measure.saved_bytes(

@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--only", choices=OPS, help="this op alone; other rows of the file stay")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no group after this")
+    parser.add_argument("--commit", default="", help="named in the results where git is not there")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -44,8 +45,9 @@ def main() -> int:
     if not rows:
         print("benchmarks: nothing was measured", file=sys.stderr)
         return status or 1
+    about = measure.environment(device) | {"quick": arguments.quick}
     found = {
-        "environment": measure.environment(device) | {"quick": arguments.quick},
+        "environment": about | ({"commit": arguments.commit} if arguments.commit else {}),
         "ceilings": report["benchmarks"][0]["extra_info"]["ceilings"],
         "rows": rows,
     }

@@ -1,0 +1,224 @@
+"""benchmarks/gpu.py, as far as it runs without a GPU: commands, limits, logs, and what it reads."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from a3fta_kernels.backends import why_not
+from benchmarks import gpu
+
+ROOT = Path(gpu.__file__).resolve().parents[1]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+def options(tmp_path: Path):
+    return type("Options", (), {"out": tmp_path, "commit": "abc"})()
+
+
+def dry_run(stage: str) -> list[str]:
+    done = run("benchmarks/gpu.py", "--stage", stage, "--dry-run", "--commit", "abc")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_without_a_gpu_it_says_so():
+    done = run("benchmarks/gpu.py", "--stage", "build")
+    assert done.returncode == 2
+    assert done.stderr.startswith("gpu: no stage can run here: torch")
+
+
+def test_dry_run_lists_every_stage_in_order():
+    lines = dry_run("all")
+    stages = [line[1 : line.index("]")] for line in lines]
+    assert list(dict.fromkeys(stages)) == list(gpu.STAGES)
+    assert "A3FTA_CUDA_ARCHS=90a" in lines[0] and "build_ext --inplace" in lines[0]
+    assert all("--commit abc" in line for line in lines if line.startswith("[bench"))
+
+
+def test_every_file_in_the_commands_exists(tmp_path):
+    for stage in gpu.STAGES:
+        for step in gpu.steps(stage, options(tmp_path), "90a", tmp_path):
+            files = [part for part in step.command if part.endswith(".py")]
+            assert all((ROOT / part).is_file() for part in files), step.command
+
+
+@pytest.mark.parametrize("stage", ["bench-adapter", "bench-linear"])
+def test_the_benchmarks_know_their_options(tmp_path, stage):
+    (step,) = gpu.steps(stage, options(tmp_path), "90a", tmp_path)
+    if torch.cuda.is_available():
+        pytest.skip("runs them on the GPU")
+    done = run(*step.command[1:])
+    assert done.returncode == 2 and "no GPU is usable" in done.stderr, done.stderr
+
+
+def test_the_suite_command_runs(tmp_path):
+    step = gpu.test_step(sys.executable, tmp_path / "tests.xml")
+    command = [x if x != "tests" else "tests/test_gpu_stages.py" for x in step.command]
+    done = run(*command[1:], "-k", "test_arch")
+    assert done.returncode == 0, done.stdout + done.stderr
+    numbers, wrong = step.read(done.stdout)
+    assert not wrong and numbers["passed"] == 4 and numbers["skips"] == {}
+
+
+def test_a_failed_suite_is_wrong(tmp_path):
+    report = tmp_path / "tests.xml"
+    assert gpu.read_report(report) == ({}, "no report was written")
+    report.write_text(
+        "<testsuites><testsuite><testcase/><testcase><failure/></testcase>"
+        "<testcase><skipped message='no diffusers'/></testcase></testsuite></testsuites>"
+    )
+    numbers, wrong = gpu.read_report(report)
+    assert numbers == {"passed": 1, "failed": 1, "skipped": 1, "skips": {"no diffusers": 1}}
+    assert wrong
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"), [((8, 0), "80"), ((8, 9), "89"), ((9, 0), "90a"), ((12, 0), "120")]
+)
+def test_arch(capability, arch):
+    assert gpu.arch_of(capability) == arch
+
+
+def step(code: str, **rest) -> gpu.Step:
+    return gpu.Step("one", [sys.executable, "-c", code], **rest)
+
+
+def test_a_step_that_fails_fails_the_stage(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "about", lambda commit: {"commit": commit})
+    good = step("import os; print('said', os.environ['A3FTA_TEST'])")
+    bad = step("raise SystemExit(3)")
+    environment = {"A3FTA_TEST": "this"}
+    assert gpu.run_stage("test", [good], environment, options(tmp_path), []) == 0
+    assert "said this" in (tmp_path / "gpu-test.log").read_text()
+    assert gpu.run_stage("test", [good, bad], environment, options(tmp_path), ["peft"]) == 1
+    record = json.loads((tmp_path / "gpu-test.json").read_text())
+    assert [s["wrong"] for s in record["steps"]] == ["", "exit status 3"]
+    assert record["not_installed"] == ["peft"] and record["environment"] == {"commit": "abc"}
+
+
+def test_a_build_that_fails_is_the_last_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "about", lambda commit: {})
+    found = [step("raise SystemExit(1)"), step("print('loaded')")]
+    assert gpu.run_stage("build", found, {}, options(tmp_path), []) == 1
+    assert "loaded\n" not in (tmp_path / "gpu-build.log").read_text().splitlines(keepends=True)
+
+
+def test_a_step_that_outruns_its_time_is_stopped_with_its_children(tmp_path):
+    code = (
+        "import subprocess, sys, time; print('begun', flush=True);"
+        "subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    )
+    with (tmp_path / "log").open("w") as sink:
+        result = gpu.run_step(step(code), 1.5, sink)
+    assert result.status is None and "stopped after" in result.wrong
+    assert result.seconds < 60
+    assert "begun" in (tmp_path / "log").read_text()
+
+
+def test_a_command_that_is_not_there_is_wrong(tmp_path):
+    with (tmp_path / "log").open("w") as sink:
+        result = gpu.run_step(gpu.Step("none", ["no-such-tool-a3fta"]), 5, sink)
+    assert not result.ok and "no-such-tool-a3fta" in result.wrong
+
+
+CLEAN = "sanitize_case: done, 15 cases\n========= ERROR SUMMARY: 0 errors\n"
+OURS = """========= Invalid __global__ read of size 4 bytes
+=========     at void a3fta::cuda::down<float>(float const*)+0x110
+=========     by thread (0,0,0) in block (0,0,0)
+sanitize_case: done, 15 cases
+========= ERROR SUMMARY: 1 error
+"""
+THEIRS = """========= Uninitialized __global__ memory read of size 4 bytes
+=========     at void cublasLt::splitKreduce_kernel<32>(float*)+0x80
+=========     by thread (0,0,0) in block (0,0,0)
+sanitize_case: done, 15 cases
+========= ERROR SUMMARY: 1 error
+"""
+COPY = """========= Host API uninitialized memory access error on access by cudaMemcpy source
+sanitize_case: done, 15 cases
+========= ERROR SUMMARY: 1 error
+"""
+RACE = """========= Error: Race reported between Write access at a3fta::cuda::row_sums(float*)+0x30
+=========     and Read access at a3fta::cuda::row_sums(float*)+0x50 [4 hazards]
+sanitize_case: done, 15 cases
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "tool", "clean"),
+    [
+        (CLEAN, "memcheck", True),
+        (CLEAN.replace("done", "begun"), "memcheck", False),
+        ("========= Error: Device not supported\n", "memcheck", False),
+        (OURS, "memcheck", False),
+        (THEIRS, "memcheck", False),
+        (THEIRS, "initcheck", True),
+        (THEIRS.replace("cublasLt", "a3fta"), "initcheck", False),
+        (COPY, "initcheck", False),
+        (
+            CLEAN.replace("ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards"),
+            "racecheck",
+            True,
+        ),
+        (RACE, "racecheck", False),
+        (RACE.replace("a3fta", "cub"), "racecheck", True),
+    ],
+)
+def test_what_the_sanitizer_found(text, tool, clean):
+    _, wrong = gpu.read_sanitizer(text, tool)
+    assert (wrong == "") is clean
+
+
+def test_the_sanitized_case_runs():
+    reason = why_not("native", torch.device("cpu"), torch.float32)
+    if reason is not None:
+        pytest.skip(f"native on the CPU: {reason}")
+    done = run("benchmarks/sanitize_case.py", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "sanitize_case: done" in done.stdout
+
+
+def test_carried_packages(tmp_path):
+    assert gpu.prepare_site(None, tmp_path) is None
+    assert gpu.prepare_site(tmp_path, tmp_path) == tmp_path
+    with pytest.raises(SystemExit, match="--site: expected a folder"):
+        gpu.prepare_site(tmp_path / "none", tmp_path)
+
+
+def test_carried_wheels_are_unpacked(tmp_path):
+    import zipfile
+
+    site = tmp_path / "wheels"
+    site.mkdir()
+    with zipfile.ZipFile(site / "carried-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("carried.py", "value = 1\n")
+        wheel.writestr(
+            "carried-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: carried\nVersion: 1\n"
+        )
+        wheel.writestr(
+            "carried-1.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
+        wheel.writestr("carried-1.dist-info/RECORD", "")
+    target = gpu.prepare_site(site, tmp_path)
+    assert (target / "carried.py").read_text() == "value = 1\n"
+
+
+def test_commands_can_be_pasted(tmp_path):
+    for stage in gpu.STAGES:
+        for found in gpu.steps(stage, options(tmp_path), "90a", tmp_path):
+            words = shlex.split(found.shown())
+            assert words[-len(found.command) :] == found.command
