@@ -72,7 +72,7 @@ def test_sdist_and_the_wheel_from_it(tree, tmp_path):
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
     unpacked = next((tmp_path / "unpacked").iterdir())
-    for folder in ("a3fta_kernels", "csrc", "tests"):
+    for folder in ("a3fta_kernels", "benchmarks", "csrc", "docs", "examples", "scripts", "tests"):
         expected = {p.relative_to(tree) for p in (tree / folder).rglob("*") if p.is_file()}
         found = {p.relative_to(unpacked) for p in (unpacked / folder).rglob("*")}
         assert not expected - found, f"the sdist lacks {sorted(map(str, expected - found))}"
