@@ -69,10 +69,12 @@ $(VENV)/bin/python:
 $(VENV)/torch: $(VENV)/bin/python FORCE
 	@echo '$(TORCH)' | cmp -s - $@ || { set -ex; $(PY) -m pip install "setuptools>=77" $(TORCH); echo '$(TORCH)' > $@; }
 
+# the library first, which pip would build in silence and now finds
 $(VENV)/ready: $(VENV)/torch setup.py pyproject.toml $(SOURCES)
+	$(PY) setup.py --quiet build_ext --inplace
 	$(PY) -m pip install --no-build-isolation -e ".[$(EXTRAS)]"
 	@touch $@
 
 build/ready: setup.py $(SOURCES)
-	$(PY) setup.py build_ext --inplace
+	$(PY) setup.py --quiet build_ext --inplace
 	@mkdir -p build && touch $@
