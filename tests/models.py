@@ -6,6 +6,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 _SMALL = dict(
@@ -85,7 +86,9 @@ def build(
     torch.manual_seed(seed)
     model = MODELS[name](**options)
     torch.set_rng_state(state)
-    return model.to(device=device, dtype=dtype).eval()
+    if dtype != torch.float32:  # diffusers comments on every cast
+        model.to(dtype)
+    return model.to(device).eval()
 
 
 def inputs(
@@ -128,3 +131,29 @@ def randomize(model: nn.Module, name: str = "default", std: float = 0.1, seed: i
 
 def run(model: nn.Module, name: str, **options: Any) -> Tensor:
     return model(**inputs(name, **options)).sample
+
+
+def attention_processors(model: nn.Module) -> dict[str, Any]:
+    """The processor of every attention layer, also where diffusers has no such property."""
+    return {n: m.get_processor() for n, m in model.named_modules() if isinstance(m, Attention)}
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Everything an injection could change, by value."""
+    return dict(
+        state={k: v.clone() for k, v in model.state_dict().items()},
+        processors=attention_processors(model),
+        classes={n: type(m) for n, m in model.named_modules()},
+        requires_grad={n: p.requires_grad for n, p in model.named_parameters()},
+        attributes={n: set(vars(m)) for n, m in model.named_modules()},
+        training={n: m.training for n, m in model.named_modules()},
+    )
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
+    after = snapshot(model)
+    state, kept = after.pop("state"), before["state"]
+    assert list(state) == list(kept)
+    assert all(torch.equal(state[k], kept[k]) for k in state)
+    for key, value in after.items():
+        assert value == before[key], key

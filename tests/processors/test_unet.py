@@ -250,7 +250,7 @@ def test_xformers_layout_and_mask(text, xformers):
 def test_missing_xformers_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers", None)
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
-    with pytest.raises(BackendUnavailableError, match="attention 'xformers': .*") as error:
+    with pytest.raises(BackendUnavailableError, match="attention 'xformers'") as error:
         A3FTAAttnProcessor("xformers")
     assert a3fta.backends()["xformers"].reason in str(error.value)
 
