@@ -25,7 +25,6 @@ from typing import Any, NoReturn
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
-from safetensors.torch import save as serialize_tensors
 from torch import Tensor
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -90,7 +89,7 @@ def write(
         "base": _dump(base),
         "samples": _dump(samples),
     }
-    weights = serialize_tensors(tensors, {**metadata, "sha256": _digest(tensors, metadata)})
+    weights = _serialize(tensors, {**metadata, "sha256": _digest(tensors, metadata)})
     twin = {
         "a3fta_format": FORMAT_VERSION,
         "library_version": library_version,
@@ -267,10 +266,35 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(_dump([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        if tensor.nbytes:
-            tensor = tensor.contiguous()
-            digest.update((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+        digest.update(_memory(tensor))
     return digest.hexdigest()
+
+
+def _memory(tensor: Tensor) -> ctypes.Array[ctypes.c_char] | bytes:
+    """The bytes of a contiguous CPU tensor, while it lives."""
+    if tensor.nbytes == 0:
+        return b""
+    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+
+
+def _serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file; unlike the library's writer, the same bytes for the same contents."""
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    data = []
+    end = 0
+    # wide elements first, so that all are aligned
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])):
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+        data.append(_memory(tensor))
+    text = _dump(header).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *data])
 
 
 def _twin_digest(values: Mapping[str, Any]) -> str:
