@@ -24,12 +24,12 @@ LORA_RANK = 16
 
 
 _ROWS = {
-    "base": "base, before",
+    "base": "base model",
     "a3fta": "A3FTA",
     "full-best": "full tuning, best step",
     "full-last": "full tuning, last step",
-    "lora": f"LoRA r{LORA_RANK} (PEFT)",
-    "real": "real unseen digits, for scale",
+    "lora": f"PEFT LoRA r{LORA_RANK}",
+    "real": "real unseen digits",
 }
 
 
@@ -56,7 +56,7 @@ def methods(rank: int, backend: str) -> list[training.Method]:
         training.Method("a3fta", "A3FTA", LEARNING_RATES["a3fta"], a3fta),
         training.Method("full", "full tuning", LEARNING_RATES["full"], training.full_tuning),
         training.Method(
-            "lora", f"LoRA r{LORA_RANK} (PEFT)", LEARNING_RATES["lora"], training.lora(LORA_RANK)
+            "lora", f"PEFT LoRA r{LORA_RANK}", LEARNING_RATES["lora"], training.lora(LORA_RANK)
         ),
     ]
 
@@ -64,15 +64,16 @@ def methods(rank: int, backend: str) -> list[training.Method]:
 class Judge:
     """Draws the same samples from every model and measures them against the same real digits."""
 
-    def __init__(self, options: Options, digits: data.DemoData, start: base.Base) -> None:
-        self.digits, self.start, self.options = digits, start, options
-        self.labels = torch.arange(data.CLASSES).repeat(-(-options.samples // data.CLASSES))
+    def __init__(
+        self, digits: data.DemoData, start: base.Base, seed: int, samples: int, steps: int
+    ) -> None:
+        """`samples` is rounded up to as many of each digit; `steps` are those of the sampler."""
+        self.digits, self.start, self.seed, self.steps = digits, start, seed, steps
+        self.labels = torch.arange(data.CLASSES).repeat(-(-samples // data.CLASSES))
         self.threshold = metrics.copy_threshold(digits.reference.x, digits.train.x)
 
     def samples(self, model: nn.Module) -> Tensor:
-        return base.sample(
-            model, self.start.sampler(), self.labels, self.options.seed, self.options.sampling_steps
-        )
+        return base.sample(model, self.start.sampler(), self.labels, self.seed, self.steps)
 
     def measure(self, row: Row, samples: Tensor, labels: Tensor) -> None:
         real = self.digits.reference
@@ -98,7 +99,7 @@ def compare(options: Options) -> list[Row]:
     backend = resolve(options.backend, torch.device("cpu"), torch.float32)
     options.output.mkdir(parents=True, exist_ok=True)
     start, digits = base.load(), data.load(options.seed)
-    judge = Judge(options, digits, start)
+    judge = Judge(digits, start, options.seed, options.samples, options.sampling_steps)
     settings = training.Settings(
         steps=options.steps, seed=options.seed, eval_every=options.eval_every
     )
@@ -178,7 +179,7 @@ def _ends(rows: dict[str, Row], run: training.Run) -> list[tuple[Row, int]]:
     last = run.losses.steps[-1]
     if run.method.key != "full":
         return [(rows[run.method.key], last)]
-    rows["full-best"].label += f" ({run.best_step})"
+    rows["full-best"].label += f" {run.best_step}"
     return [(rows["full-last"], last), (rows["full-best"], run.best_step)]
 
 

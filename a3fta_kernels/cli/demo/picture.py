@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,19 @@ from torch import Tensor
 from .report import Row, Shown
 from .training import Losses
 
-COLOURS = {"a3fta": "#0b6e99", "full": "#c4552d", "lora": "#6b7f3a", "base": "#8a8a8a"}
+COLOURS = {"a3fta": "#0b6e99", "full": "#c4552d", "lora": "#6b7f3a"}
 INK, MUTED, COPY, PAPER, EDGE = "#1f2328", "#667078", "#d1242f", "#fbfaf7", "#d8d5cd"
-TILE, GAP = 0.50, 0.11  # inches
+TILE, GAP = 0.62, 0.12  # inches, like everything below
+HEAD = 0.50  # a heading with its line of small print
+PAIR = 2 * TILE + 0.27  # a row of samples over a row of their nearest
+CURVE = 2.2
+START = 1.25  # below the title
 COLUMN = 10 * TILE + 9 * GAP
 MARGIN, GUTTER = 0.55, 0.85
 WIDTH = 2 * MARGIN + 2 * COLUMN + GUTTER
+CURVES = START + 3 * HEAD + 4 * (TILE + GAP) + 2 * PAIR + 0.45  # below the left column
+FOOT = CURVES + CURVE + 1.27
+LINE = 0.23
 
 
 class _Page:
@@ -41,7 +49,7 @@ class _Page:
         """One row of ten."""
         for i, image in enumerate(images):
             ax = self.axes(x + i * (TILE + GAP), y, TILE, TILE)
-            ax.imshow(image[0], cmap="Greys", vmin=-1, vmax=1, interpolation="nearest")
+            ax.imshow(image[0].numpy(), cmap="Greys", vmin=-1, vmax=1, interpolation="nearest")
             ax.set(xticks=[], yticks=[])
             marked = red is not None and bool(red[i])
             for spine in ax.spines.values():
@@ -50,8 +58,8 @@ class _Page:
 
 def _heading(page: _Page, x: float, y: float, title: str, aside: str, colour: str = INK) -> float:
     page.text(x, y, title, fontsize=12.5, fontweight="bold", color=colour)
-    page.text(x, y + 0.24, aside, fontsize=9.5, color=MUTED)
-    return y + 0.50
+    page.text(x, y + 0.24, aside, fontsize=10, color=MUTED)
+    return y + HEAD
 
 
 def _pairs(page: _Page, x: float, y: float, shown: Shown, rows: int) -> float:
@@ -65,15 +73,15 @@ def _pairs(page: _Page, x: float, y: float, shown: Shown, rows: int) -> float:
                   ha="right", va="center")  # fmt: skip
         page.text(x - 0.07, y + TILE / 2, "nearest", fontsize=8, color=MUTED, rotation=90,
                   ha="right", va="center")  # fmt: skip
-        y += TILE + 0.2
+        y += PAIR - TILE - 0.05
     return y
 
 
 def _curves(
-    page: _Page, x: float, y: float, height: float, title: str, part: str,
+    page: _Page, x: float, y: float, title: str, part: str,
     losses: dict[str, Losses], labels: dict[str, str], best: dict[str, int], top: float,
 ) -> None:  # fmt: skip
-    ax = page.axes(x + 0.3, y + 0.35, COLUMN - 0.3, height)
+    ax = page.axes(x + 0.3, y + 0.62, COLUMN - 0.3, CURVE)
     page.text(x, y, title, fontsize=12.5, fontweight="bold")
     for key, curve in losses.items():
         values = getattr(curve, part)
@@ -81,7 +89,7 @@ def _curves(
         if part == "heldout" and key in best:
             i = curve.steps.index(best[key])
             ax.plot(best[key], values[i], "o", color=COLOURS[key], markersize=8,
-                    markeredgecolor=PAPER, label=f"{labels[key]}, best step")  # fmt: skip
+                    markeredgecolor=PAPER, label="its best step on other digits")  # fmt: skip
     ax.set_facecolor(PAPER)
     ax.set_ylim(0, top)
     ax.set_xlabel("step", color=MUTED, fontsize=9.5)
@@ -90,7 +98,8 @@ def _curves(
     for side, spine in ax.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(EDGE)
-    ax.legend(frameon=False, fontsize=9.5, labelcolor=INK, loc="upper right")
+    ax.legend(frameon=False, fontsize=10, labelcolor=INK, ncols=4, columnspacing=1.4,
+              handlelength=1.4, loc="lower left", bbox_to_anchor=(-0.052, 0.99))  # fmt: skip
 
 
 def draw(
@@ -109,42 +118,37 @@ def draw(
         text: the caption.
     """
     by = {row.key: row for row in rows}
-    lines = _wrapped(text, 150)
-    foot = 0.35 + 0.21 * len(lines)
-    page = _Page(10.55 + foot)
+    lines = textwrap.wrap(text, 195)
+    page = _Page(FOOT + LINE * len(lines) + 0.3)
     left, right = MARGIN, MARGIN + COLUMN + GUTTER
-    page.text(left, 0.32, "Twenty handwritten digits, one small adapter", fontsize=19,
+    page.text(left, 0.32, "Twenty handwritten digits, one small adapter", fontsize=20,
               fontweight="bold")  # fmt: skip
-    page.text(left, 0.72, "A diffusion model that has only seen printed digits learns handwriting "
-              "from two examples per class.", fontsize=11.5, color=MUTED)  # fmt: skip
-    start = 1.25
+    page.text(left, 0.74, "A diffusion model that has only seen printed digits is adapted to "
+              "handwriting, from two examples per class.", fontsize=12, color=MUTED)  # fmt: skip
 
-    y = _heading(page, left, start, "The training set", "all 20 images")
-    for r in range(2):
-        page.tiles(left, y, real[10 * r : 10 * (r + 1)])
-        y += TILE + GAP
-    y = _heading(page, left, y + 0.15, "Before", "samples of the base, pre-trained on fonts")
-    for r in range(2):
-        page.tiles(left, y, before[10 * r : 10 * (r + 1)])
-        y += TILE + GAP
-    y = _heading(page, left, y + 0.15, "After A3FTA", _aside(by["a3fta"]), COLOURS["a3fta"])
+    y = _heading(page, left, START, "The training set", "all 20 images")
+    y = _rows(page, left, y, real) + 0.12
+    y = _heading(page, left, y, "Before", "samples of the base, which was trained on fonts")
+    y = _rows(page, left, y, before) + 0.12
+    y = _heading(page, left, y, "After A3FTA", _aside(by["a3fta"]), COLOURS["a3fta"])
     _pairs(page, left, y, after["a3fta"], 2)
 
-    y = start
+    y = START
     for key, colour in (("full-best", "full"), ("full-last", "full"), ("lora", "lora")):
         row = by[key]
-        title = row.label[0].upper() + row.label[1:]
-        y = _heading(page, right, y, title, _aside(row), COLOURS[colour])
-        y = _pairs(page, right, y, after[key], 1) + 0.12
-    page.tiles(right, y + 0.1, after["full-last"].samples[:0])
-    y = _legend(page, right, y + 0.05)
+        y = _heading(page, right, y, row.label[0].upper() + row.label[1:], _aside(row),
+                     COLOURS[colour])  # fmt: skip
+        y = _pairs(page, right, y, after[key], 1) + 0.14
+    _legend(page, right, y + 0.05)
 
-    y = 7.85
     top = 1.08 * max(max(curve.heldout + curve.train) for curve in losses.values())
-    _curves(page, left, y, 1.95, "Training loss", "train", losses, labels, best, top)
-    _curves(page, right, y, 1.95, "Held-out loss", "heldout", losses, labels, best, top)
+    for x, title, part in (
+        (left, "Loss on the 20 training images", "train"),
+        (right, "Loss on held-out digits", "heldout"),
+    ):
+        _curves(page, x, CURVES, title, part, losses, labels, best, top)
     for i, line in enumerate(lines):
-        page.text(left, 10.75 + 0.21 * i, line, fontsize=10)
+        page.text(left, FOOT + LINE * i, line, fontsize=11)
     page.figure.savefig(path, dpi=110, facecolor=PAPER)
 
 
@@ -156,17 +160,17 @@ def _aside(row: Row) -> str:
     )
 
 
-def _legend(page: _Page, x: float, y: float) -> float:
-    ax = page.axes(x, y, 0.22, 0.22)
+def _rows(page: _Page, x: float, y: float, images: Tensor) -> float:
+    for row in images.split(10):
+        page.tiles(x, y, row)
+        y += TILE + GAP
+    return y
+
+
+def _legend(page: _Page, x: float, y: float) -> None:
+    ax = page.axes(x, y, 0.24, 0.24)
     ax.set(xticks=[], yticks=[], facecolor=PAPER)
     for spine in ax.spines.values():
         spine.set(color=COPY, linewidth=2.4)
-    page.text(x + 0.34, y + 0.02, "a near-copy: closer to a training image than 99 % of real, "
-              "unseen digits are", fontsize=9.5, color=MUTED)  # fmt: skip
-    return y + 0.4
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, width)
+    page.text(x + 0.36, y + 0.12, "a near-copy: closer to a training image than 99 % of real, "
+              "unseen digits are", fontsize=10, color=MUTED, va="center")  # fmt: skip

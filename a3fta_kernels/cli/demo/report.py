@@ -38,7 +38,7 @@ def _share(value: float) -> str:
 
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "label": ("method", str),
-    "trainable": ("trainable parameters", lambda v: f"{v:,}"),
+    "trainable": ("parameters trained", lambda v: f"{v:,}"),
     "steps_per_second": ("steps per second", lambda v: f"{v:.1f}"),
     "saved_bytes": ("saved for backward", lambda v: f"{v / 2**20:.1f} MiB"),
     "train_loss": ("training loss", lambda v: f"{v:.3f}"),
@@ -76,61 +76,62 @@ def notes(samples: int, threshold: float, selection: int, heldout: int) -> list[
 
 def _relation(a: float, b: float) -> str:
     if abs(a - b) <= TIE * max(a, b):
-        return "about the same as"
-    return "lower than" if a < b else "higher than"
+        return "about the same"
+    return "lower" if a < b else "higher"
 
 
-def _apart(a: float, b: float, samples: int) -> bool:
-    """Whether two shares of `samples` differ by more than two standard errors."""
+def _copies(a: float, b: float, samples: int) -> str:
+    """Whether share a of `samples` differs from share b by more than two standard errors."""
     error = math.sqrt((a * (1 - a) + b * (1 - b)) / samples)
-    return abs(a - b) > max(2 * error, 1 / samples)
+    if abs(a - b) <= max(2 * error, 1 / samples):
+        return "not distinguishable"
+    return "fewer" if a < b else "more"
 
 
 def caption(rows: list[Row], samples: int, seed: int) -> str:
     """What this run shows, in sentences made from its numbers."""
     by = {row.key: row for row in rows}
-    ours, base, model = by["a3fta"], by["base"], by["full-last"]
-    assert ours.trainable and model.trainable and ours.copies is not None
+    ours, before = by["a3fta"], by["base"].heldout_loss
+    model = by["full-last"].trainable
+    loss, copied = ours.heldout_loss, ours.copies
+    assert ours.trainable and model and loss is not None and copied is not None
     said = [
-        f"A3FTA trains {ours.trainable:,} parameters ({100 * ours.trainable / model.trainable:.1f} "
-        f"% of the model). Held-out loss {ours.heldout_loss:.3f}, from {base.heldout_loss:.3f} "
-        "before."
+        f"A3FTA trains {ours.trainable:,} parameters ({100 * ours.trainable / model:.1f} % of the "
+        f"model): held-out loss {loss:.3f} (before: {before:.3f}), {_share(copied)} near-copies.",
+        "Against it:",
     ]
-    for rival in (by[k] for k in ("full-best", "full-last", "lora")):
-        assert rival.heldout_loss is not None and ours.heldout_loss is not None
-        assert rival.copies is not None
-        line = (
-            f"{_relation(ours.heldout_loss, rival.heldout_loss)} {rival.label} "
-            f"({rival.heldout_loss:.3f})"
+    for rival in (by[key] for key in ("full-best", "full-last", "lora")):
+        assert rival.heldout_loss is not None and rival.copies is not None
+        said.append(
+            f"{rival.label}: {rival.heldout_loss:.3f} ({_relation(rival.heldout_loss, loss)}), "
+            f"{_share(rival.copies)} near-copies ({_copies(rival.copies, copied, samples)});"
         )
-        if _apart(ours.copies, rival.copies, samples):
-            more = "fewer" if ours.copies < rival.copies else "more"
-            line += f", with {more} near-copies ({_share(ours.copies)} to {_share(rival.copies)})"
-        else:
-            line += (
-                f", near-copies not distinguishable ({_share(ours.copies)} and "
-                f"{_share(rival.copies)})"
-            )
-        said.append(f"That is {line}.")
+    said[-1] = said[-1].removesuffix(";") + "."
     trained = [row for row in rows if row.trainable]
     lowest = min(trained, key=lambda row: row.heldout_loss or math.inf)
     closest = min(trained, key=lambda row: math.inf if row.kid is None else row.kid)
     said.append(
         f"Lowest held-out loss: {lowest.label}. Samples closest to real digits by KID: "
-        f"{closest.label} ({closest.kid:.1f}; {_share(closest.copies or 0.0)} near-copies)."
+        f"{closest.label} ({closest.kid:.1f}, {_share(closest.copies or 0.0)} near-copies)."
     )
     said.append(f"One run with seed {seed} at toy size: it says nothing about large models.")
     return " ".join(said)
 
 
 def print_table(console: Any, rows: list[Row], title: str) -> None:
+    """On screen the methods are the columns, so that 80 characters are enough."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", show_lines=False, pad_edge=False)
-    for i, (heading, _) in enumerate(COLUMNS.values()):
-        table.add_column(heading, justify="right" if i else "left", no_wrap=i == 0)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=0)
+    (heading, _), *others = COLUMNS.values()
+    table.add_column(heading, no_wrap=True)
     for row in rows:
-        table.add_row(*cells(row), style="bold" if row.key == "a3fta" else None)
+        bold = "bold" if row.key == "a3fta" else ""
+        table.add_column(row.label, justify="right", style=bold, header_style=bold)
+    columns = [cells(row)[1:] for row in rows]
+    for (name, _), *values in zip(others, *columns, strict=True):
+        table.add_row(name, *values)
     console.print(table)
 
 
