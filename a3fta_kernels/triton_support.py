@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """What the Triton kernels share: device functions, tile configurations, and the launch.
 
 Imported by `triton.py` modules only. A kernel's configurations are a function of dtype, rank
@@ -31,7 +32,7 @@ GELU_TANH: tl.constexpr = tl.constexpr(3)
 GROUP_M: tl.constexpr = tl.constexpr(8)
 SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
 RSQRT_2PI: tl.constexpr = tl.constexpr(0.3989422804014327)
-# tanh GELU is a * sigmoid(a * (TANH_LINEAR + TANH_CUBIC * a * a)), as (1 + tanh(u)) / 2 is a sigmoid
+# (1 + tanh(u)) / 2 = sigmoid(2u), so tanh GELU is a * sigmoid(a * (LINEAR + CUBIC * a * a))
 TANH_LINEAR: tl.constexpr = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 TANH_CUBIC: tl.constexpr = tl.constexpr(0.07135481627260025)  # 0.044715 of that
 
@@ -127,6 +128,12 @@ class Config(NamedTuple):
     def meta(self) -> dict[str, int]:
         return dict(self.blocks)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler takes beside the tile sizes; fused multiply-adds are said outright,
+        as Triton's default for them changes between versions."""
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True)
+
     def __str__(self) -> str:
         tiles = " ".join(f"{k.removeprefix('BLOCK_')}{v}" for k, v in self.blocks)
         return f"{tiles} w{self.num_warps} s{self.num_stages}"
@@ -157,14 +164,16 @@ def chip(device: torch.device) -> Chip:
     if device.type != "cuda":
         return Chip(80, 2)  # interpreted: few processors, so that sums still have several parts
     major, minor = torch.cuda.get_device_capability(device)
-    return Chip(
-        10 * major + minor, torch.cuda.get_device_properties(device).multi_processor_count
-    )
+    return Chip(10 * major + minor, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def rank_block(rank: int, limit: int = 256) -> int:
+def rank_block(rank: int, limit: int) -> int:
     """The rank padded to a power of two that tensor cores take."""
     return min(limit, max(16, triton.next_power_of_2(rank)))
+
+
+# tile sizes -> grid and arguments
+Plan = Callable[[dict[str, int]], tuple[tuple[int, ...], dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -178,7 +187,7 @@ class AotKernel:
     launcher: Launcher
     pointers: dict[str, str]
     variants: dict[str, dict[str, Any]] = field(default_factory=lambda: {"all": {}})
-    ranks: tuple[int, ...] = (16, 64, 128, 256)
+    ranks: tuple[int, ...] = (16, 64, 128)
 
 
 class Launcher:
@@ -196,7 +205,7 @@ class Launcher:
 
     def __call__(
         self,
-        plan: Callable[[dict[str, int]], tuple[tuple[int, ...], dict[str, Any]]],
+        plan: Plan,
         like: Tensor,
         rank: int,
         *key: Any,
@@ -216,15 +225,10 @@ class Launcher:
     def candidates(self, like: Tensor, rank: int) -> list[Config]:
         return self.configs(like.element_size(), rank, chip(like.device).capability)
 
-    def _launch(self, plan: Callable, like: Tensor, rank: int, key: tuple) -> None:
+    def _launch(self, plan: Plan, like: Tensor, rank: int, key: tuple) -> None:
         def run(choice: Config) -> None:
             grid, arguments = plan(choice.meta)
-            self.kernel[grid](
-                **arguments,
-                **choice.meta,
-                num_warps=choice.num_warps,
-                num_stages=choice.num_stages,
-            )
+            self.kernel[grid](**arguments, **choice.meta, **choice.options)
 
         full = (like.device, like.dtype, rank, *key)
         choice = self._chosen.get(full)
@@ -254,3 +258,11 @@ def fastest(run: Callable[[Config], None], candidates: list[Config]) -> Config:
 def rows_bucket(m: int) -> int:
     """Row counts that share their tiles: retuning for every M would cost more than it gains."""
     return triton.next_power_of_2(m)
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def rows_per_sample(m: int, gamma: Tensor | None, beta: Tensor | None) -> int:
+    return next((m // x.shape[0] for x in (gamma, beta) if x is not None), m)

@@ -1,6 +1,9 @@
+# mypy: allow-untyped-defs
 """One GEMM whose K loop runs over two pairs of matrices: nothing is concatenated in memory."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -11,18 +14,18 @@ from ..triton_support import (
     Config,
     Launcher,
     config,
+    dense,
     dot,
     grouped_tile,
     rank_block,
     rows_bucket,
     shared_limit,
 )
-from .skinny_triton import dense
 
 RANK_STEP = 64  # the second K loop takes the rank in steps of at most this
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def concat_gemm_kernel(
     x_ptr, w_ptr, s_ptr, t_ptr, bias_ptr, residual_ptr, out_ptr,
     M, N, K, R, start, length, stride_xm, stride_wk, stride_wn, stride_tr, stride_tn,
@@ -91,7 +94,8 @@ def concat_gemm_configs(itemsize: int, block_r: int, capability: int) -> list[Co
             found.append(
                 config(
                     num_warps, num_stages,
-                    BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r,
+                    BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+                    BLOCK_R=min(block_r, block_k) if itemsize == 4 else block_r,
                 )
             )  # fmt: skip
     return found
@@ -104,7 +108,7 @@ _HALF = (
     (64, 64, 64, 4, 3),
     (64, 128, 32, 4, 3),
 )
-_FP32 = ((64, 64, 16, 4, 2), (32, 64, 16, 4, 2))
+_FP32 = ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2))
 
 launch_concat_gemm = Launcher(concat_gemm_kernel, concat_gemm_configs)
 
@@ -146,7 +150,7 @@ def concat_gemm(
     block_r = rank_block(rank, RANK_STEP)
     k = 0 if x is None else x.shape[1]
 
-    def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict]:
+    def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
         grid = (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),)
         return grid, dict(
             x_ptr=x, w_ptr=w, s_ptr=s, t_ptr=t, bias_ptr=dense(bias), residual_ptr=residual,

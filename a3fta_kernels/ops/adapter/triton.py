@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..gemm_triton import concat_gemm
+from ..grad_triton import weight_grad
 from ..rule import AdapterGrads
-from ..skinny_triton import RANK_LIMIT, rows_backward, rows_forward, weight_grad
+from ..skinny_triton import RANK_LIMIT, rows_backward, rows_forward
 
 
 def forward(
@@ -21,12 +22,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(y, a) by the protocol of contract.py. A rank above RANK_LIMIT takes two kernels."""
     if w_down.shape[0] <= RANK_LIMIT:
-        down = rows_forward(
+        a, y = rows_forward(
             h, w_down, b_down, gamma, beta, activation, v=w_up, bias=b_up, residual=h
         )
-        return down.y, down.a
-    down = rows_forward(h, w_down, b_down, gamma, beta, activation)
-    return concat_gemm(None, None, down.z, w_up.t(), bias=b_up, residual=h), down.a
+        return y, a
+    a, z = rows_forward(h, w_down, b_down, gamma, beta, activation)
+    return concat_gemm(None, None, z, w_up.t(), bias=b_up, residual=h), a
 
 
 def backward(
@@ -45,14 +46,12 @@ def backward(
     whole = w_down.shape[0] <= RANK_LIMIT
     up = rows_backward(
         dy, a, w_up, gamma, beta, activation,
-        need_da=need_dw or (need_dh and not whole), need_sums=need_dw,
+        need_sums=need_dw,
         w_down=w_down if need_dh and whole else None,
     )  # fmt: skip
     dh = concat_gemm(None, None, up.da, w_down, residual=dy) if need_dh and not whole else up.dh
     if not need_dw:
         return AdapterGrads(dh, None, None, None, None, None, None)
     dw_down, _ = weight_grad(h, up.da, transposed=True)
-    g_up, dy_sum = weight_grad(
-        dy, a, from_a=True, gamma=gamma, beta=beta, activation=activation
-    )
+    g_up, dy_sum = weight_grad(dy, a, from_a=True, gamma=gamma, beta=beta, activation=activation)
     return AdapterGrads(dh, dw_down, g_up, up.da_sum, dy_sum, up.dgamma, up.dbeta)

@@ -1,12 +1,15 @@
+# mypy: allow-untyped-defs
 """`adapter_linear` in Triton, two ways.
 
-    skinny  forward: r = residual + bias + z @ V.T in one pass over h, then r += h @ weight.T by
-            the library GEMM. Backward: da in one pass over dy, then the library GEMM, P by a sum.
-    fused   one GEMM that reads each h tile once for weight and w_down; backward one GEMM whose
-            K loop runs over (dy, weight) and then (da, w_down).
+skinny  forward: r = residual + bias + z @ V.T in one pass over h, then r += h @ weight.T by
+        the library GEMM. Backward: da in one pass over dy, then the library GEMM, P by a sum.
+fused   one GEMM that reads each h tile once for weight and w_down; backward one GEMM whose
+        K loop runs over (dy, weight) and then (da, w_down).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -17,26 +20,22 @@ from ...triton_support import (
     Config,
     Launcher,
     config,
+    dense,
     dot,
     grouped_tile,
     modulated,
     rank_block,
     rows_bucket,
+    rows_per_sample,
     shared_limit,
 )
 from ..activations import activation_code
 from ..gemm_triton import concat_gemm
+from ..grad_triton import weight_grad
 from ..rule import AdapterGrads
-from ..skinny_triton import (
-    RANK_LIMIT,
-    dense,
-    rows_backward,
-    rows_forward,
-    rows_per_sample,
-    weight_grad,
-)
+from ..skinny_triton import RANK_LIMIT, rows_backward, rows_forward
 
-FUSED_RANK_LIMIT = 128  # above it the second accumulator leaves too few registers
+FUSED_RANK_LIMIT = 64  # above it the second accumulator leaves too few registers
 
 
 @triton.jit
@@ -69,7 +68,7 @@ def adapted_span(
     return acc, acc_a
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "rows_per_sample"])
 def linear_forward_kernel(
     h_ptr, weight_ptr, bias_ptr, w_down_ptr, v_ptr, b_down_ptr, gamma_ptr, beta_ptr, residual_ptr,
     y_ptr, a_ptr,
@@ -116,9 +115,7 @@ def linear_forward_kernel(
         acc_a += tl.load(b_down_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)[None, :]
     if pid_n == 0:
         a_ptrs = a_ptr + rows * R + offs_r[None, :]
-        tl.store(
-            a_ptrs, acc_a.to(a_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :]
-        )
+        tl.store(a_ptrs, acc_a.to(a_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
     z = modulated(
         acc_a, gamma_ptr, beta_ptr, offs_m, mask_m, offs_r, mask_r, rows_per_sample, R, ACT
     )
@@ -158,7 +155,7 @@ _HALF = (
     (64, 64, 64, 4, 3),
     (64, 128, 32, 8, 3),
 )
-_FP32 = ((64, 64, 16, 8, 2), (32, 64, 16, 4, 2))
+_FP32 = ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2))
 
 launch_linear_forward = Launcher(linear_forward_kernel, linear_forward_configs)
 
@@ -170,7 +167,7 @@ AOT_KERNELS = (
             "whole": {"ACT": 2, "WHOLE": True, "start": 0},
             "slice": {"ACT": 2, "WHOLE": False},
         },
-        ranks=(16, 64, 128),
+        ranks=(16, 64),
     ),
 )
 
@@ -202,16 +199,15 @@ def forward(
         )
     inside = h[:, start : start + length]
     if path == "skinny" and rank <= RANK_LIMIT:
-        down = rows_forward(
+        a, r = rows_forward(
             inside, w_down, b_down, gamma, beta, activation, v=v, bias=bias, residual=residual
         )
-        return down.y.addmm_(h, weight.t()), down.a
-    down = rows_forward(inside, w_down, b_down, gamma, beta, activation)
+        return r.addmm_(h, weight.t()), a
+    a, z = rows_forward(inside, w_down, b_down, gamma, beta, activation)
     if path == "fused":
-        y = concat_gemm(h, weight.t(), down.z, v.t(), bias=bias, residual=residual)
-        return y, down.a
-    r = concat_gemm(None, None, down.z, v.t(), bias=bias, residual=residual)
-    return r.addmm_(h, weight.t()), down.a
+        return concat_gemm(h, weight.t(), z, v.t(), bias=bias, residual=residual), a
+    r = concat_gemm(None, None, z, v.t(), bias=bias, residual=residual)
+    return r.addmm_(h, weight.t()), a
 
 
 def _fused_forward(
@@ -236,7 +232,7 @@ def _fused_forward(
     block_r = rank_block(rank, FUSED_RANK_LIMIT)
     whole = length == k
 
-    def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict]:
+    def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
         grid = (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),)
         return grid, dict(
             h_ptr=h, weight_ptr=weight, bias_ptr=dense(bias), w_down_ptr=w_down, v_ptr=v,
@@ -269,9 +265,7 @@ def backward(
 ) -> AdapterGrads:
     """By the protocol of contract.py."""
     length = w_down.shape[1]
-    up = rows_backward(
-        dy, a, v.contiguous(), gamma, beta, activation, need_da=True, need_sums=need_dw
-    )
+    up = rows_backward(dy, a, v.contiguous(), gamma, beta, activation, need_sums=need_dw)
     dh = None
     if need_dh and path == "fused":
         dh = concat_gemm(dy, weight, up.da, w_down, start=start)
@@ -281,7 +275,5 @@ def backward(
     if not need_dw:
         return AdapterGrads(dh, None, None, None, None, None, None)
     dw_down, _ = weight_grad(h[:, start : start + length], up.da, transposed=True)
-    g_up, dy_sum = weight_grad(
-        dy, a, from_a=True, gamma=gamma, beta=beta, activation=activation
-    )
+    g_up, dy_sum = weight_grad(dy, a, from_a=True, gamma=gamma, beta=beta, activation=activation)
     return AdapterGrads(dh, dw_down, g_up, up.da_sum, dy_sum, up.dgamma, up.dbeta)

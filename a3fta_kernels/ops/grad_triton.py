@@ -1,0 +1,156 @@
+# mypy: allow-untyped-defs
+"""The Triton kernel for weight gradients: a sum over rows, in parts, added in a fixed order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_support import (
+    AotKernel,
+    Config,
+    Launcher,
+    chip,
+    config,
+    dense,
+    dot,
+    modulated,
+    rank_block,
+    rows_bucket,
+    rows_per_sample,
+    shared_limit,
+)
+from .activations import activation_code
+
+# a larger rank is cut into blocks by the grid
+RANK_LIMIT = 128
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_sample", "rows_per_split"])
+def weight_grad_kernel(
+    x_ptr, s_ptr, gamma_ptr, beta_ptr, out_ptr, x_sum_ptr,
+    M, N, R, rows_per_sample, rows_per_split, stride_xm, stride_on, stride_or,
+    FROM_A: tl.constexpr, ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Partial sums over rows_per_split rows: out (splits, N, R) = X.T @ S, x_sum (splits, N).
+
+    x (M, N); s (M, R) holds S, or with FROM_A the pre-activation a that S = z is made from.
+    Programs: (N blocks, R blocks, splits).
+    """
+    split = tl.program_id(2)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_n = offs_n < N
+    mask_r = offs_r < R
+    first = split * rows_per_split
+    last = tl.minimum(first + rows_per_split, M)
+
+    acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    x_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for m in range(first, last, BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < last
+        rows = offs_m.to(tl.int64)[:, None]
+        x_ptrs = x_ptr + rows * stride_xm + offs_n[None, :]
+        x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+        s_ptrs = s_ptr + rows * R + offs_r[None, :]
+        s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+        if FROM_A:
+            z = modulated(
+                s.to(tl.float32), gamma_ptr, beta_ptr, offs_m, mask_m, offs_r, mask_r,
+                rows_per_sample, R, ACT,
+            )  # fmt: skip
+            s = z.to(s.dtype)
+        acc = dot(tl.trans(x), s, acc)
+        if x_sum_ptr is not None:
+            x_sum += tl.sum(x.to(tl.float32), axis=0)
+
+    out = out_ptr + split.to(tl.int64) * N * R
+    out_ptrs = out + offs_n.to(tl.int64)[:, None] * stride_on + offs_r[None, :] * stride_or
+    tl.store(out_ptrs, acc, mask=mask_n[:, None] & mask_r[None, :])
+    if x_sum_ptr is not None and tl.program_id(1) == 0:
+        tl.store(x_sum_ptr + split.to(tl.int64) * N + offs_n, x_sum, mask=mask_n)
+
+
+def weight_grad_configs(itemsize: int, block_r: int, capability: int) -> list[Config]:
+    found = []
+    if itemsize == 4:
+        block_r = min(block_r, 64)
+    for block_m, block_n, num_warps, num_stages in _GRAD_FP32 if itemsize == 4 else _GRAD:
+        shared = num_stages * itemsize * block_m * (block_n + block_r)
+        accumulator = block_n * block_r // (32 * num_warps)
+        if shared <= shared_limit(capability) and accumulator <= 64:
+            found.append(
+                config(num_warps, num_stages, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=block_r)
+            )
+    return found
+
+
+_GRAD = ((64, 128, 4, 3), (64, 64, 4, 3), (32, 64, 4, 4), (64, 64, 8, 3), (32, 32, 4, 3))
+_GRAD_FP32 = ((16, 64, 8, 2), (16, 32, 4, 2))
+
+launch_weight_grad = Launcher(weight_grad_kernel, weight_grad_configs)
+
+AOT_KERNELS = (
+    AotKernel(
+        launch_weight_grad,
+        pointers={"out_ptr": "fp32", "x_sum_ptr": "fp32"},
+        variants={
+            "from a": {"ACT": 2, "FROM_A": True},
+            "given": {"ACT": 0, "FROM_A": False, "gamma_ptr": None, "beta_ptr": None,
+                      "x_sum_ptr": None, "stride_or": 1},
+        },
+    ),
+)  # fmt: skip
+
+
+def weight_grad(
+    x: Tensor,
+    s: Tensor,
+    *,
+    transposed: bool = False,
+    from_a: bool = False,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    activation: str = "identity",
+) -> tuple[Tensor, Tensor | None]:
+    """X.T @ S (N, R), or its transpose, in fp32; with `from_a` S = z of a = s, and sum(X) (N,)."""
+    m, n = x.shape
+    rank = s.shape[1]
+    shape = (rank, n) if transposed else (n, rank)
+    if m == 0:
+        x_sum = x.new_zeros(n, dtype=torch.float32) if from_a else None
+        return x.new_zeros(shape, dtype=torch.float32), x_sum
+    block_r = rank_block(rank, RANK_LIMIT)
+    partial: dict[str, Tensor] = {}
+
+    def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
+        blocks = triton.cdiv(n, meta["BLOCK_N"]) * triton.cdiv(rank, meta["BLOCK_R"])
+        # two programs a processor, each with at least four steps of its loop
+        wanted = max(1, 2 * chip(x.device).processors // blocks)
+        rows = triton.cdiv(triton.cdiv(m, wanted), meta["BLOCK_M"]) * meta["BLOCK_M"]
+        rows = max(rows, min(4 * meta["BLOCK_M"], m))
+        splits = triton.cdiv(m, rows)
+        partial["out"] = x.new_empty((splits, *shape), dtype=torch.float32)
+        if from_a:
+            partial["x_sum"] = x.new_empty((splits, n), dtype=torch.float32)
+        grid = (triton.cdiv(n, meta["BLOCK_N"]), triton.cdiv(rank, meta["BLOCK_R"]), splits)
+        return grid, dict(
+            x_ptr=x, s_ptr=s, gamma_ptr=dense(gamma), beta_ptr=dense(beta),
+            out_ptr=partial["out"], x_sum_ptr=partial.get("x_sum"), M=m, N=n, R=rank,
+            rows_per_sample=rows_per_sample(m, gamma, beta), rows_per_split=rows,
+            stride_xm=x.stride(0), stride_on=1 if transposed else rank,
+            stride_or=n if transposed else 1, FROM_A=from_a, ACT=activation_code(activation),
+        )  # fmt: skip
+
+    launch_weight_grad(plan, x, block_r, rows_bucket(m), n, from_a)
+    return _total(partial["out"]), _total(partial["x_sum"]) if from_a else None
+
+
+def _total(partial: Tensor) -> Tensor:
+    return partial[0] if partial.shape[0] == 1 else partial.sum(0)
