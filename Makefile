@@ -47,7 +47,7 @@ bench: setup ## op benchmarks: every op, backend and workload
 
 fuzz: setup ## property tests at length: 5000 op cases, 20000 adapter files
 	A3FTA_FUZZ_CASES=5000 $(PY) -m pytest tests/ops -k property --timeout 0
-	A3FTA_FUZZ_CASES=20000 $(PY) -m pytest tests/test_storage_fuzz.py --timeout 0
+	A3FTA_FUZZ_FILES=20000 $(PY) -m pytest tests/test_storage_fuzz.py --timeout 0
 
 aot: setup ## compile every Triton configuration for every chip, and renew the committed table
 	$(PY) -m benchmarks.aot
