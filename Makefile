@@ -67,7 +67,7 @@ $(VENV)/bin/python:
 
 # a change of TORCH reinstalls, an equal one does not
 $(VENV)/torch: $(VENV)/bin/python FORCE
-	@echo '$(TORCH)' | cmp -s - $@ || { set -ex; $(PY) -m pip install "setuptools>=77" $(TORCH); echo '$(TORCH)' > $@; }
+	@[ "$$(cat $@ 2>/dev/null)" = '$(TORCH)' ] || { set -ex; $(PY) -m pip install "setuptools>=77" $(TORCH); echo '$(TORCH)' > $@; }
 
 # the library first, which pip would build in silence and now finds
 $(VENV)/ready: $(VENV)/torch setup.py pyproject.toml $(SOURCES)
