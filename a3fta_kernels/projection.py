@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import ops
 from .adapters import BottleneckAdapter
+from .adapters.bottleneck import Tensors
 from .backends import resolve
 from .ops.activations import activate
 from .ops.adapter_linear import api as adapter_linear_api
@@ -292,28 +293,28 @@ def _stack(
     group: list[tuple[BottleneckAdapter, float]], activation: str, h: Tensor | None
 ) -> Stack:
     masks = [None if h is None else a.mask(h.shape[0], h.device) for a, _ in group]
-    adapter, weight = group[0]
-    if len(group) == 1:
-        return Stack(
-            adapter.w_down, adapter.w_up, adapter.b_down, adapter.b_up,
-            adapter.scale * weight, activation, masks[0],
-        )  # fmt: skip
+    tensors: list[Tensors] = [a() for a, _ in group]
+    factors = [a.scale * weight for a, weight in group]
+    if len(group) == 1 and not torch.compiler.is_compiling():
+        return Stack(*tensors[0], factors[0], activation, masks[0])
+    # compiled, a number that an op takes is a constant: in w_up no new weight compiles anew
     b_down = b_up = gamma = None
-    if any(a.b_down is not None for a, _ in group):
-        b_down = torch.cat([_or_zeros(a.b_down, a.w_down[:, 0]) for a, _ in group])
-        shifts = [a.b_up * (a.scale * w) for a, w in group if a.b_up is not None]
+    if any(t.b_down is not None for t in tensors):
+        b_down = _cat([_or_zeros(t.b_down, t.w_down[:, 0]) for t in tensors])
+        pairs = zip(tensors, factors, strict=True)
+        shifts = [t.b_up * factor for t, factor in pairs if t.b_up is not None]
         b_up = functools.reduce(torch.add, shifts)
     if h is not None and any(m is not None for m in masks):
-        gamma = torch.cat(
-            [
-                h.new_zeros(h.shape[0], a.rank, dtype=torch.float32) if m is None else m
-                for m, (a, _) in zip(masks, group, strict=True)
-            ],
-            dim=1,
-        )
-    w_down = torch.cat([a.w_down for a, _ in group])
-    w_up = torch.cat([a.w_up * (a.scale * w) for a, w in group], dim=1)
+        blank = h.new_zeros(h.shape[0], 1, dtype=torch.float32)
+        parts = zip(masks, group, strict=True)
+        gamma = _cat([blank.expand(-1, a.rank) if m is None else m for m, (a, _) in parts], dim=1)
+    w_down = _cat([t.w_down for t in tensors])
+    w_up = _cat([t.w_up * factor for t, factor in zip(tensors, factors, strict=True)], dim=1)
     return Stack(w_down, w_up, b_down, b_up, 1.0, activation, gamma)
+
+
+def _cat(parts: list[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
 def delta(h: Tensor, stack: Stack) -> Tensor:

@@ -94,10 +94,20 @@ class TestEveryModel:
             assert torch.equal(models.run(other, name), models.run(plain, name))
 
 
-@pytest.mark.parametrize("name", ["sd15", "kandinsky", "unet2d"])
+ONE_LEVEL = {
+    "sd15": ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"),
+    "kandinsky": ("SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D"),
+    "unet2d": ("AttnDownBlock2D", "AttnUpBlock2D"),
+}
+
+
+@pytest.mark.parametrize("name", ONE_LEVEL)
 def test_fullgraph_compile(name):
     torch._dynamo.reset()
-    model = models.build(name)
+    down, up = ONE_LEVEL[name]
+    model = models.build(
+        name, block_out_channels=(32,), down_block_types=(down,), up_block_types=(up,)
+    )
     a3fta.inject(model, CONFIG)
     models.randomize(model)
     expected = models.run(model, name)
@@ -220,6 +230,17 @@ def test_attn_processors_idiom():
     assert len(a3fta.projections(model)) == SITES
     a3fta.eject(model)
     assert_unchanged(model, before)
+
+
+def test_attn_processors_where_diffusers_has_no_setter():
+    model = models.build("unet2d")
+    with torch.no_grad():
+        expected = models.run(model, "unet2d")
+        for key, processor in a3fta.attn_processors(model, CONFIG, backend="reference").items():
+            model.get_submodule(key.removesuffix(".processor")).set_processor(processor)
+        assert torch.equal(models.run(model, "unet2d"), expected)
+    kinds = {type(p).__name__ for p in attention_processors(model).values()}
+    assert kinds == {"A3FTAAttnProcessor"}
 
 
 def test_eject_leaves_processors_that_came_later():

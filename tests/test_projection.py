@@ -8,10 +8,11 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import nn
 
-from a3fta_kernels import backends
+from a3fta_kernels import backends, projection
 from a3fta_kernels.adapters import AdapterConfig, BottleneckAdapter
 from a3fta_kernels.ops.activations import activate
 from a3fta_kernels.projection import (
@@ -306,6 +307,41 @@ def test_fullgraph_compile(backend, cls):
     want = torch.autograd.grad(expected.square().sum(), wanted)
     for x, z in zip(got, want, strict=True):
         torch.testing.assert_close(x, z)
+
+
+def test_a_new_weight_does_not_compile_anew():
+    torch._dynamo.reset()
+    layer = adapt(linear(dtype=torch.float32), "reference")
+    add(layer, "a", dtype=torch.float32)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    h = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        for weight in (1.0, 0.9, 0.7, 0.5, 0.3, 0.1, -0.2):
+            layer.weights["a"] = weight
+            torch.testing.assert_close(compiled(h), layer(h))
+    assert counter.frame_count <= 2
+
+
+def test_compiled_dropout():
+    torch._dynamo.reset()
+    layer = adapt(linear(dtype=torch.float32), "reference").train()
+    add(layer, "a", dtype=torch.float32, dropout=0.5)
+    h = torch.randn(2, 5, 16)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = [compiled(h) for _ in range(8)]
+    assert any(not torch.equal(results[0], y) for y in results[1:])
+
+
+def test_the_reason_is_logged_once(caplog, monkeypatch):
+    monkeypatch.setattr(projection, "_logged", set())
+    layers = [adapt(linear(Tagged)) for _ in range(2)]
+    with caplog.at_level("INFO", logger="a3fta_kernels"):
+        for layer in layers * 2:
+            add(layer, f"a{len(layer.adapters)}")
+            layer(torch.randn(2, 16, dtype=torch.float64))
+    (record,) = caplog.records
+    assert "the layer is of class Tagged, not a plain Linear" in record.getMessage()
 
 
 class TestWrappedForward:

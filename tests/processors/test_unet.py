@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import types
 
@@ -390,17 +389,19 @@ class TestStockProcessorsOnAnInjectedModel:
         with pytest.raises(ValueError, match="not supported for models having added KV"):
             model.fuse_qkv_projections()
 
-    def test_two_calls_of_to_out_in_one_forward(self, model):
-        """As the perturbed-attention processors do."""
-        layer = next(m for m in model.modules() if isinstance(m, Attention))
-        holder = copy.deepcopy(layer)
-
-        class Twice(stock.AttnProcessor2_0):
-            def __call__(self, attn, hidden_states, **options):
-                first = super().__call__(attn, hidden_states)
-                return torch.cat([first, attn.to_out[1](attn.to_out[0](hidden_states))])
-
-        holder.set_processor(Twice())
-        h = torch.randn(2, 16, 64)
-        y = holder(h)
-        assert torch.equal(y[:2], layer(h)) and torch.equal(y[2:], layer.to_out[0](h))
+    def test_perturbed_attention(self):
+        """Its processor calls `to_out` twice in one forward."""
+        layer = attention()
+        holder = nn.ModuleDict({"attn": layer})
+        layer.set_processor(stock.PAGIdentitySelfAttnProcessor2_0())
+        h = torch.randn(4, 16, 32)
+        expected = layer(h)
+        report = a3fta.inject(holder, CONFIG, backend="reference")
+        assert list(report.left_processors.values()) == ["PAGIdentitySelfAttnProcessor2_0"]
+        assert torch.equal(layer(h), expected)
+        models.randomize(holder, std=0.3)
+        changed = layer(h)
+        for half in (slice(0, 2), slice(2, 4)):
+            assert not torch.allclose(changed[half], expected[half], atol=1e-3)
+        layer.set_processor(A3FTAAttnProcessor())
+        assert torch.equal(changed[:2], layer(h[:2]))
