@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .config import AdapterConfig
+
+
+class Tensors(NamedTuple):
+    """The tensors of an adapter, as a forward uses them."""
+
+    w_down: Tensor
+    w_up: Tensor
+    b_down: Tensor | None
+    b_up: Tensor | None
 
 
 class BottleneckAdapter(nn.Module):
@@ -46,6 +55,10 @@ class BottleneckAdapter(nn.Module):
         self.w_up = nn.Parameter(torch.zeros(channels, rank, **options))
         self.b_down = nn.Parameter(torch.zeros(rank, **options)) if config.bias else None
         self.b_up = nn.Parameter(torch.zeros(channels, **options)) if config.bias else None
+
+    def forward(self) -> Tensors:
+        """The tensors: by a call, so that hooks that fetch offloaded parameters run."""
+        return Tensors(self.w_down, self.w_up, self.b_down, self.b_up)
 
     def mask(self, samples: int, device: torch.device) -> Tensor | None:
         """gamma (samples, R) that drops ranks of the bottleneck; None where dropout is off."""
