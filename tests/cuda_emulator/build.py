@@ -55,8 +55,10 @@ def build_library(folder: Path) -> Path:
 def build_program(folder: Path, sanitizers: str) -> Path:
     """sanitize.cpp and the kernels under the given sanitizers, as a program of their own."""
     flags = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-    sources = [*kernels(), HERE / "emulator.cpp", HERE / "sanitize.cpp"]
-    objects = compile_objects(folder, sources, flags, [])
+    objects = compile_objects(folder, [*kernels(), HERE / "sanitize.cpp"], flags, [])
+    kind = "THREAD" if sanitizers == "thread" else "ADDRESS"
+    define = f"-DEMULATOR_{kind}_SANITIZER"
+    objects += compile_objects(folder, [HERE / "emulator.cpp"], ["-O1", "-g", define], [])
     target = folder / "sanitize"
     subprocess.run([COMPILER, *flags, *objects, "-o", str(target)], check=True)
     return target

@@ -1,3 +1,6 @@
+// Compiled without sanitizers in every build, since its own state is no part of the emulated
+// program; EMULATOR_THREAD_SANITIZER and EMULATOR_ADDRESS_SANITIZER say what the rest has. memcpy
+// is intercepted here, too, so asynchronous copies are checked.
 #include "emulator.h"
 
 #include <ucontext.h>
@@ -8,10 +11,10 @@
 #include <memory>
 #include <vector>
 
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATOR_THREAD_SANITIZER)
 #include <sanitizer/tsan_interface.h>
 #endif
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(EMULATOR_ADDRESS_SANITIZER)
 #include <sanitizer/asan_interface.h>
 #endif
 
@@ -21,15 +24,12 @@ extern __attribute__((aligned(128))) unsigned char dynamic_shared[];
 __attribute__((aligned(128))) unsigned char dynamic_shared[kShared];
 }  // namespace a3fta::cuda
 
-// not instrumented: the scheduler's own state is no part of the emulated program
-#define UNSEEN __attribute__((noinline, no_sanitize("thread", "address", "undefined")))
-
 dim3 gridDim, blockDim;
 
 namespace emulator {
 namespace {
 
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATOR_THREAD_SANITIZER)
 void* make_fiber() { return __tsan_create_fiber(0); }
 void enter_fiber(void* fiber) { __tsan_switch_to_fiber(fiber, __tsan_switch_to_fiber_no_sync); }
 void* current_fiber() { return __tsan_get_current_fiber(); }
@@ -43,7 +43,7 @@ void acquire(void*) {}
 void release(void*) {}
 #endif
 
-constexpr size_t kStack = 512 * 1024;
+constexpr size_t kStack = 128 * 1024;
 constexpr int kRunning = 0;
 constexpr int kFinished = -1;
 
@@ -72,13 +72,13 @@ long barriers = 0;       // passed by the block that runs
 char barrier_points[2];  // by parity: a thread past barrier k + 1 must not order those at barrier k
 char launch_point, finish_point;
 
-UNSEEN void to_scheduler() {
+void to_scheduler() {
   Thread& self = *threads[thread_at];
   enter_fiber(scheduler_fiber);
   swapcontext(&self.context, &scheduler);
 }
 
-UNSEEN void start() {
+void start() {
   acquire(&launch_point);
   (*kernel_body)();
   Thread& self = *threads[thread_at];
@@ -89,14 +89,14 @@ UNSEEN void start() {
   std::abort();
 }
 
-UNSEEN void run_block(unsigned count, size_t shared_bytes) {
+void run_block(unsigned count, size_t shared_bytes) {
   unsigned char* shared = a3fta::cuda::dynamic_shared;
-#if defined(__SANITIZE_ADDRESS__)
-  ASAN_UNPOISON_MEMORY_REGION(shared, a3fta::cuda::kShared);
+#if defined(EMULATOR_ADDRESS_SANITIZER)
+  __asan_unpoison_memory_region(shared, a3fta::cuda::kShared);
 #endif
   std::memset(shared, 0xff, a3fta::cuda::kShared);
-#if defined(__SANITIZE_ADDRESS__)
-  ASAN_POISON_MEMORY_REGION(shared + shared_bytes, a3fta::cuda::kShared - shared_bytes);
+#if defined(EMULATOR_ADDRESS_SANITIZER)
+  __asan_poison_memory_region(shared + shared_bytes, a3fta::cuda::kShared - shared_bytes);
 #endif
   barriers = 0;
   release(&launch_point);
@@ -127,10 +127,10 @@ UNSEEN void run_block(unsigned count, size_t shared_bytes) {
 
 }  // namespace
 
-UNSEEN dim3 thread_index() { return {thread_at, 0, 0}; }
-UNSEEN dim3 block_index() { return block_at; }
+dim3 thread_index() { return {thread_at, 0, 0}; }
+dim3 block_index() { return block_at; }
 
-UNSEEN void barrier(int line) {
+void barrier(int line) {
   char* point = &barrier_points[barriers & 1];
   release(point);
   threads[thread_at]->waits_at = line;
@@ -138,25 +138,18 @@ UNSEEN void barrier(int line) {
   acquire(point);
 }
 
-UNSEEN void copy_async(void* to, const void* from, size_t bytes) {
+void copy_async(void* to, const void* from, size_t bytes) {
   threads[thread_at]->groups.back().push_back({to, from, bytes});
 }
 
-UNSEEN void commit() { threads[thread_at]->groups.emplace_back(); }
+void commit() { threads[thread_at]->groups.emplace_back(); }
 
-namespace {
-// seen by the sanitizers: the copy itself reads and writes the program's memory
-void perform(const std::vector<Copy>& copies) {
-  for (const Copy& c : copies) std::memcpy(c.to, c.from, c.bytes);
-}
-}  // namespace
-
-UNSEEN void wait_prior(size_t count) {
+void wait_prior(size_t count) {
   auto& groups = threads[thread_at]->groups;
   while (groups.size() > count + 1) {
     const std::vector<Copy> first = std::move(groups.front());
     groups.erase(groups.begin());
-    perform(first);
+    for (const Copy& c : first) std::memcpy(c.to, c.from, c.bytes);
   }
 }
 

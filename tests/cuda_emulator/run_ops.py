@@ -25,7 +25,7 @@ ADAPTER = [
     Case((5, 1), 17, 3, modulation="gamma"),
     Case((2, 300), 40, 70, modulation="beta"),
     Case((64,), 64, 128),
-    Case((9,), 24, 400),  # beyond what stays in shared memory
+    Case((9,), 24, 700),  # beyond what stays in shared memory
     Case((2, 0), 16, 4),
     Case((3, 0), 16, 4, modulation="gamma beta"),
     Case((2, 9), 32, 8, layout="sliced"),
@@ -43,7 +43,7 @@ LINEAR = [
     Case((2, 9), 32, 8, n=40, columns=(13, 80), residual=True),
     Case((2, 9), 32, 8, n=40, columns=(48, 80), residual=True),
     Case((66,), 136, 24, n=20, columns=(8, 300), modulation="gamma"),
-    Case((9,), 24, 400, n=40, columns=(3, 30), residual=True),
+    Case((9,), 24, 700, n=40, columns=(3, 30), residual=True),
     Case((2, 0), 16, 4, n=8, residual=True),
     Case((0, 6), 16, 4, n=8, modulation="gamma beta"),
     Case((2, 9), 32, 8, n=16, layout="sliced"),

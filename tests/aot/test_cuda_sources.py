@@ -1,0 +1,174 @@
+"""The CUDA kernels as machine code: no spills, shared memory in bounds, tensor cores at work.
+
+Looks into the built library where it is newer than its sources; otherwise compiles.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+LIBRARY = ROOT / "a3fta_kernels" / "_C.abi3.so"
+ARCHS = ("sm_80", "sm_90a")
+# per block, dynamic and static, on sm_86, sm_89 and sm_120
+SHARED_LIMIT = 99 * 1024
+# by kernel: its instances; True for one per element type
+KERNELS = {
+    "adapter_kernel": 6,
+    "product_kernel": 6,
+    "adapter_linear_kernel": 3,
+    "row_product_kernel": 3,
+    "sample_sums_kernel": 3,
+    "reduce_kernel": 1,
+}
+MATRIX_KERNELS = ("adapter_kernel", "product_kernel", "adapter_linear_kernel", "row_product_kernel")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    arch: str
+    name: str  # mangled
+    usage: dict[str, int]
+
+    @property
+    def short(self) -> str:
+        return next(k for k in sorted(KERNELS, key=len, reverse=True) if f"{len(k)}{k}" in self.name)
+
+    @property
+    def half(self) -> bool:
+        return "__half" in self.name or "__nv_bfloat16" in self.name
+
+
+def toolkit() -> tuple[str, str]:
+    """nvcc and a cuobjdump; skips where one is missing."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc not found: the CUDA sources cannot be compiled here")
+    dry = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    top = re.search(r"TOP=(\S+)", dry.stderr + dry.stdout)
+    places = [shutil.which("cuobjdump")]
+    if top is not None:
+        places.append(shutil.which(str(Path(top[1]) / "bin" / "cuobjdump")))
+    try:
+        import triton
+
+        bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        places.append(shutil.which(str(bundled)))
+    except ImportError:
+        pass
+    cuobjdump = next(filter(None, places), None)
+    if cuobjdump is None:
+        pytest.skip("cuobjdump not found, neither in the CUDA toolkit nor in Triton")
+    return nvcc, cuobjdump
+
+
+def output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def library_is_fresh(cuobjdump: str) -> bool:
+    newest = max(p.stat().st_mtime for p in (ROOT / "csrc").rglob("*.*") if p.is_file())
+    if not LIBRARY.exists() or LIBRARY.stat().st_mtime < newest:
+        return False
+    listing = subprocess.run(
+        [cuobjdump, "--list-elf", str(LIBRARY)], capture_output=True, text=True
+    ).stdout
+    return all(f".{arch}." in listing for arch in ARCHS)
+
+
+@pytest.fixture(scope="module")
+def binaries(tmp_path_factory) -> tuple[str, list[Path]]:
+    """cuobjdump, and files that hold the machine code."""
+    nvcc, cuobjdump = toolkit()
+    if library_is_fresh(cuobjdump):
+        return cuobjdump, [LIBRARY]
+    folder = tmp_path_factory.mktemp("cubins")
+    found = []
+    for source in SOURCES:
+        for arch in ARCHS:
+            target = folder / f"{source.stem}.{arch}.cubin"
+            output(
+                nvcc, "-std=c++17", "-O3", "-cubin", f"-arch={arch}", str(source), "-o", str(target)
+            )
+            found.append(target)
+    return cuobjdump, found
+
+
+@pytest.fixture(scope="module")
+def kernels(binaries) -> list[Kernel]:
+    cuobjdump, files = binaries
+    found = []
+    for file in files:
+        arch = ""
+        name = ""
+        for line in output(cuobjdump, "--dump-resource-usage", str(file)).splitlines():
+            if match := re.search(r"arch = (sm_\w+)", line):
+                arch = match[1]
+            elif match := re.search(r"\.(sm_\w+)\.cubin", line):
+                arch = match[1]
+            elif match := re.search(r"Function (\S+):", line):
+                name = match[1]
+            elif "REG:" in line and "a3fta" in name:
+                usage = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
+                found.append(Kernel(arch or file.suffixes[0][1:], name, usage))
+    return found
+
+
+@pytest.mark.timeout(600)
+def test_every_kernel_is_there(kernels):
+    for arch in ARCHS:
+        counted = {name: 0 for name in KERNELS}
+        for kernel in kernels:
+            counted[kernel.short] += kernel.arch == arch
+        assert counted == KERNELS, arch
+
+
+def test_no_spills(kernels):
+    assert kernels
+    for kernel in kernels:
+        assert kernel.usage["STACK"] == 0 and kernel.usage["LOCAL"] == 0, kernel
+
+
+def test_shared_memory(kernels):
+    """Dynamic shared memory is bounded by the launcher: the same number as here."""
+    launch = (ROOT / "csrc" / "cuda" / "launch.h").read_text()
+    assert "kSharedLimit = 99 * 1024" in launch
+    for kernel in kernels:
+        # beside the dynamic part only what the driver reserves per block
+        assert kernel.usage["SHARED"] <= 1024, kernel
+
+
+def test_registers_allow_a_block(kernels):
+    for kernel in kernels:
+        assert kernel.usage["REG"] <= 255, kernel
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_tensor_cores(arch, binaries):
+    """16-bit products run on the tensor cores; fp32 ones in full fp32."""
+    cuobjdump, files = binaries
+    seen = set()
+    for file in files:
+        if file != LIBRARY and f".{arch}." not in file.name:
+            continue
+        listing = output(cuobjdump, "-sass", "-arch", arch, str(file))
+        for section in listing.split("Function : ")[1:]:
+            kernel = Kernel(arch, section.split(maxsplit=1)[0], {})
+            if "a3fta" not in kernel.name or kernel.short not in MATRIX_KERNELS:
+                continue
+            seen.add(kernel.name)
+            assert ("HMMA" in section) == kernel.half, kernel.name
+            assert ("FFMA" in section) or kernel.half, kernel.name
+            assert not re.search(r"\b(LDL|STL)\b", section), kernel.name
+    assert len(seen) == sum(KERNELS[k] for k in MATRIX_KERNELS)

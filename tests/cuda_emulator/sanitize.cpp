@@ -1,0 +1,235 @@
+// Runs every launcher on exactly-sized heap buffers at awkward sizes, for the sanitizers: reads
+// and writes out of bounds, races between barriers, undefined behaviour. Results are only checked
+// to be written and finite; their values are checked elsewhere.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "../../csrc/cuda/adapter.h"
+#include "../../csrc/cuda/adapter_linear.h"
+#include "../../csrc/cuda/product.h"
+#include "../../csrc/cuda/row_sums.h"
+#include "../../csrc/cuda/tile.cuh"
+#include "emulator.h"
+
+using namespace a3fta::cuda;
+
+namespace {
+
+struct Case {
+  DType dtype;
+  int64_t samples, tokens, channels, rank, outputs, before, after;  // columns around the slice
+  bool aligned;  // rows start at multiples of 16 bytes
+};
+
+const float kNaN = NAN;
+
+// Buffers of one case: inputs hold small numbers, outputs and the gaps between rows NaN.
+class Buffers {
+ public:
+  explicit Buffers(const Case& c) : dtype_(c.dtype), aligned_(c.aligned) {}
+
+  Matrix input(int64_t rows, int64_t cols) { return make(rows, cols, false); }
+  Matrix output(int64_t rows, int64_t cols) { return make(rows, cols, true); }
+  Vector vector(int64_t size) { return {make(1, size, false).data, false}; }
+  float* floats(int64_t count) {
+    float* data = static_cast<float*>(allocate(count * 4));
+    for (int64_t i = 0; i < count; ++i) data[i] = kNaN;
+    return data;
+  }
+
+  void expect_finite(const char* what, const Matrix& m) {
+    for (int64_t i = 0; i < m.rows; ++i) {
+      for (int64_t j = 0; j < m.cols; ++j) expect(what, load(m, i * m.stride + j));
+    }
+  }
+  void expect_finite(const char* what, const float* data, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) expect(what, data[i]);
+  }
+
+ private:
+  Matrix make(int64_t rows, int64_t cols, bool out) {
+    const int64_t size = dtype_ == DType::fp32 ? 4 : 2;
+    int64_t stride = cols + 1;
+    if (aligned_) stride = (cols * size + 15) / 16 * 16 / size;
+    const int64_t count = rows == 0 ? 0 : (rows - 1) * stride + cols;  // ends with the last row
+    const Matrix m{allocate(count * size), rows, cols, stride};
+    for (int64_t i = 0; i < count; ++i) {
+      const bool gap = i % stride >= cols;
+      next_ = next_ * 1664525u + 1013904223u;
+      store(m, i, out || gap ? kNaN : static_cast<float>(next_ >> 24) / 256.0f - 0.5f);
+    }
+    return m;
+  }
+  void* allocate(int64_t bytes) {
+    held_.emplace_back(std::malloc(static_cast<size_t>(bytes)), std::free);
+    return held_.back().get();
+  }
+  float load(const Matrix& m, int64_t i) const {
+    if (dtype_ == DType::fp32) return static_cast<float*>(m.data)[i];
+    const uint16_t bits = static_cast<uint16_t*>(m.data)[i];
+    return dtype_ == DType::fp16 ? __half2float(__half{bits})
+                                 : __bfloat162float(__nv_bfloat16{bits});
+  }
+  void store(const Matrix& m, int64_t i, float x) const {
+    if (dtype_ == DType::fp32) {
+      static_cast<float*>(m.data)[i] = x;
+    } else {
+      static_cast<uint16_t*>(m.data)[i] =
+          dtype_ == DType::fp16 ? __float2half_rn(x).bits : __float2bfloat16_rn(x).bits;
+    }
+  }
+  static void expect(const char* what, float x) {
+    if (!std::isfinite(x)) {
+      std::fprintf(stderr, "%s: not written, or not finite\n", what);
+      std::exit(1);
+    }
+  }
+
+  DType dtype_;
+  bool aligned_;
+  uint32_t next_ = 1;
+  std::vector<std::unique_ptr<void, void (*)(void*)>> held_;
+};
+
+void run(const Case& c) {
+  Buffers b(c);
+  const int64_t m = c.samples * c.tokens;
+  const int64_t width = c.before + c.channels + c.after;
+  const Matrix h = b.input(m, c.channels);
+  const Matrix w_down = b.input(c.rank, c.channels);
+  const Matrix w_up = b.input(c.channels, c.rank);
+  const Modulation modulation{b.vector(c.samples * c.rank).data,
+                              b.vector(c.samples * c.rank).data, c.tokens};
+
+  for (const bool through : {false, true}) {
+    AdapterForward f{};
+    f.h = h;
+    f.w_down = w_down;
+    f.b_down = b.vector(c.rank);
+    f.modulation = modulation;
+    f.activation = 2;
+    f.a = b.output(m, c.rank);
+    f.z = b.output(m, c.rank);
+    f.a.stride = f.z.stride = c.rank;
+    AdapterBackward g{};
+    g.dy = b.input(m, c.channels);
+    g.a = b.input(m, c.rank);
+    g.w_up = w_up;
+    g.modulation = modulation;
+    g.activation = 4;
+    g.da = b.output(m, c.rank);
+    g.z = b.output(m, c.rank);
+    g.da.stride = g.z.stride = c.rank;
+    g.dz = b.floats(m * c.rank);
+    if (through) {
+      f.w_up = w_up;
+      f.b_up = b.vector(c.channels);
+      f.y = b.output(m, c.channels);
+      g.w_down = w_down;
+      g.dh = b.output(m, c.channels);
+    }
+    adapter_forward(c.dtype, f, nullptr);
+    adapter_backward(c.dtype, g, nullptr);
+    b.expect_finite("a", f.a);
+    b.expect_finite("z", f.z);
+    b.expect_finite("y", f.y);
+    b.expect_finite("da", g.da);
+    b.expect_finite("z of the backward", g.z);
+    b.expect_finite("dz", g.dz, m * c.rank);
+    b.expect_finite("dh", g.dh);
+    if (through) continue;
+
+    SampleSums s{g.dz, g.a, 3, c.samples, b.floats(c.samples * c.rank),
+                 b.floats(c.samples * c.rank),
+                 b.floats(sample_sum_parts(m, c.samples, c.rank) * 2 * c.samples * c.rank)};
+    sample_sums(c.dtype, s, nullptr);
+    b.expect_finite("dgamma", s.dgamma, c.samples * c.rank);
+    b.expect_finite("dbeta", s.dbeta, c.samples * c.rank);
+
+    const int64_t parts = row_product_parts(m, c.rank, c.channels);
+    RowProduct r{g.da, h, b.floats(c.rank * c.channels), b.floats(c.rank),
+                 b.floats(parts > 1 ? parts * (c.rank * c.channels + c.rank) : 0)};
+    row_product(c.dtype, r, nullptr);
+    b.expect_finite("dw_down", r.product, c.rank * c.channels);
+    b.expect_finite("da_sum", r.sums, c.rank);
+  }
+
+  AdapterLinearForward l{};
+  l.h = b.input(m, width);
+  l.weight = b.input(c.outputs, width);
+  l.w_down = w_down;
+  l.v = b.input(c.outputs, c.rank);
+  l.bias = {b.floats(c.outputs), true};
+  for (int64_t i = 0; i < c.outputs; ++i) {
+    static_cast<float*>(const_cast<void*>(l.bias.data))[i] = 0.25f;
+  }
+  l.b_down = b.vector(c.rank);
+  l.modulation = modulation;
+  l.residual = b.input(m, c.outputs);
+  l.start = c.before;
+  l.activation = 1;
+  l.y = b.output(m, c.outputs);
+  l.a = b.output(m, c.rank);
+  l.a.stride = c.rank;
+  adapter_linear_forward(c.dtype, l, nullptr);
+  b.expect_finite("fused y", l.y);
+  b.expect_finite("fused a", l.a);
+
+  Product d{};
+  d.a = b.input(m, c.outputs);
+  d.b = l.weight;
+  d.a2 = l.a;
+  d.b2 = w_down;
+  d.start = c.before;
+  d.y = b.output(m, width);
+  product(c.dtype, false, d, nullptr);
+  b.expect_finite("fused dh", d.y);
+
+  Product in_place{};
+  in_place.a = l.a;
+  in_place.b = w_down;
+  in_place.residual = in_place.y = b.input(m, c.channels);
+  product(c.dtype, false, in_place, nullptr);
+  b.expect_finite("dh in place", in_place.y);
+
+  Product up{};
+  up.a = l.a;
+  up.b = l.v;
+  up.bias = l.bias;
+  up.residual = l.residual;
+  up.y = b.output(m, c.outputs);
+  product(c.dtype, true, up, nullptr);
+  b.expect_finite("up", up.y);
+}
+
+// What the sanitizers must find: a neighbour's element without a barrier, and one past the end.
+void broken_kernel(float* out) {
+  float* shared = reinterpret_cast<float*>(shared_memory());
+  shared[threadIdx.x] = 1.0f;
+  *out = shared[threadIdx.x + 1];
+}
+
+}  // namespace
+
+int main(int argc, char**) {
+  if (argc > 1) {
+    float out = 0.0f;
+    launch("broken", broken_kernel, 1, 1, 64, 64 * 4, nullptr, &out);
+    std::puts("broken");
+    return 0;
+  }
+  for (const DType dtype : {DType::fp32, DType::fp16, DType::bf16}) {
+    for (const bool aligned : {true, false}) {
+      run({dtype, 1, 1, 1, 1, 1, 0, 0, aligned});
+      run({dtype, 3, 23, 40, 8, 24, 0, 0, aligned});
+      run({dtype, 2, 33, 67, 70, 131, 5, 9, aligned});
+      run({dtype, 1, 64, 64, 64, 128, 8, 64, aligned});
+    }
+    run({dtype, 1, 600, 16, 4, 8, 0, 8, true});
+  }
+  std::puts("clean");
+}
