@@ -196,20 +196,20 @@ def _plan_site(plan: Plan, site: processors.Site) -> None:
     if not site.projections:
         plan.unadapted[site.name] = "no linear layer of its own consumes it"
         return
-    chosen = 0
+    reasons = []
     for full, layer in site.projections.items():
         name, linear = plain_name(full), _inside(layer)
         if not isinstance(linear, nn.Linear):
-            plan.unadapted[site.name] = f"its projection is a {type(linear).__name__}"
+            reasons.append(f"its projection is a {type(linear).__name__}")
         elif not _is_target(plan.config.targets, name):
-            plan.unadapted[site.name] = "not in targets"
+            reasons.append("not in targets")
         elif any(linear is other for other in plan.targets.values()):
-            plan.unadapted[site.name] = "its projection is shared with another layer"
+            reasons.append("its projection is shared with another layer")
         else:
             plan.targets[name] = linear
             plan.ranks[name] = plan.config.rank_for(name)
-            chosen += 1
-    if not chosen:
+    if len(reasons) == len(site.projections):
+        plan.unadapted[site.name] = reasons[0]
         return
     current = site.attention.get_processor()  # type: ignore[operator]
     ours = plan.family.processor_for(current)

@@ -69,6 +69,29 @@ def unet2d(**options: Any) -> nn.Module:
     return diffusers.UNet2DModel(**(config | options))
 
 
+def sd3() -> nn.Module:
+    """Like SD3: text and image attend together, by the stock processors."""
+    torch.manual_seed(0)
+    model = diffusers.SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=32,
+        pooled_projection_dim=16, out_channels=4,
+    )  # fmt: skip
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def sd3_inputs() -> dict[str, Any]:
+    torch.manual_seed(1)
+    return dict(
+        hidden_states=torch.randn(2, 4, 16, 16),
+        encoder_hidden_states=torch.randn(2, 7, 32),
+        pooled_projections=torch.randn(2, 16),
+        timestep=torch.tensor([7, 7]),
+    )
+
+
 MODELS = {
     "sd15": sd15, "sd2": sd2, "sdxl": sdxl, "kandinsky": kandinsky, "unet2d": unet2d
 }  # fmt: skip

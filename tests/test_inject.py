@@ -121,6 +121,22 @@ def test_fullgraph_compile(name):
         torch.testing.assert_close(x, z, rtol=1e-3, atol=1e-3)
 
 
+def test_both_projections_of_joint_attention():
+    """SD3's blocks, with the stock processors: text and image both pass an adapter."""
+    model = models.sd3().eval()
+    inputs = models.sd3_inputs()
+    with torch.no_grad():
+        expected = model(**inputs).sample
+        report = a3fta.inject(model, CONFIG, backend="reference")
+        assert torch.equal(model(**inputs).sample, expected)
+    kinds = [name.rsplit("attn.", 1)[1] for name in report.layers]
+    assert kinds == ["to_out.0", "to_add_out", "to_out.0"]  # the last block drops the text
+    assert set(report.left_processors.values()) == {"JointAttnProcessor2_0"}
+    models.randomize(model)
+    model(**inputs).sample.square().mean().backward()
+    assert all(p.grad.abs().sum() > 0 for p in a3fta.trainable_parameters(model))
+
+
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_attention_masks(name):
     model = models.build(name)

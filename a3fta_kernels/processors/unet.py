@@ -227,10 +227,14 @@ def sites(model: nn.Module) -> Iterator[Site]:
     """The `Attention` layers; without projections where none consumes their output."""
     for name, module in model.named_modules():
         if isinstance(module, Attention):
+            prefix = f"{name}." if name else ""
             found = {}
             out = module.to_out
             if isinstance(out, nn.ModuleList) and len(out) > 0:
-                found[f"{name}.to_out.0" if name else "to_out.0"] = out[0]
+                found[f"{prefix}to_out.0"] = out[0]
+            # where text and image attend together (SD3), the text's share goes here
+            if isinstance(getattr(module, "to_add_out", None), nn.Module):
+                found[f"{prefix}to_add_out"] = module.to_add_out
             yield Site(name, module, found)
 
 
