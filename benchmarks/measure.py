@@ -19,6 +19,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 Call = Callable[[int], Any]  # runs one variant on buffer set i
+Clock = Callable[[], float]  # runs it on the next set, or on all, and says the seconds per call
 
 # dispatcher events that move no data
 _VIEWS = re.compile(
@@ -113,18 +114,21 @@ def rotations(set_bytes: int, device: torch.device) -> int:
     return max(2, min(64, math.ceil(3 * cache_bytes(device) / max(set_bytes, 1)) + 1))
 
 
-def interleave(
-    calls: Mapping[str, Call], sets: int, device: torch.device, seconds: float
-) -> dict[str, list[float]]:
-    """Seconds per call of every variant: all in one loop, in a fresh random order each round.
+def clock_of(call: Call, sets: int, device: torch.device) -> Clock:
+    """A warmed-up function that runs `call` and returns its seconds.
 
-    At least 7 rounds, then until `seconds` are over, at most 200. On the GPU a sample is the
-    replay of a CUDA graph that holds one call per buffer set.
+    On the GPU it replays a CUDA graph that holds one call per buffer set.
     """
-    clock = _graph_clock if device.type == "cuda" else _host_clock
-    clocks = {name: clock(call, sets) for name, call in calls.items()}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
+    return (_graph_clock if device.type == "cuda" else _host_clock)(call, sets)
+
+
+def interleave(clocks: Mapping[str, Clock], seconds: float) -> dict[str, list[float]]:
+    """Samples of every variant: all in one loop, in a fresh random order each round.
+
+    At least 7 rounds, then until `seconds` are over, at most 200.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in clocks}
+    order = list(clocks)
     shuffle = random.Random(0).shuffle
     end = time.perf_counter() + seconds
     for round_ in range(200):
@@ -136,7 +140,7 @@ def interleave(
     return samples
 
 
-def _host_clock(call: Call, sets: int) -> Callable[[], float]:
+def _host_clock(call: Call, sets: int) -> Clock:
     for i in range(2):
         call(i % sets)
     turn = iter(range(1 << 62))
@@ -150,7 +154,7 @@ def _host_clock(call: Call, sets: int) -> Callable[[], float]:
     return sample
 
 
-def _graph_clock(call: Call, sets: int) -> Callable[[], float]:
+def _graph_clock(call: Call, sets: int) -> Clock:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

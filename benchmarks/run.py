@@ -131,6 +131,8 @@ def print_table(found: dict[str, Any]) -> None:
         if "of_floor" in row:
             notes.append(f"{row['of_floor']:.0%} of the floor {row['floor_us']:.0f} us")
         notes += [f"{v} {k}" for k, v in row.get("counts", {}).items()]
+        if "host_us" in row:
+            notes.append(f"{row['host_us']:.0f} us with launches")
         if "saved_bytes" in row:
             notes.append(f"saves {row['saved_bytes'] / 2**20:.1f} MiB")
         if row["peak_bytes"] is not None:
