@@ -28,66 +28,87 @@ struct Backward : Block<T> {
   using typename B::Operand;
   using typename B::Unit;
 
+  // a holds a on entry, dz * act(a) on return
   struct Row {
-    const Acc *dz, *a, *factor, *shift;
-    Acc *da, *z, *da_sum, *dgamma, *dbeta;
+    const Acc *dz, *factor, *shift;
+    Acc *a, *da, *z;
   };
 
   template <int kAct>
   static void activate_row(const Row& row, int64_t width) {
-    const Acc *dz = row.dz, *a = row.a, *factor = row.factor, *shift = row.shift;
-    Acc *da = row.da, *z = row.z, *da_sum = row.da_sum;
-    Acc *dgamma = row.dgamma, *dbeta = row.dbeta;
+    const Acc *dz = row.dz, *factor = row.factor, *shift = row.shift;
+    Acc *a = row.a, *da = row.da, *z = row.z;
 #pragma GCC ivdep
     for (int64_t j = 0; j < width; ++j) {
       const Acc act = a3fta::scalar::activate(a[j], kAct);
-      const Acc grad = a3fta::scalar::activate_backward(dz[j] * factor[j], a[j], kAct);
+      da[j] = a3fta::scalar::activate_backward(dz[j] * factor[j], a[j], kAct);
       z[j] = act * factor[j] + shift[j];
-      dgamma[j] += dz[j] * act;
-      dbeta[j] += dz[j];
-      da_sum[j] += grad;
-      da[j] = grad;
+      a[j] = dz[j] * act;
     }
   }
   using ActivateRow = void (*)(const Row&, int64_t);
 
-  // Sums of one sample that lie in one slab: final where the sample ends inside it. A sample that
-  // crosses a slab's end leaves a part in the slab's first or last slot, which `merge` adds.
-  struct Parts {
-    Parts(const Host& host, const Slabs& slabs, int64_t width, const Modulated& modulated)
-        : slabs_(slabs), modulated_(modulated), width_(width),
-          sums_(host, modulated.on ? slabs.count * 4 * width : 0) {
-      if (modulated.on) memset(sums_, 0, size_t(slabs.count) * 4 * width * sizeof(Acc));
+  // dgamma and dbeta: sums over the rows of a sample. A slab has a slot for the sample that it
+  // begins with and one for the sample that it ends with; the samples between are its own.
+  class SampleSums {
+   public:
+    SampleSums(const Host& host, const Slabs& slabs, const Modulated& modulated, int64_t rank,
+               Acc* dgamma, Acc* dbeta)
+        : slabs_(slabs), modulated_(modulated), rank_(rank), width_(modulated.width),
+          dgamma_(dgamma), dbeta_(dbeta), slots_(host, on() ? slabs.count * 4 * width_ : 0) {}
+
+    bool on() const { return dgamma_ != nullptr; }
+
+    void open(int64_t slab) const {
+      if (on()) memset(slots_ + slab * 4 * width_, 0, size_t(4 * width_) * sizeof(double));
     }
-    // where the sums of the row's sample go: dgamma, then dbeta
-    Acc* slot(int64_t slab, int64_t row) const {
-      const bool first = modulated_.sample(row) == modulated_.sample(slabs_.begin(slab));
-      return sums_ + (slab * 2 + (first ? 0 : 1)) * 2 * width_;
+
+    // rows m to m + rows of the slab: dz, and dz * act(a)
+    void add(int64_t slab, int64_t m, int64_t rows, const Acc* dz, const Acc* product) const {
+      for (int64_t i = 0; on() && i < rows;) {
+        const int64_t sample = modulated_.sample(m + i);
+        const int64_t end = (sample + 1) * modulated_.per_sample;
+        const int64_t n = min_of(rows - i, end - (m + i));
+        const bool opens = (m + i) == sample * modulated_.per_sample;
+        double* sums = slot(slab, sample);
+        if (opens) memset(sums, 0, size_t(2 * width_) * sizeof(double));
+        B::add_columns(product + i * width_, width_, n, rank_, sums);
+        B::add_columns(dz + i * width_, width_, n, rank_, sums + width_);
+        i += n;
+        if (m + i == end && !crosses(slab, sample)) add_to_sample(sample, sums);
+      }
+    }
+
+    void merge() const {
+      for (int64_t slab = 0; on() && slab < slabs_.count; ++slab) {
+        const int64_t first = modulated_.sample(slabs_.begin(slab));
+        const int64_t last = modulated_.sample(slabs_.end(slab) - 1);
+        if (crosses(slab, first)) add_to_sample(first, slot(slab, first));
+        if (last != first && crosses(slab, last)) add_to_sample(last, slot(slab, last));
+      }
+    }
+
+   private:
+    double* slot(int64_t slab, int64_t sample) const {
+      const bool first = sample == modulated_.sample(slabs_.begin(slab));
+      return slots_ + (slab * 2 + (first ? 0 : 1)) * 2 * width_;
     }
     bool crosses(int64_t slab, int64_t sample) const {
       return sample * modulated_.per_sample < slabs_.begin(slab) ||
              (sample + 1) * modulated_.per_sample > slabs_.end(slab);
     }
-    void merge(int64_t rank, Acc* dgamma, Acc* dbeta) const {
-      for (int64_t slab = 0; slab < slabs_.count; ++slab) {
-        const int64_t first = modulated_.sample(slabs_.begin(slab));
-        const int64_t last = modulated_.sample(slabs_.end(slab) - 1);
-        for (int64_t sample = first; sample <= last; sample += max_of(last - first, 1)) {
-          if (!crosses(slab, sample)) continue;
-          const Acc* sum = slot(slab, max_of(slabs_.begin(slab), sample * modulated_.per_sample));
-          for (int64_t j = 0; j < rank; ++j) {
-            dgamma[sample * rank + j] += sum[j];
-            dbeta[sample * rank + j] += sum[width_ + j];
-          }
-        }
+    void add_to_sample(int64_t sample, const double* sums) const {
+      for (int64_t j = 0; j < rank_; ++j) {
+        dgamma_[sample * rank_ + j] += Acc(sums[j]);
+        dbeta_[sample * rank_ + j] += Acc(sums[width_ + j]);
       }
     }
 
-   private:
     const Slabs& slabs_;
     const Modulated& modulated_;
-    const int64_t width_;
-    Buffer<Acc> sums_;
+    const int64_t rank_, width_;
+    Acc *dgamma_, *dbeta_;
+    Buffer<double> slots_;
   };
 
   // out (rank, columns), or transposed, from the slabs' panels
@@ -95,28 +116,35 @@ struct Backward : Block<T> {
                         int64_t columns, bool transposed, Acc* out) {
     const int64_t size = rank * G::padded(columns);
     run(host, G::panels(columns), [&](Tasks& tasks) {
-      Buffer<Acc> sum(host, G::kWidth);
+      Buffer<Acc> sums(host, rank * G::kWidth);
       for (int64_t p; (p = tasks.next()) >= 0;) {
         const int64_t c = p * G::kWidth, n = min_of(G::kWidth, columns - c);
-        const int64_t width = G::padded(n);
-        for (int64_t r = 0; r < rank; ++r) {
-          const Acc* from = parts + c * rank + r * width;
-          for (int64_t j = 0; j < n; ++j) sum[j] = 0;
-          for (int64_t s = 0; s < count; ++s)
-            for (int64_t j = 0; j < n; ++j) sum[j] += from[s * size + j];
-          if (transposed)
-            for (int64_t j = 0; j < n; ++j) out[(c + j) * rank + r] = sum[j];
-          else
-            for (int64_t j = 0; j < n; ++j) out[r * columns + c + j] = sum[j];
-        }
+        const int64_t length = rank * G::padded(n), width = G::padded(n);
+        const Acc* from = parts + c * rank;
+        memset(sums, 0, size_t(length) * sizeof(Acc));
+        for (int64_t s = 0; s < count; ++s) add_to(from + s * size, length, sums);
+        const Acc* sum = sums;
+        if (transposed)
+          for (int64_t j = 0; j < n; ++j)
+            for (int64_t r = 0; r < rank; ++r) out[(c + j) * rank + r] = sum[r * width + j];
+        else
+          for (int64_t r = 0; r < rank; ++r)
+            memcpy(out + r * columns + c, sum + r * width, size_t(n) * sizeof(Acc));
       }
     });
   }
 
-  static void add_rows(const Acc* parts, int64_t count, int64_t stride, int64_t n, Acc* out) {
-    for (int64_t j = 0; j < n; ++j) out[j] = 0;
-    for (int64_t s = 0; s < count; ++s)
-      for (int64_t j = 0; j < n; ++j) out[j] += parts[s * stride + j];
+  static void add_to(const Acc* x, int64_t n, Acc* sum) {
+#pragma GCC ivdep
+    for (int64_t j = 0; j < n; ++j) sum[j] += x[j];
+  }
+
+  static void add_rows(const double* parts, int64_t count, int64_t stride, int64_t n, Acc* out) {
+    for (int64_t j = 0; j < n; ++j) {
+      double sum = 0;
+      for (int64_t s = 0; s < count; ++s) sum += parts[s * stride + j];
+      out[j] = Acc(sum);
+    }
   }
 
   static void backward(const Host& host, const a3fta::cpu::BackwardArgs& x) {
@@ -132,48 +160,42 @@ struct Backward : Block<T> {
     B::pack_columns(x.w_up, x.rank, x.channels, packed);
     if (x.dh.data != nullptr) B::pack_columns(x.w_down, x.channels, x.rank, down_packed);
     const Modulated modulated(host, x.modulation, x.rank, x.rows);
-    const Parts parts(host, slabs, width, modulated);
+    const SampleSums samples(host, slabs, modulated, x.rank, static_cast<Acc*>(x.dgamma),
+                             static_cast<Acc*>(x.dbeta));
     const int64_t size = x.rank * columns;
     Buffer<Acc> g_parts(host, weights ? slabs.count * size : 0);
     Buffer<Acc> dw_parts(host, down ? slabs.count * size : 0);
-    Buffer<Acc> dy_sums(host, slabs.count * columns), da_sums(host, slabs.count * width);
+    Buffer<double> dy_sums(host, slabs.count * columns), da_sums(host, slabs.count * width);
 
     run(host, slabs.count, [&](Tasks& tasks) {
       Buffer<Unit> scratch(host, B::left_size(x.dy.stride, step, x.channels));
       Buffer<Unit> panel(host, G::kWidth * G::units(step));
-      Buffer<Acc> dz(host, step * width), a(host, width), unused(host, 2 * width);
+      Buffer<Acc> dz(host, step * width), a(host, step * width);
       const Operand da(host, step, x.rank), z(host, step, x.rank);
       for (int64_t slab; (slab = tasks.next()) >= 0;) {
-        Acc* da_sum = da_sums + slab * width;
-        Acc* dy_sum = dy_sums + slab * columns;
-        memset(da_sum, 0, size_t(width) * sizeof(Acc));
-        memset(dy_sum, 0, size_t(columns) * sizeof(Acc));
+        double* da_sum = da_sums + slab * width;
+        double* dy_sum = dy_sums + slab * columns;
+        memset(da_sum, 0, size_t(width) * sizeof(double));
+        memset(dy_sum, 0, size_t(columns) * sizeof(double));
+        samples.open(slab);
         for (int64_t m = slabs.begin(slab); m < slabs.end(slab); m += step) {
           const int64_t rows = min_of(step, slabs.end(slab) - m);
           const bool more = m > slabs.begin(slab);
           const Left dy = B::left(B::at(x.dy, m), x.dy.stride, rows, x.channels, scratch);
           B::down(rows, x.channels, x.rank, dy, packed, dz);
           for (int64_t i = 0; i < rows; ++i) {
-            const int64_t sample = modulated.sample(m + i);
-            Acc* sums = modulated.on ? parts.slot(slab, m + i) : unused;
-            const bool whole = modulated.on && !parts.crosses(slab, sample);
-            const bool opens = (m + i) % modulated.per_sample == 0;
-            if (opens || !modulated.on) memset(sums, 0, size_t(2 * width) * sizeof(Acc));
-            B::widen_row(B::at(x.a, m + i), x.rank, width, a);
-            activate({dz + i * width, a, modulated.factor(m + i), modulated.shift(m + i),
-                      da.row(i), z.row(i), da_sum, sums, sums + width},
+            Acc* row = a + i * width;
+            B::widen_row(B::at(x.a, m + i), x.rank, width, row);
+            activate({dz + i * width, modulated.factor(m + i), modulated.shift(m + i), row,
+                      da.row(i), z.row(i)},
                      width);
-            if (whole && (m + i + 1) % modulated.per_sample == 0 && x.dgamma != nullptr) {
-              memcpy(static_cast<Acc*>(x.dgamma) + sample * x.rank, sums,
-                     size_t(x.rank) * sizeof(Acc));
-              memcpy(static_cast<Acc*>(x.dbeta) + sample * x.rank, sums + width,
-                     size_t(x.rank) * sizeof(Acc));
-            }
-            if (x.da.data != nullptr) {
-              T* out = B::at(x.da, m + i);
-              for (int64_t j = 0; j < x.rank; ++j) narrow(da.row(i)[j], out[j]);
-            }
+            if (x.da.data == nullptr) continue;
+            T* out = B::at(x.da, m + i);
+            for (int64_t j = 0; j < x.rank; ++j) narrow(da.row(i)[j], out[j]);
           }
+          samples.add(slab, m, rows, dz, a);
+          if (x.da_sum != nullptr)
+            B::add_columns(da.values(), width, rows, x.rank, da_sum);
           if (x.dh.data != nullptr || down) da.seal(rows, x.rank);
           if (down) da.seal_over_rows(rows);
           if (weights) {
@@ -209,8 +231,7 @@ struct Backward : Block<T> {
                 static_cast<Acc*>(x.dw_down));
     if (x.da_sum != nullptr)
       add_rows(da_sums, slabs.count, width, x.rank, static_cast<Acc*>(x.da_sum));
-    if (modulated.on && x.dgamma != nullptr)
-      parts.merge(x.rank, static_cast<Acc*>(x.dgamma), static_cast<Acc*>(x.dbeta));
+    samples.merge();
   }
 
   static void outer(const Host& host, const a3fta::cpu::OuterArgs& x) {
@@ -218,19 +239,19 @@ struct Backward : Block<T> {
     const int64_t step = B::rows_per_block(x.channels);
     const Slabs slabs(x.rows, step);
     const int64_t size = x.rank * columns;
-    Buffer<Acc> dw_parts(host, slabs.count * size), da_sums(host, slabs.count * width);
+    Buffer<Acc> dw_parts(host, slabs.count * size);
+    Buffer<double> da_sums(host, slabs.count * width);
     run(host, slabs.count, [&](Tasks& tasks) {
       Buffer<Unit> panel(host, G::kWidth * G::units(step));
       const Operand da(host, step, x.rank);
       for (int64_t slab; (slab = tasks.next()) >= 0;) {
-        Acc* da_sum = da_sums + slab * width;
-        memset(da_sum, 0, size_t(width) * sizeof(Acc));
+        double* da_sum = da_sums + slab * width;
+        memset(da_sum, 0, size_t(width) * sizeof(double));
         for (int64_t m = slabs.begin(slab); m < slabs.end(slab); m += step) {
           const int64_t rows = min_of(step, slabs.end(slab) - m);
-          for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t i = 0; i < rows; ++i)
             B::widen_row(B::at(x.da, m + i), x.rank, width, da.row(i));
-            for (int64_t j = 0; j < width; ++j) da_sum[j] += da.row(i)[j];
-          }
+          B::add_columns(da.values(), width, rows, x.rank, da_sum);
           da.seal(rows, x.rank);
           da.seal_over_rows(rows);
           for (int64_t p = 0; p < G::panels(x.channels); ++p) {

@@ -263,9 +263,16 @@ struct Block {
         width, add);
   }
 
-  static void add_columns(const T* x, int64_t stride, int64_t rows, int64_t n, Acc* sum) {
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < n; ++j) sum[j] += widen(x[i * stride + j]);
+  // sum += the rows of x (rows, n); few of them at a time in the working precision
+  template <typename X>
+  static void add_columns(const X* x, int64_t stride, int64_t rows, int64_t n, double* sum) {
+    int64_t i = 0;
+    for (; i + 4 <= rows; i += 4, x += 4 * stride)
+      for (int64_t j = 0; j < n; ++j)
+        sum[j] += (widen(x[j]) + widen(x[j + stride])) +
+                  (widen(x[j + 2 * stride]) + widen(x[j + 3 * stride]));
+    for (; i < rows; ++i, x += stride)
+      for (int64_t j = 0; j < n; ++j) sum[j] += widen(x[j]);
   }
 };
 

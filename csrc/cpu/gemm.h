@@ -17,7 +17,9 @@ template <class E, int MR, int NV>
 __attribute__((noinline)) void tile(
     int64_t depth, const typename E::Unit* a, int64_t stride_i, int64_t stride_k,
     const typename E::Unit* b, typename E::Acc* c, int64_t stride_c, bool add) {
-  typename E::Vec acc[MR][NV] = {};
+  typename E::Vec acc[MR][NV];
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < NV; ++j) acc[i][j] = typename E::Vec{};
   for (int64_t k = 0; k < depth; ++k) {
     typename E::Vec right[NV];
     for (int j = 0; j < NV; ++j) right[j] = E::load(b + j * E::kLanes);
@@ -90,6 +92,13 @@ struct Gemm {
   }
 };
 
+// rows of a panel lie far apart, where the hardware does not look ahead
+constexpr int64_t kAhead = 8;
+template <typename T>
+static A3FTA_INLINE void prefetch(const T* row, int64_t n) {
+  for (int64_t j = 0; j < n; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + j);
+}
+
 // Packing, by engine. `by_rows`: the source is (columns, K), so packing transposes it;
 // `by_columns`: the source is (K, columns).
 template <typename T, typename Acc>
@@ -112,8 +121,11 @@ struct Pack {
   static void by_columns(const T* source, int64_t stride, int64_t n, int64_t depth, Acc* out) {
     const int64_t width = G::padded(n);
     if (n == G::kWidth) {
-      for (int64_t k = 0; k < depth; ++k, out += G::kWidth)
+      for (int64_t k = 0; k < depth; ++k, out += G::kWidth) {
+        prefetch(source + min_of(k + kAhead, depth - 1) * stride, G::kWidth);
+#pragma GCC ivdep
         for (int j = 0; j < G::kWidth; ++j) out[j] = widen(source[k * stride + j]);
+      }
       return;
     }
     for (int64_t k = 0; k < depth; ++k, out += width) {
@@ -161,6 +173,7 @@ struct Pack<BFloat16, Pairs> {
 
   static A3FTA_INLINE void interleave(
       const BFloat16* low, const BFloat16* high, int64_t n, Unit* out) {
+#pragma GCC ivdep
     for (int64_t j = 0; j < n; ++j) out[j] = pair(low[j], high[j]);
   }
 
@@ -169,6 +182,8 @@ struct Pack<BFloat16, Pairs> {
     const int64_t width = G::padded(n);
     for (int64_t k = 0; k < depth; k += 2, out += width) {
       const BFloat16* low = source + k * stride;
+      prefetch(source + min_of(k + kAhead, depth - 1) * stride, n);
+      prefetch(source + min_of(k + kAhead + 1, depth - 1) * stride, n);
       if (k + 1 == depth) {
         for (int64_t j = 0; j < n; ++j) out[j] = half_pair(low[j]);
       } else if (n == G::kWidth) {
