@@ -1,4 +1,4 @@
-"""Changed adapter files for the storage tests, and a picture of a model to compare with."""
+"""What the storage tests share: small adapted models, changed files, a picture of a model."""
 
 from __future__ import annotations
 
@@ -8,12 +8,44 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from safetensors.torch import load, save
+from safetensors import torch as safetensors
 from torch import Tensor, nn
 
+import a3fta_kernels as a3fta
 from a3fta_kernels import adapter_file
 from a3fta_kernels.adapter_file import CONFIG_NAME, WEIGHTS_NAME
+
+from . import models
+
+
+def adapted(name: str = "sd15", seed: int = 2, **options: Any) -> nn.Module:
+    """A small model whose adapter has weights, on the reference backend."""
+    model = models.build(name)
+    a3fta.inject(model, a3fta.AdapterConfig(**{"rank": 4, **options}), backend="reference")
+    models.randomize(model, seed=seed)
+    return model
+
+
+def output(model: nn.Module, name: str = "sd15") -> Tensor:
+    with torch.no_grad():
+        return models.run(model, name)
+
+
+def load(model: Any, folder: Path, *args: Any, **options: Any) -> a3fta.AdapterConfig:
+    return a3fta.load_adapter(model, folder, *args, **{"backend": "reference", **options})
+
+
+def refused(model: Any, folder: Path, match: str, *args: Any, **options: Any) -> None:
+    """The load fails with `match`, and the model is as it was."""
+    root = getattr(model, "unet", model)
+    before = snapshot(root)
+    with pytest.raises(a3fta.AdapterFileError, match=match) as caught:
+        load(model, folder, *args, **options)
+    assert str(folder) in str(caught.value)
+    assert "expected" in str(caught.value) and "found" in str(caught.value)
+    assert snapshot(root) == before
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
@@ -61,11 +93,11 @@ def resigned(
             metadata[key] = json.dumps({**json.loads(metadata[key]), **edit})
         else:
             metadata[key] = edit
-    values = load((folder / WEIGHTS_NAME).read_bytes())
+    values = safetensors.load((folder / WEIGHTS_NAME).read_bytes())
     if tensors is not None:
         tensors(values)
     sha256 = adapter_file._digest(values, metadata)
-    (folder / WEIGHTS_NAME).write_bytes(save(values, {**metadata, "sha256": sha256}))
+    (folder / WEIGHTS_NAME).write_bytes(safetensors.save(values, {**metadata, "sha256": sha256}))
     twin_edited(folder, lambda twin: None)
 
 
