@@ -108,7 +108,7 @@ _HALF = (
     (64, 64, 64, 4, 3),
     (64, 128, 32, 4, 3),
 )
-_FP32 = ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2))
+_FP32 = ((64, 32, 16, 8, 2), (32, 32, 16, 4, 2))
 
 launch_concat_gemm = Launcher(concat_gemm_kernel, concat_gemm_configs)
 

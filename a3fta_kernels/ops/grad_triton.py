@@ -82,16 +82,17 @@ def weight_grad_configs(itemsize: int, block_r: int, capability: int) -> list[Co
     if itemsize == 4:
         block_r = min(block_r, 64)
     for block_m, block_n, num_warps, num_stages in _GRAD_FP32 if itemsize == 4 else _GRAD:
-        shared = num_stages * itemsize * block_m * (block_n + block_r)
+        # beside the staged tiles, z passes through shared memory once in fp32
+        shared = num_stages * itemsize * block_m * (block_n + block_r) + 4 * block_m * block_r
         accumulator = block_n * block_r // (32 * num_warps)
-        if shared <= shared_limit(capability) and accumulator <= 64:
+        if shared <= shared_limit(capability) and accumulator <= 32:
             found.append(
                 config(num_warps, num_stages, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=block_r)
             )
     return found
 
 
-_GRAD = ((64, 128, 4, 3), (64, 64, 4, 3), (32, 64, 4, 4), (64, 64, 8, 3), (32, 32, 4, 3))
+_GRAD = ((64, 128, 8, 3), (64, 64, 4, 3), (32, 64, 4, 4), (64, 64, 8, 3), (32, 32, 4, 3))
 _GRAD_FP32 = ((16, 64, 8, 2), (16, 32, 4, 2))
 
 launch_weight_grad = Launcher(weight_grad_kernel, weight_grad_configs)

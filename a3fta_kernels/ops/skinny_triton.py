@@ -155,7 +155,7 @@ def rows_configs(itemsize: int, block_r: int, capability: int) -> list[Config]:
         # both loops stage a tile of rows and a tile of a narrow weight
         shared = num_stages * itemsize * block_c * (block_m + block_r)
         accumulator = block_m * max(block_r, block_c) // (32 * num_warps)
-        if shared <= shared_limit(capability) and accumulator <= 64:
+        if shared <= shared_limit(capability) and accumulator <= 32:
             found.append(
                 config(num_warps, num_stages, BLOCK_M=block_m, BLOCK_C=block_c, BLOCK_R=block_r)
             )

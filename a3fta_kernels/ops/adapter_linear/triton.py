@@ -138,7 +138,9 @@ def linear_forward_configs(itemsize: int, block_r: int, capability: int) -> list
     for block_m, block_n, block_k, num_warps, num_stages in _FP32 if itemsize == 4 else _HALF:
         shared = num_stages * itemsize * block_k * (block_m + block_n + block_r)
         accumulators = block_m * (block_n + block_r) // (32 * num_warps)
-        if shared <= shared_limit(capability) and accumulators <= 128:
+        # without wgmma (sm_80, 89, 120) a product's operands stand in registers too
+        fits = capability in (90, 100, 103) or itemsize == 4 or accumulators * block_k <= 4096
+        if shared <= shared_limit(capability) and fits:
             found.append(
                 config(
                     num_warps, num_stages,
@@ -152,7 +154,7 @@ _HALF = (
     (128, 128, 32, 8, 3),
     (128, 128, 64, 8, 3),
     (128, 64, 64, 8, 3),
-    (64, 64, 64, 4, 3),
+    (64, 64, 32, 4, 4),
     (64, 128, 32, 8, 3),
 )
 _FP32 = ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2))

@@ -1,0 +1,143 @@
+"""The Triton kernels, compiled for chips that are not here: they fit, and tensor cores work."""
+
+from __future__ import annotations
+
+import ast
+import json
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from a3fta_kernels import triton_support  # noqa: E402
+from a3fta_kernels.backends import triton_interpreted  # noqa: E402
+from a3fta_kernels.ops.activations import ACTIVATIONS  # noqa: E402
+
+if triton_interpreted():
+    pytest.skip("under TRITON_INTERPRET kernels are not compiled", allow_module_level=True)
+
+from benchmarks import aot  # noqa: E402
+
+KERNELS = {
+    name: (module, value)
+    for module in aot.modules()
+    for name, value in vars(module).items()
+    if isinstance(value, JITFunction) and value.__module__ == module.__name__
+}
+ENTRIES = [entry for module in aot.modules() for entry in getattr(module, "AOT_KERNELS", ())]
+PARKED = 16  # bytes of a thread's stack
+
+
+@pytest.mark.parametrize("build", aot.builds(defaults_only=True), ids=lambda b: f"{b.name}: {b}")
+def test_default_configuration(build):
+    found = aot.compile_build(build)
+    assert found.stack == 0, f"{found.stack} bytes of registers spilled"
+    assert found.shared <= triton_support.shared_limit(build.capability)
+    wanted = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(build.capability, "mma.sync")
+    assert found.tensor_cores == wanted
+
+
+def test_every_kernel_is_registered():
+    """A jit function is either in its module's AOT_KERNELS or called by another one."""
+    called = {
+        node.func.id
+        for _, kernel in KERNELS.values()
+        for node in ast.walk(ast.parse(kernel.src))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    registered = {entry.launcher.kernel.__name__ for entry in ENTRIES}
+    assert KERNELS.keys() - called == registered
+    assert not registered & called
+
+
+def test_registry_names_real_parameters():
+    for entry in ENTRIES:
+        names = set(entry.launcher.kernel.arg_names)
+        assert entry.pointers.keys() <= names
+        for variant in entry.variants.values():
+            assert variant.keys() <= names
+
+
+def test_table_is_of_these_sources():
+    """`make aot` renews it."""
+    table = json.loads(aot.TABLE.read_text())["kernels"]
+    now: dict[str, set[str]] = {}
+    sources = {}
+    for build in aot.builds():
+        now.setdefault(build.name, set()).add(str(build))
+        sources[build.name] = aot.source_hash(build.entry.launcher.kernel)
+    assert {name: row["source"] for name, row in table.items()} == sources
+    assert {name: set(row["builds"]) for name, row in table.items()} == now
+
+
+def test_no_listed_configuration_spills_or_overflows():
+    table = json.loads(aot.TABLE.read_text())["kernels"]
+    bad = {}
+    for build in aot.builds():
+        registers, stack, shared, tensor_cores = table[build.name]["builds"][str(build)]
+        limit = triton_support.shared_limit(build.capability)
+        # with registers to spare, ptxas parks a value or two so that one more block fits
+        spills = stack > (PARKED if registers <= 128 else 0)
+        if spills or shared > limit or (build.dtype != "fp32" and not tensor_cores):
+            bad[f"{build.name}: {build}"] = (stack, shared, tensor_cores)
+    assert not bad
+
+
+def test_every_list_has_a_default():
+    """For every dtype, rank and chip, those that are not in the table included."""
+    for entry in ENTRIES:
+        for size in (2, 4):
+            for rank in (16, 32, 64, 128):
+                for capability in (*triton_support.TARGETS, 86, 87, 103, 121):
+                    if rank <= max(entry.ranks):
+                        assert entry.launcher.configs(size, rank, capability)
+
+
+def test_activation_codes_agree():
+    codes = {n: getattr(triton_support, n.upper()).value for n in ACTIVATIONS[:-1]}
+    assert codes == {name: i for i, name in enumerate(ACTIVATIONS[:-1])}
+
+
+def test_source_hash_sees_callees_and_not_comments(monkeypatch):
+    kernel = next(k for _, k in KERNELS.values() if k.__name__ == "linear_forward_kernel")
+    before = aot.source_hash(kernel)
+    helper = triton_support.activate
+    monkeypatch.setattr(helper, "_src", helper.src + "\n    # a comment\n")
+    assert aot.source_hash(kernel) == before
+    monkeypatch.setattr(helper, "_src", helper.src.replace("0.5", "0.25"))
+    assert aot.source_hash(kernel) != before
+
+
+class TestLauncher:
+    """The choice among configurations, with times that the test makes up."""
+
+    A, B, C = (triton_support.config(4, s, BLOCK_M=16) for s in (1, 2, 3))
+
+    def choose(self, monkeypatch, times):
+        def bench(run, **_):
+            run()
+            return times[run.args[0]]
+
+        monkeypatch.setattr(triton.testing, "do_bench", bench)
+        ran = []
+
+        def run(choice):
+            if times[choice] is None:
+                raise triton.runtime.errors.OutOfResources(2, 1, "shared memory")
+            ran.append(choice)
+
+        return triton_support.fastest(run, list(times)), ran
+
+    def test_the_fastest_wins(self, monkeypatch):
+        chosen, ran = self.choose(monkeypatch, {self.A: 3.0, self.B: 1.0, self.C: 2.0})
+        assert chosen == self.B and ran == [self.A, self.B, self.C]
+
+    def test_one_without_room_is_passed_over(self, monkeypatch):
+        chosen, ran = self.choose(monkeypatch, {self.A: None, self.B: 2.0})
+        assert chosen == self.B and ran == [self.B]
+
+    def test_a_single_one_is_not_timed(self, monkeypatch):
+        chosen, ran = self.choose(monkeypatch, {self.A: 1.0})
+        assert chosen == self.A and not ran
