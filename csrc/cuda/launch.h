@@ -12,8 +12,9 @@ namespace a3fta::cuda {
 
 enum class DType { fp32, fp16, bf16 };
 
-// Shared memory a block may ask for on the smallest supported chips (sm_86, sm_89, sm_120).
-constexpr int64_t kSharedLimit = 99 * 1024;
+// Dynamic shared memory a block may ask for: the 99 KB of the smallest supported chips (sm_86,
+// sm_89, sm_120), less the 1 KB that the compiler reserves per block from sm_90 on.
+constexpr int64_t kSharedLimit = 98 * 1024;
 
 // (rows, cols) with unit column stride; null `data` means absent.
 struct Matrix {

@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 LIBRARY = ROOT / "a3fta_kernels" / "_C.abi3.so"
 ARCHS = ("sm_80", "sm_90a")
-# per block, dynamic and static, on sm_86, sm_89 and sm_120
+# bytes per block on sm_86, sm_89 and sm_120
 SHARED_LIMIT = 99 * 1024
-# by kernel: its instances; True for one per element type
+# how many instances each kernel has
 KERNELS = {
     "adapter_kernel": 6,
     "product_kernel": 6,
@@ -40,7 +40,9 @@ class Kernel:
 
     @property
     def short(self) -> str:
-        return next(k for k in sorted(KERNELS, key=len, reverse=True) if f"{len(k)}{k}" in self.name)
+        return next(
+            k for k in sorted(KERNELS, key=len, reverse=True) if f"{len(k)}{k}" in self.name
+        )
 
     @property
     def half(self) -> bool:
@@ -115,8 +117,6 @@ def kernels(binaries) -> list[Kernel]:
         for line in output(cuobjdump, "--dump-resource-usage", str(file)).splitlines():
             if match := re.search(r"arch = (sm_\w+)", line):
                 arch = match[1]
-            elif match := re.search(r"\.(sm_\w+)\.cubin", line):
-                arch = match[1]
             elif match := re.search(r"Function (\S+):", line):
                 name = match[1]
             elif "REG:" in line and "a3fta" in name:
@@ -141,12 +141,11 @@ def test_no_spills(kernels):
 
 
 def test_shared_memory(kernels):
-    """Dynamic shared memory is bounded by the launcher: the same number as here."""
+    """What the compiler reserves and what the launcher may ask for, together."""
     launch = (ROOT / "csrc" / "cuda" / "launch.h").read_text()
-    assert "kSharedLimit = 99 * 1024" in launch
+    dynamic = int(re.search(r"kSharedLimit = (\d+) \* 1024;", launch)[1]) * 1024
     for kernel in kernels:
-        # beside the dynamic part only what the driver reserves per block
-        assert kernel.usage["SHARED"] <= 1024, kernel
+        assert kernel.usage["SHARED"] + dynamic <= SHARED_LIMIT, kernel
 
 
 def test_registers_allow_a_block(kernels):

@@ -1,6 +1,6 @@
 """Holds the emulated CUDA library to the oracle. A process of its own: it registers the native ops.
 
-    python -m tests.cuda_emulator.run_ops path/to/emulated.so
+python -m tests.cuda_emulator.run_ops path/to/emulated.so
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ ADAPTER = [
     Case((5, 1), 17, 3, modulation="gamma"),
     Case((2, 300), 40, 70, modulation="beta"),
     Case((64,), 64, 128),
+    Case((9,), 24, 256),
     Case((9,), 24, 700),  # beyond what stays in shared memory
     Case((2, 0), 16, 4),
     Case((3, 0), 16, 4, modulation="gamma beta"),
@@ -43,6 +44,7 @@ LINEAR = [
     Case((2, 9), 32, 8, n=40, columns=(13, 80), residual=True),
     Case((2, 9), 32, 8, n=40, columns=(48, 80), residual=True),
     Case((66,), 136, 24, n=20, columns=(8, 300), modulation="gamma"),
+    Case((9,), 24, 256, n=20),
     Case((9,), 24, 700, n=40, columns=(3, 30), residual=True),
     Case((2, 0), 16, 4, n=8, residual=True),
     Case((0, 6), 16, 4, n=8, modulation="gamma beta"),
