@@ -77,11 +77,31 @@ def checks() -> list[tuple[Case, torch.dtype, str]]:
     return found
 
 
+def check_nan_stays() -> None:
+    """A NaN reaches what depends on it, and nothing that merely shares its tile."""
+    ops = torch.ops.a3fta_native
+    m, k, n, r, start, channels = 9, 30, 40, 5, 3, 20
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.bfloat16)  # noqa: E731
+    h, weight, w_down, v = draw(m, k), draw(n, k), draw(r, channels), draw(n, r)
+    h[3, start - 1] = h[5, start + channels] = h[7, start] = torch.nan
+    y, a = ops.adapter_linear_forward(h, weight, None, w_down, v, None, None, None, None, start, 0)
+    assert y.isnan().all(1).nonzero().flatten().tolist() == [3, 5, 7]
+    assert y.isnan().any(1).nonzero().flatten().tolist() == [3, 5, 7]
+    assert a.isnan().any(1).nonzero().flatten().tolist() == [7]
+    da = draw(m, r)
+    da[2, 1] = torch.nan
+    dh = ops.adapter_linear_backward_dh(draw(m, n), da, weight, w_down, start)
+    expected = torch.zeros(m, k, dtype=torch.bool)
+    expected[2, start : start + channels] = True
+    assert torch.equal(dh.isnan(), expected)
+
+
 def main(library: str) -> int:
     torch.set_num_threads(1)
     use(library)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN
+    check_nan_stays()
     failures = 0
     todo = checks()
     for case, dtype, kind in todo:
