@@ -48,8 +48,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("build", "test", "sanitize", "bench-adapter", "bench-linear")
 LIMIT_S = 460  # of a stage; what the last step leaves is for writing the results
 NEEDED = ("pytest", "hypothesis", "pytest_benchmark")
-OPTIONAL = ("triton", "diffusers", "transformers", "accelerate", "peft", "safetensors", "sklearn",
-            "matplotlib", "rich", "xdist", "pytest_timeout", "xformers")  # fmt: skip
+HELPFUL = ("xdist", "pytest_timeout")
 
 
 @dataclass
@@ -116,7 +115,10 @@ def run_stages(wanted: tuple[str, ...], options: argparse.Namespace) -> int:
             environment["PYTHONPATH"] = os.pathsep.join(
                 filter(None, [str(site), os.environ.get("PYTHONPATH")])
             )
-        absent = [p for p in (*NEEDED, *OPTIONAL) if importlib.util.find_spec(p) is None]
+        sys.path.insert(0, str(ROOT))
+        from benchmarks.optional_packages import OPTIONAL
+
+        absent = [p for p in (*NEEDED, *HELPFUL, *OPTIONAL) if importlib.util.find_spec(p) is None]
         if absent:
             print(f"not installed, so not tested: {', '.join(absent)}")
         for stage in wanted:
@@ -189,7 +191,8 @@ def steps(stage: str, options: argparse.Namespace, arch: str, folder: Path) -> l
 def test_step(python: str, report: Path) -> Step:
     # the ahead-of-time tests need no GPU and run in `make test`
     command = [python, "-m", "pytest", "tests", "--ignore=tests/aot", "-q", "-rfE", "--tb=short"]
-    command += ["-o", "addopts=", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    command += ["-o", "addopts=", "-p", "benchmarks.optional_packages"]
+    command += ["-p", "no:cacheprovider", f"--junitxml={report}"]
     if importlib.util.find_spec("pytest_benchmark"):
         command.append("--benchmark-disable")
     if importlib.util.find_spec("pytest_timeout"):
@@ -210,7 +213,9 @@ def read_report(report: Path) -> tuple[dict[str, Any], str]:
         skipped = case.find("skipped")
         if skipped is not None:
             counts["skipped"] += 1
-            skips[skipped.get("message") or "no reason given"] += 1
+            whole_file = re.search(r"Skipped: ([^'\"]+)", skipped.text or "")
+            message = skipped.get("message") or "no reason given"
+            skips[whole_file[1] if whole_file and "collection" in message else message] += 1
         elif case.find("failure") is not None or case.find("error") is not None:
             counts["failed"] += 1
         else:
@@ -355,7 +360,6 @@ def run_step(step: Step, limit_s: float, sink: Any) -> Result:
 def about(commit: str) -> dict[str, Any]:
     import torch
 
-    sys.path.insert(0, str(ROOT))
     from benchmarks import measure
 
     found = measure.environment(torch.device("cuda"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
 import subprocess
@@ -70,6 +71,34 @@ def test_the_suite_command_runs(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     numbers, wrong = step.read(done.stdout)
     assert not wrong and numbers["passed"] == 4 and numbers["skips"] == {}
+
+
+ABSENT = """
+import pytest
+{}
+def test_one():
+    import xformers
+
+def test_two():
+    import a_package_that_nobody_named
+
+def test_three():
+    pass
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("xformers") is not None, reason="xformers is here")
+def test_what_needs_an_absent_package_is_skipped(tmp_path):
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "test_inside.py").write_text(ABSENT.format(""))
+    (tmp_path / "test_above.py").write_text(ABSENT.format("import xformers.ops"))
+    plain = gpu.test_step(sys.executable, tmp_path / "tests.xml").command
+    command = [str(tmp_path) if x == "tests" else x for x in plain]
+    done = run(*command[1:])
+    numbers, wrong = gpu.read_report(tmp_path / "tests.xml")
+    assert done.returncode == 1 and wrong == "tests failed"
+    assert numbers.pop("skips") == {"xformers is not installed": 2}
+    assert numbers == {"passed": 1, "failed": 1, "skipped": 2}
 
 
 def test_a_failed_suite_is_wrong(tmp_path):
