@@ -92,10 +92,14 @@ def builds(defaults_only: bool = False) -> Iterator[Build]:
                     yield Build(module.__name__, index, variant, dtype, capability, choice)
 
 
-def compile_build(build: Build) -> Resources:
+def compile_build(
+    build: Build, aligned: bool = True, fixed_sizes: dict[str, int] | None = None
+) -> Resources:
+    """`aligned`: pointers and sizes are multiples of 16, as in real layers. `fixed_sizes`:
+    integers that Triton makes constants, as it does with every 1."""
     entry = build.entry
     kernel = entry.launcher.kernel
-    constants = dict(entry.variants[build.variant]) | build.config.meta
+    constants = (fixed_sizes or {}) | entry.variants[build.variant] | build.config.meta
     signature, fixed, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         name = parameter.name
@@ -105,7 +109,7 @@ def compile_build(build: Build) -> Resources:
             continue
         pointer = name.endswith("_ptr")
         signature[name] = f"*{entry.pointers.get(name, build.dtype)}" if pointer else "i32"
-        if not parameter.do_not_specialize:
+        if aligned and not parameter.do_not_specialize:
             attributes[(i,)] = [["tt.divisibility", 16]]
     if constants:
         raise ValueError(f"{build.name}: no parameters named {', '.join(constants)}")

@@ -27,16 +27,39 @@ KERNELS = {
     if isinstance(value, JITFunction) and value.__module__ == module.__name__
 }
 ENTRIES = [entry for module in aot.modules() for entry in getattr(module, "AOT_KERNELS", ())]
+DEFAULTS = list(aot.builds(defaults_only=True))
+ON_ONE_CHIP = [build for build in DEFAULTS if build.capability == 89]
 PARKED = 16  # bytes of a thread's stack
 
 
-@pytest.mark.parametrize("build", aot.builds(defaults_only=True), ids=lambda b: f"{b.name}: {b}")
+@pytest.mark.parametrize("build", DEFAULTS, ids=lambda b: f"{b.name}: {b}")
 def test_default_configuration(build):
     found = aot.compile_build(build)
     assert found.stack == 0, f"{found.stack} bytes of registers spilled"
     assert found.shared <= triton_support.shared_limit(build.capability)
     wanted = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(build.capability, "mma.sync")
     assert found.tensor_cores == wanted
+
+
+@pytest.mark.parametrize("build", ON_ONE_CHIP, ids=lambda b: b.name)
+def test_sizes_of_one_compile(build):
+    """Triton turns an argument of 1 into a constant, and constants do not have every method."""
+    parameters = build.entry.launcher.kernel.params
+    ones = {
+        p.name: 1
+        for p in parameters
+        if not (p.is_constexpr or p.do_not_specialize or p.name.endswith("_ptr"))
+    }
+    assert {"R", "N"} <= ones.keys()
+    aot.compile_build(build, fixed_sizes=ones)
+
+
+@pytest.mark.parametrize("build", ON_ONE_CHIP, ids=lambda b: b.name)
+def test_odd_sizes_compile(build):
+    """No stride a multiple of 16: slower loads, yet the kernel still fits."""
+    found = aot.compile_build(build, aligned=False)
+    assert found.shared <= triton_support.shared_limit(build.capability)
+    assert found.tensor_cores
 
 
 def test_every_kernel_is_registered():
