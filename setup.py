@@ -162,23 +162,21 @@ class BuildLibrary(build_ext):
         # torch's headers are not ours to warn about
         for path in cpp_extension.include_paths():
             flags += ["-isystem", path]
-        sources = [CSRC / "ops.cpp", CSRC / "cpu" / "runtime.cpp"]
-        sources += sorted(CSRC.glob("cpu/adapter*.cpp"))
+        registrations = sorted(CSRC.glob("cpu/adapter*.cpp"))
         sets = self.instruction_sets(cxx)
         if "avx2" in sets:
             flags.append("-DA3FTA_X86")
         if "avx512_bf16" in sets:
             flags.append("-DA3FTA_AVX512_BF16")
-        if kernels and cuda is not None:
-            flags += ["-DA3FTA_WITH_CUDA", "-isystem", str(cuda.include)]
-            sources += sorted(CSRC.glob("cuda/*.cpp"))
-
-        jobs = [(source, source.stem + "_" + source.parent.name, flags) for source in sources]
+        jobs = [(source, f"{source.stem}_cpu", flags) for source in registrations]
+        jobs.append((CSRC / "cpu" / "runtime.cpp", "runtime_cpu", flags))
         source = CSRC / "cpu" / "kernels.cpp"
         for name, options in sets.items():
             command = [*cxx, *CXX_FLAGS, *options.split(), f"-DA3FTA_ISA={name}"]
             jobs.append((source, f"kernels_{name}", command))
         if kernels and cuda is not None:
+            flags = [*flags, "-DA3FTA_WITH_CUDA", "-isystem", str(cuda.include)]
+            jobs += [(s, f"{s.stem}_cuda", flags) for s in sorted(CSRC.glob("cuda/*.cpp"))]
             command = [
                 cuda.nvcc, "-std=c++17", "-O3", "--expt-relaxed-constexpr",
                 "-Xcompiler", "-fPIC,-fvisibility=hidden", *cuda.gencode(),
@@ -186,6 +184,7 @@ class BuildLibrary(build_ext):
             # the slow ones first
             jobs = [(k, f"{k.stem}_cu", command) for k in kernels] + jobs
 
+        jobs.append((CSRC / "ops.cpp", "ops", flags))
         OBJECTS.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             objects = list(pool.map(lambda job: compile_one(*job), jobs))
@@ -230,7 +229,7 @@ def compile_one(source: Path, name: str, command: list[str]) -> Path:
     """Compiles `source` to build/native/`name`.o, unless that is up to date."""
     target = OBJECTS / f"{name}.o"
     depends, stamp = target.with_suffix(".d"), target.with_suffix(".command")
-    command = [*command, "-MMD", "-MF", str(depends), "-c", str(source), "-o", str(target)]
+    command = [*command, "-MD", "-MF", str(depends), "-c", str(source), "-o", str(target)]
     digest = hashlib.sha256("\0".join(command).encode()).hexdigest()
     if target.exists() and depends.exists() and stamp.exists() and stamp.read_text() == digest:
         listed = depends.read_text().replace("\\\n", " ").partition(":")[2].split()
