@@ -2,11 +2,13 @@
 
     python benchmarks/gpu.py                          all stages, one after the other
     python benchmarks/gpu.py --stage build            the library, for the GPU found here only
-    python benchmarks/gpu.py --stage test             the test suite, on cuda too
+    python benchmarks/gpu.py --stage test-ops         the tests of the ops, on cuda too
+    python benchmarks/gpu.py --stage test-rest        all other tests, on cuda too
     python benchmarks/gpu.py --stage sanitize         compute-sanitizer over every CUDA kernel
     python benchmarks/gpu.py --stage bench-adapter    op benchmarks: results/<device>.json
     python benchmarks/gpu.py --stage bench-linear     adds the rows of adapter_linear
-    python benchmarks/gpu.py --stage bench            both
+
+`--stage test` and `--stage bench` run both halves, each within its own 8 minutes.
 
 It needs PyTorch with CUDA, nvcc, a C++ compiler, pytest, hypothesis and pytest-benchmark, and no
 network. What else is missing is named at the start; its tests are skipped. Packages that were
@@ -45,8 +47,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("build", "test", "sanitize", "bench-adapter", "bench-linear")
-LIMIT_S = 460  # of a stage; what the last step leaves is for writing the results
+STAGES = ("build", "test-ops", "test-rest", "sanitize", "bench-adapter", "bench-linear")
+GROUPS = {"all": STAGES, "test": STAGES[1:3], "bench": STAGES[4:]}
+LIMIT_S = 455  # of a stage
+GRACE_S = 15  # for a step that is interrupted, to say how far it came
 NEEDED = ("pytest", "hypothesis", "pytest_benchmark")
 HELPFUL = ("xdist", "pytest_timeout")
 
@@ -81,13 +85,13 @@ class Result:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="what needs a GPU, in stages")
-    parser.add_argument("--stage", default="all", choices=(*STAGES, "bench", "all"))
+    parser.add_argument("--stage", default="all", choices=(*STAGES, *GROUPS))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--site", type=Path, help="carried packages: wheels, or installed")
     parser.add_argument("--commit", default="")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args(arguments)
-    wanted = {"all": STAGES, "bench": STAGES[3:]}.get(options.stage, (options.stage,))
+    wanted = GROUPS.get(options.stage, (options.stage,))
 
     if options.dry_run:
         for stage in wanted:
@@ -177,8 +181,12 @@ def steps(stage: str, options: argparse.Namespace, arch: str, folder: Path) -> l
             Step("compile", [python, "setup.py", "build_ext", "--inplace"], build),
             Step("load", [python, "-c", loads], limit_s=120),
         ]
-    if stage == "test":
-        return [test_step(python, folder / "tests.xml")]
+    if stage == "test-ops":
+        return [test_step(python, ["tests/ops"], folder / "ops.xml")]
+    if stage == "test-rest":
+        # the ahead-of-time tests need no GPU and run in `make test`
+        where = ["tests", "--ignore=tests/aot", "--ignore=tests/ops"]
+        return [test_step(python, where, folder / "rest.xml")]
     if stage == "sanitize":
         return sanitize_steps(python, folder)
     op = {"bench-adapter": "adapter", "bench-linear": "adapter_linear"}[stage]
@@ -188,10 +196,9 @@ def steps(stage: str, options: argparse.Namespace, arch: str, folder: Path) -> l
     return [Step(op, command)]
 
 
-def test_step(python: str, report: Path) -> Step:
-    # the ahead-of-time tests need no GPU and run in `make test`
-    command = [python, "-m", "pytest", "tests", "--ignore=tests/aot", "-q", "-rfE", "--tb=short"]
-    command += ["-o", "addopts=", "-p", "benchmarks.optional_packages"]
+def test_step(python: str, where: list[str], report: Path) -> Step:
+    command = [python, "-m", "pytest", *where, "-q", "-rfE", "--tb=short", "-o", "addopts="]
+    command += ["-p", "benchmarks.optional_packages"]
     command += ["-p", "no:cacheprovider", f"--junitxml={report}"]
     if importlib.util.find_spec("pytest_benchmark"):
         command.append("--benchmark-disable")
@@ -200,28 +207,23 @@ def test_step(python: str, report: Path) -> Step:
     if importlib.util.find_spec("xdist"):
         workers = max(1, min(8, (os.cpu_count() or 1) // 2))
         command += ["-n", str(workers), "--dist", "worksteal"]
-    return Step("suite", command, read=lambda text: read_report(report))
+    return Step("suite", command, read=lambda text: read_report(report, text))
 
 
-def read_report(report: Path) -> tuple[dict[str, Any], str]:
-    """Counts, and the reasons of the skips, from a JUnit file."""
-    if not report.exists():
-        return {}, "no report was written"
-    counts: Counter[str] = Counter()
+def read_report(report: Path, text: str) -> tuple[dict[str, Any], str]:
+    """Counts from pytest's last line, and from its JUnit file the reasons of the skips."""
+    lines = re.findall(r"^=* ?(\d+ (?:passed|failed|skipped|error).* in [\d.]+s.*)$", text, re.M)
+    if not lines or not report.exists():
+        return {}, "pytest did not report"
+    found = re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1])
+    numbers: dict[str, Any] = {what: int(count) for count, what in found}
     skips: Counter[str] = Counter()
-    for case in ElementTree.parse(report).iter("testcase"):
-        skipped = case.find("skipped")
-        if skipped is not None:
-            counts["skipped"] += 1
-            whole_file = re.search(r"Skipped: ([^'\"]+)", skipped.text or "")
-            message = skipped.get("message") or "no reason given"
-            skips[whole_file[1] if whole_file and "collection" in message else message] += 1
-        elif case.find("failure") is not None or case.find("error") is not None:
-            counts["failed"] += 1
-        else:
-            counts["passed"] += 1
-    wrong = "" if counts["passed"] and not counts["failed"] else "tests failed"
-    return dict(counts) | {"skips": dict(skips.most_common())}, wrong
+    for skipped in ElementTree.parse(report).iter("skipped"):
+        whole_file = re.search(r"Skipped: ([^'\"]+)", skipped.text or "")
+        message = skipped.get("message") or "no reason given"
+        skips[whole_file[1] if whole_file and "collection" in message else message] += 1
+    wrong = "tests failed" if {"failed", "error"} & numbers.keys() else ""
+    return numbers | {"skips": dict(skips.most_common())}, wrong
 
 
 def sanitize_steps(python: str, folder: Path) -> list[Step]:
@@ -329,11 +331,15 @@ def run_step(step: Step, limit_s: float, sink: Any) -> Result:
     except OSError as error:
         sink.write(f"{error}\n")
         return Result(step.name, step.shown(), None, 0.0, {}, str(error))
-    late = [False]
+    late = []
 
     def stop(*_: Any) -> None:
-        late[0] = True
-        os.killpg(process.pid, signal.SIGKILL)
+        late.append(True)
+        if len(late) == 1:  # pytest then still reports what ran
+            os.kill(process.pid, signal.SIGINT)
+            signal.setitimer(signal.ITIMER_REAL, GRACE_S)
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, max(1.0, limit_s))
@@ -348,10 +354,9 @@ def run_step(step: Step, limit_s: float, sink: Any) -> Result:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     seconds = time.monotonic() - began
-    if late[0]:
-        wrong = f"stopped after {limit_s:.0f} s"
-        return Result(step.name, step.shown(), None, seconds, {}, wrong)
     numbers, wrong = step.read("".join(lines))
+    if late:
+        status, wrong = None, f"stopped after {limit_s:.0f} s"
     if not wrong and status != 0:
         wrong = f"exit status {status}"
     return Result(step.name, step.shown(), status, seconds, numbers, wrong)

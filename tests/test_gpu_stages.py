@@ -65,9 +65,8 @@ def test_the_benchmarks_know_their_options(tmp_path, stage):
 
 
 def test_the_suite_command_runs(tmp_path):
-    step = gpu.test_step(sys.executable, tmp_path / "tests.xml")
-    command = [x if x != "tests" else "tests/test_gpu_stages.py" for x in step.command]
-    done = run(*command[1:], "-k", "test_arch")
+    step = gpu.test_step(sys.executable, ["tests/test_gpu_stages.py"], tmp_path / "tests.xml")
+    done = run(*step.command[1:], "-k", "test_arch")
     assert done.returncode == 0, done.stdout + done.stderr
     numbers, wrong = step.read(done.stdout)
     assert not wrong and numbers["passed"] == 4 and numbers["skips"] == {}
@@ -92,10 +91,9 @@ def test_what_needs_an_absent_package_is_skipped(tmp_path):
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     (tmp_path / "test_inside.py").write_text(ABSENT.format(""))
     (tmp_path / "test_above.py").write_text(ABSENT.format("import xformers.ops"))
-    plain = gpu.test_step(sys.executable, tmp_path / "tests.xml").command
-    command = [str(tmp_path) if x == "tests" else x for x in plain]
-    done = run(*command[1:])
-    numbers, wrong = gpu.read_report(tmp_path / "tests.xml")
+    step = gpu.test_step(sys.executable, [str(tmp_path)], tmp_path / "tests.xml")
+    done = run(*step.command[1:])
+    numbers, wrong = step.read(done.stdout)
     assert done.returncode == 1 and wrong == "tests failed"
     assert numbers.pop("skips") == {"xformers is not installed": 2}
     assert numbers == {"passed": 1, "failed": 1, "skipped": 2}
@@ -103,14 +101,15 @@ def test_what_needs_an_absent_package_is_skipped(tmp_path):
 
 def test_a_failed_suite_is_wrong(tmp_path):
     report = tmp_path / "tests.xml"
-    assert gpu.read_report(report) == ({}, "no report was written")
-    report.write_text(
-        "<testsuites><testsuite><testcase/><testcase><failure/></testcase>"
-        "<testcase><skipped message='no diffusers'/></testcase></testsuite></testsuites>"
-    )
-    numbers, wrong = gpu.read_report(report)
-    assert numbers == {"passed": 1, "failed": 1, "skipped": 1, "skips": {"no diffusers": 1}}
-    assert wrong
+    last = "1 failed, 5 passed, 1 skipped, 2 warnings in 3.21s\n"
+    assert gpu.read_report(report, last) == ({}, "pytest did not report")
+    report.write_text("<testsuite><testcase><skipped message='no GPU'/></testcase></testsuite>")
+    numbers, wrong = gpu.read_report(report, last)
+    assert numbers == {"passed": 5, "failed": 1, "skipped": 1, "skips": {"no GPU": 1}}
+    assert wrong == "tests failed"
+    assert gpu.read_report(report, "Killed\n") == ({}, "pytest did not report")
+    long = "==== 3 passed in 361.20s (0:06:01) ====\n"
+    assert gpu.read_report(report, long) == ({"passed": 3, "skips": {"no GPU": 1}}, "")
 
 
 @pytest.mark.parametrize(
@@ -144,9 +143,22 @@ def test_a_build_that_fails_is_the_last_step(tmp_path, monkeypatch):
     assert "loaded\n" not in (tmp_path / "gpu-build.log").read_text().splitlines(keepends=True)
 
 
-def test_a_step_that_outruns_its_time_is_stopped_with_its_children(tmp_path):
+def test_a_suite_that_outruns_its_time_still_reports(tmp_path):
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    slow = "def test_fast(): pass\ndef test_slow():\n    import time; time.sleep(300)\n"
+    (tmp_path / "test_slow.py").write_text(slow)
+    found = gpu.test_step(sys.executable, [str(tmp_path)], tmp_path / "tests.xml")
+    with (tmp_path / "log").open("w") as sink:
+        result = gpu.run_step(found, 20, sink)
+    assert result.wrong == "stopped after 20 s" and result.status is None
+    assert result.numbers["passed"] == 1
+
+
+def test_a_step_that_outruns_its_time_is_stopped_with_its_children(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE_S", 1)
     code = (
-        "import subprocess, sys, time; print('begun', flush=True);"
+        "import signal, subprocess, sys; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+        "print('begun', flush=True);"
         "subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
     )
     with (tmp_path / "log").open("w") as sink:
