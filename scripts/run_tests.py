@@ -51,7 +51,15 @@ def stages(workers: int) -> list[Stage]:
 def run(stage: Stage) -> Outcome:
     report = REPORTS / f"{stage.name}.xml"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *stage.arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rfE",
+        f"--junitxml={report}",
+        *stage.arguments,
+    ]
     shown = " ".join([*(f"{k}={v}" for k, v in stage.environment.items()), *command[1:]])
     print(f"\n[{stage.name}] {shown}", flush=True)
     began = time.monotonic()
