@@ -3,8 +3,10 @@
     python scripts/tune_demo.py --seed 1
 
 Uses other digits than the demo does by default (another seed). Each line gives the loss on the
-selection digits at the last step and at the best one, and what the samples of both are worth;
-a3fta_kernels/cli/demo/compare.py holds the choice and says how it was made.
+selection digits at the last step and at the best one, and what the samples of both are worth.
+The rule, the same for every method: of the rates whose selection loss at their best step is within
+the demo's tie of the lowest, those whose loss at the last step is within it of the lowest; of
+these the highest, which adapts most. a3fta_kernels/cli/demo/compare.py holds the choice.
 """
 
 from __future__ import annotations
@@ -15,13 +17,21 @@ import dataclasses
 import torch
 
 from a3fta_kernels.cli.demo import base, compare, data, training
-from a3fta_kernels.cli.demo.report import Row
+from a3fta_kernels.cli.demo.report import TIE, Row
 
 GRID = {
     "a3fta": (1e-3, 3e-3, 1e-2),
-    "full": (1e-4, 3e-4, 1e-3),
-    "lora": (1e-3, 3e-3, 1e-2),
+    "full": (3e-5, 1e-4, 3e-4, 1e-3),
+    "lora": (3e-4, 1e-3, 3e-3, 1e-2),
 }
+
+
+def choose(ends: dict[float, tuple[float, float]]) -> float:
+    """The learning rate, from the selection losses of each at its best and at its last step."""
+    for end in (0, 1):
+        limit = min(losses[end] for losses in ends.values()) * (1 + TIE)
+        ends = {lr: losses for lr, losses in ends.items() if losses[end] <= limit}
+    return max(ends)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,7 +49,10 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     print("method      lr  at   step  selection  held-out  copies   KID  recall  legible")
     for method in compare.methods(args.rank, "auto"):
-        for lr in GRID[method.key] if method.key in args.methods else ():
+        if method.key not in args.methods:
+            continue
+        ends = {}
+        for lr in GRID[method.key]:
             run = training.fine_tune(
                 dataclasses.replace(method, lr=lr), start.model(), digits, start.noise(), settings
             )
@@ -54,6 +67,8 @@ def main(argv: list[str] | None = None) -> None:
                     f"{row.recall:6.3f}  {row.legible:7.3f}",
                     flush=True,
                 )
+            ends[lr] = (min(run.losses.selection), run.losses.selection[-1])
+        print(f"{method.key}: {choose(ends):g}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import nn
 pytest.importorskip("sklearn")
 pytest.importorskip("diffusers")
 
-from a3fta_kernels.cli.demo import base, data, metrics, report, training
+from a3fta_kernels.cli.demo import base, compare, data, metrics, report, training
 from a3fta_kernels.cli.errors import CommandError
 
 
@@ -191,3 +191,19 @@ def test_a_cell_without_a_value_is_a_dash():
     shown = dict(zip(report.COLUMNS, report.cells(row), strict=True))
     assert shown["trainable"] == shown["steps_per_second"] == "-"
     assert shown["copies"] == "26 %" and shown["saved_bytes"] == "1.5 MiB"
+
+
+def test_the_search_for_learning_rates_follows_its_rule():
+    from importlib.util import module_from_spec, spec_from_file_location
+    from pathlib import Path
+
+    path = Path(__file__).resolve().parents[2] / "scripts" / "tune_demo.py"
+    spec = spec_from_file_location("tune_demo", path)
+    tune = module_from_spec(spec)
+    spec.loader.exec_module(tune)
+    assert set(tune.GRID) == set(compare.LEARNING_RATES)
+    assert all(rate in tune.GRID[key] for key, rate in compare.LEARNING_RATES.items())
+    # a poor best step loses, then a poor last step; ties go to the highest rate
+    ends = {1e-4: (0.35, 0.35), 1e-3: (0.30, 0.31), 3e-3: (0.305, 0.312), 1e-2: (0.30, 0.9)}
+    assert tune.choose(ends) == 3e-3
+    assert tune.choose({1e-3: (0.3, 0.4), 1e-2: (0.3, 0.5)}) == 1e-3

@@ -157,6 +157,7 @@ def _aside(row: Row) -> str:
     return (
         f"{row.trainable:,} parameters trained · held-out loss {row.heldout_loss:.3f} · "
         f"{100 * row.copies:.0f} % near-copies"
+        + (" · stopped by other real digits" if row.key == "full-best" else "")
     )
 
 
