@@ -14,11 +14,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     group.addoption("--bench-device", default=default, choices=("cpu", "cuda"))
     group.addoption("--bench-quick", action="store_true", help="few workloads, few rounds")
+    group.addoption("--bench-threads", type=int, help="of the CPU")
     group.addoption("--bench-minutes", type=float, default=1e9, help="no new group after this")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     quick = config.getoption("--bench-quick")
+    if config.getoption("--bench-threads"):
+        torch.set_num_threads(config.getoption("--bench-threads"))
     device = torch.device(config.getoption("--bench-device"))
     seconds = 0.2 if quick else (2.0 if device.type == "cpu" else 0.5)
     config.stash[_settings] = Settings(device, quick, config.getoption("--bench-minutes"), seconds)

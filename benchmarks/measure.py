@@ -39,6 +39,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "triton": _version("triton"),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

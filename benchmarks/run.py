@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--only", choices=OPS, help="this op alone; other rows of the file stay")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no group after this")
+    parser.add_argument("--threads", type=int, help="of the CPU (default: PyTorch's)")
     parser.add_argument("--commit", default="", help="named in the results where git is not there")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
@@ -39,13 +40,17 @@ def main() -> int:
         print("benchmarks: --device cuda, but no GPU is usable here", file=sys.stderr)
         return 2
 
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    about = measure.environment(device) | {"quick": arguments.quick}
+    if about["load"] > 0.5 and device.type == "cpu":
+        print(f"benchmarks: other work runs here (load {about['load']}): expect noise, run again")
     arguments.out.mkdir(parents=True, exist_ok=True)
     report, status = run_pytest(arguments, device)
     rows = ratios([b["extra_info"]["row"] for b in report.get("benchmarks", [])])
     if not rows:
         print("benchmarks: nothing was measured", file=sys.stderr)
         return status or 1
-    about = measure.environment(device) | {"quick": arguments.quick}
     found = {
         "environment": about | ({"commit": arguments.commit} if arguments.commit else {}),
         "ceilings": report["benchmarks"][0]["extra_info"]["ceilings"],
@@ -67,6 +72,7 @@ def run_pytest(arguments: argparse.Namespace, device: torch.device) -> tuple[dic
             "-p", "no:cacheprovider", "--tb=short", "--benchmark-columns=median,iqr,rounds",
             f"--benchmark-json={target}", f"--bench-device={device.type}",
             f"--bench-minutes={arguments.minutes}", *(["--bench-quick"] * arguments.quick),
+            f"--bench-threads={torch.get_num_threads()}",
             *(f"benchmarks/bench_{op}.py" for op in only),
         ]  # fmt: skip
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
