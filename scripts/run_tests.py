@@ -89,7 +89,8 @@ def read(report: Path) -> tuple[Counter[str], Counter[str]]:
 def account(outcomes: list[Outcome]) -> str:
     lines = ["", "What ran"]
     for outcome in outcomes:
-        verdict = "ok" if outcome.code == 0 else f"FAILED (exit status {outcome.code})"
+        passed = "ok" if outcome.counts["passed"] else "NOTHING RAN"
+        verdict = passed if outcome.code == 0 else f"FAILED (exit status {outcome.code})"
         numbers = ", ".join(f"{n} {what}" for what, n in sorted(outcome.counts.items()))
         lines.append(f"  {outcome.stage.name:<14} {verdict}: {numbers}; {outcome.seconds:.0f} s")
         lines += [f"    skipped {n}: {why}" for why, n in outcome.skips.most_common()]
