@@ -92,7 +92,7 @@ def weight_grad_configs(itemsize: int, block_r: int, capability: int) -> list[Co
     return found
 
 
-_GRAD = ((64, 128, 8, 3), (64, 64, 4, 3), (32, 64, 4, 4), (64, 64, 8, 3), (32, 32, 4, 3))
+_GRAD = ((64, 128, 8, 3), (32, 64, 4, 4), (64, 64, 8, 3), (32, 32, 4, 3))
 _GRAD_FP32 = ((16, 64, 8, 2), (16, 32, 4, 2))
 
 launch_weight_grad = Launcher(weight_grad_kernel, weight_grad_configs)
