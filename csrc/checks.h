@@ -49,9 +49,9 @@ inline int64_t row_stride(const Tensor& x) { return x.size(0) > 1 ? x.stride(0) 
 // unit column stride, rows that do not overlap
 inline void check_rows(const char* name, const Tensor& x) {
   check_matrix(name, x);
-  const bool dense = x.size(1) <= 1 || x.stride(1) == 1;
+  const bool dense = x.size(1) == 1 || x.stride(1) == 1;
   STD_TORCH_CHECK(
-      dense && row_stride(x) >= x.size(1), name,
+      x.numel() == 0 || (dense && row_stride(x) >= x.size(1)), name,
       ": expected unit column stride and rows apart, got strides (", x.stride(0), ", ",
       x.stride(1), ") for shape ", shape_text(x));
 }
