@@ -223,9 +223,7 @@ class Launcher:
             self._launch(plan, like, rank, key)
 
     def candidates(self, like: Tensor, rank: int) -> list[Config]:
-        # the interpreter has no registers to save, and its time goes with the number of tiles
-        size = like.element_size() if like.is_cuda else 2
-        return self.configs(size, rank, chip(like.device).capability)
+        return self.configs(like.element_size(), rank, chip(like.device).capability)
 
     def _launch(self, plan: Plan, like: Tensor, rank: int, key: tuple) -> None:
         def run(choice: Config) -> None:
