@@ -33,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "reference", "triton", "native"),
         help="what computes the adapter",
     )
+    # 8 x 8 images: two threads gain little on free cores, and lose much on shared ones
+    parser.add_argument("--threads", type=_positive, default=1, help="CPU threads")
     parser.add_argument(
         "--quick", action="store_true", help="a few steps and samples, to see that it works"
     )
@@ -48,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         rank=args.rank,
         seed=args.seed,
         backend=args.backend,
+        threads=args.threads,
         samples=20 if args.quick else 300,
         sampling_steps=3 if args.quick else 25,
         eval_every=3 if args.quick else 25,

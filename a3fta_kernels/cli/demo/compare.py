@@ -41,6 +41,7 @@ class Options:
     rank: int
     seed: int
     backend: str
+    threads: int
     samples: int
     sampling_steps: int
     eval_every: int
@@ -98,6 +99,7 @@ def compare(options: Options) -> list[Row]:
     console = Console()
     began, began_cpu = time.perf_counter(), time.process_time()
     backend = resolve(options.backend, torch.device("cpu"), torch.float32)
+    torch.set_num_threads(options.threads)
     options.output.mkdir(parents=True, exist_ok=True)
     start, digits = base.load(), data.load(options.seed)
     judge = Judge(digits, start, options.seed, options.samples, options.sampling_steps)
@@ -158,7 +160,8 @@ def compare(options: Options) -> list[Row]:
         "learning rates": ", ".join(f"{m.label} {m.lr:g}" for m in todo),
         "samples": len(judge.labels),
         "backend": backend,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": platform.machine(),
+        "threads": options.threads,
         "torch": torch.__version__,
         "seconds": round(time.perf_counter() - began),
         "cpu seconds": round(time.process_time() - began_cpu),
