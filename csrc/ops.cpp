@@ -45,7 +45,7 @@ STABLE_TORCH_LIBRARY(a3fta_native, m) {
       "int activation) -> (Tensor a, Tensor z)");
   // residual + bias + z @ v.T
   m.def("adapter_up(Tensor z, Tensor v, Tensor? bias, Tensor? residual) -> Tensor");
-  // da = (dy @ v) (1 + gamma) act'(a) and p = dy.T @ z in one pass over dy
+  // da = (dy @ v) (1 + gamma) act'(a) and p = dy.T @ z; on the CPU in one pass over dy
   m.def(
       "adapter_dz(Tensor dy, Tensor a, Tensor v, Tensor? gamma, Tensor? beta, int activation, "
       "bool need_dw) -> (Tensor da, Tensor p, Tensor dy_sum, Tensor dgamma, Tensor dbeta)");

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "reference", "triton", "native"),
         help="what computes the adapter",
     )
-    # 8 x 8 images: two threads gain little on free cores, and lose much on shared ones
+    # 8 x 8 images: little work to share, and two threads lose much on cores that others use too
     parser.add_argument("--threads", type=_positive, default=1, help="CPU threads")
     parser.add_argument(
         "--quick", action="store_true", help="a few steps and samples, to see that it works"

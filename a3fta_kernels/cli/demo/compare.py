@@ -18,8 +18,7 @@ from ...backends import resolve
 from . import base, data, metrics, picture, report, training
 from .report import Row, Shown
 
-# by the rule of scripts/tune_demo.py, on other digits (seed 1); at a third of its rate full tuning
-# does not overfit in 500 steps either, and then its last step is its best
+# by the rule of scripts/tune_demo.py, on another split of the digits (seed 1)
 LEARNING_RATES = {"a3fta": 3e-3, "full": 1e-4, "lora": 1e-3}
 LORA_RANK = 16
 

@@ -65,8 +65,9 @@ def notes(samples: int, threshold: float, selection: int, heldout: int) -> list[
         "handwritten digits that no method saw.",
         f"Best step: the step of lowest loss on {selection} further digits, an advantage that the "
         "other rows do not have; with 20 images in all, nobody would have them.",
-        "Learning rates come from one search for all methods, on other digits "
-        "(scripts/tune_demo.py). They decide how soon each overfits: try other ones there.",
+        "Learning rates: one search with one rule for all methods, on another split of the same "
+        "digits, which overlaps this one (scripts/tune_demo.py). They decide how soon each method "
+        "overfits, and with that the columns here: try other ones there.",
         "Saved for backward: bytes that autograd keeps in one training step, each storage once, "
         "weights not counted.",
         f"Near-copies: of {samples} samples, those within {threshold:.2f} (pixels, Euclidean) of "
