@@ -4,7 +4,9 @@
 
 Another seed splits the digits in another way than the demo does by default; both splits are of
 the same 1797 digits, so they overlap. Each line gives the loss on the selection digits at the last
-step and at the best one, and what the samples of both are worth. The rule, the same for every method: of the rates whose selection loss at their best step is within
+step and at the best one, and what the samples of both are worth.
+
+The rule, the same for every method: of the rates whose selection loss at their best step is within
 the demo's tie of the lowest, those whose loss at the last step is within it of the lowest; of
 these the highest, which adapts most. a3fta_kernels/cli/demo/compare.py holds the choice.
 """
