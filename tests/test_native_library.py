@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import subprocess
 import sys
@@ -217,20 +216,23 @@ def test_nan_and_infinity_reach_the_result(dtype: torch.dtype, restore: None) ->
 def test_conversions_round_like_torch(dtype: torch.dtype, restore: None) -> None:
     """Every finite half through widen, and fp32 sums through narrow."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
-    every = bits.view(dtype)[:, None]
-    one = torch.ones(1, 1, dtype=dtype)
-    bias = torch.tensor([0.0])
-    shift = torch.tensor([1 / 3])
-    zero = torch.zeros_like(every)
-    for capability in capabilities():
-        NATIVE.set_cpu_capability(capability)
-        kept = NATIVE.adapter_up(zero, one, bias, every)
-        same = kept.view(torch.int16) == every.view(torch.int16)
-        assert (same | every.isnan() | (every == 0)).all()
-        assert kept.isnan().eq(every.isnan()).all()
-        rounded = NATIVE.adapter_up(zero, one, shift, every)
-        expected = (every.float() + shift).to(dtype)
-        assert torch.equal(rounded.nan_to_num(), expected.nan_to_num())
+    # whole panels and a remainder take different ways
+    for columns in (1, 64):
+        every = bits.view(dtype).view(-1, columns)
+        zero, one = torch.zeros(len(every), 1, dtype=dtype), torch.ones(columns, 1, dtype=dtype)
+        third = torch.full((columns,), 1 / 3)
+        expected = (every.float() + third).to(dtype)
+        for capability in capabilities():
+            NATIVE.set_cpu_capability(capability)
+            kept = NATIVE.adapter_up(zero, one, torch.zeros(columns), every)
+            same = kept.view(torch.int16) == every.view(torch.int16)
+            # this instruction set's conversion makes subnormals zero
+            flushed = (every.abs() < torch.finfo(dtype).tiny) & (kept == 0)
+            same |= flushed & (capability == "avx512_bf16" and dtype == torch.bfloat16)
+            assert (same | every.isnan() | (every == 0)).all()
+            assert kept.isnan().eq(every.isnan()).all()
+            rounded = NATIVE.adapter_up(zero, one, third, every)
+            assert torch.equal(rounded.nan_to_num(), expected.nan_to_num())
 
 
 def test_gradients_do_not_depend_on_the_number_of_threads() -> None:
@@ -303,12 +305,6 @@ assert len(os.listdir("/proc/self/task")) == before
         pytest.skip("reads /proc")
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     assert torch.get_num_threads() == threads
-
-
-def test_another_process_may_replace_the_file() -> None:
-    # the loaded library is a mapping of the file: a rebuild writes beside it and renames
-    assert not LIBRARY.with_name(LIBRARY.name + ".new").exists()
-    assert ctypes.CDLL(str(LIBRARY)) is not None
 
 
 def run(*command: str) -> str:

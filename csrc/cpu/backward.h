@@ -111,27 +111,37 @@ struct Backward : Block<T> {
     Buffer<double> slots_;
   };
 
-  // out (rank, columns), or transposed, from the slabs' panels
-  static void add_slabs(const Host& host, const Acc* parts, int64_t count, int64_t rank,
-                        int64_t columns, bool transposed, Acc* out) {
-    const int64_t size = rank * G::padded(columns);
-    run(host, G::panels(columns), [&](Tasks& tasks) {
+  // what the slabs' panels add up to
+  struct Reduction {
+    const Acc* parts;
+    bool transposed;  // out is (columns, rank), else (rank, columns)
+    Acc* out;
+  };
+
+  static void add_slabs(const Host& host, const Reduction* reductions, int64_t n, int64_t slabs,
+                        int64_t rank, int64_t columns) {
+    const int64_t panels = G::panels(columns);
+    run(host, n * panels, [&](Tasks& tasks) {
       Buffer<Acc> sums(host, rank * G::kWidth);
-      for (int64_t p; (p = tasks.next()) >= 0;) {
-        const int64_t c = p * G::kWidth, n = min_of(G::kWidth, columns - c);
-        const int64_t length = rank * G::padded(n), width = G::padded(n);
-        const Acc* from = parts + c * rank;
-        memset(sums, 0, size_t(length) * sizeof(Acc));
-        for (int64_t s = 0; s < count; ++s) add_to(from + s * size, length, sums);
-        const Acc* sum = sums;
-        if (transposed)
-          for (int64_t j = 0; j < n; ++j)
-            for (int64_t r = 0; r < rank; ++r) out[(c + j) * rank + r] = sum[r * width + j];
-        else
-          for (int64_t r = 0; r < rank; ++r)
-            memcpy(out + r * columns + c, sum + r * width, size_t(n) * sizeof(Acc));
-      }
+      for (int64_t task; (task = tasks.next()) >= 0;)
+        add_panel(reductions[task / panels], slabs, rank, columns, task % panels * G::kWidth,
+                  sums);
     });
+  }
+
+  static void add_panel(const Reduction& x, int64_t slabs, int64_t rank, int64_t columns,
+                        int64_t c, Acc* sums) {
+    const int64_t n = min_of(G::kWidth, columns - c), width = G::padded(n);
+    memset(sums, 0, size_t(rank * width) * sizeof(Acc));
+    for (int64_t s = 0; s < slabs; ++s)
+      add_to(x.parts + s * rank * G::padded(columns) + c * rank, rank * width, sums);
+    if (x.transposed) {
+      for (int64_t j = 0; j < n; ++j)
+        for (int64_t r = 0; r < rank; ++r) x.out[(c + j) * rank + r] = sums[r * width + j];
+      return;
+    }
+    for (int64_t r = 0; r < rank; ++r)
+      memcpy(x.out + r * columns + c, sums + r * width, size_t(n) * sizeof(Acc));
   }
 
   static void add_to(const Acc* x, int64_t n, Acc* sum) {
@@ -185,6 +195,8 @@ struct Backward : Block<T> {
           B::down(rows, x.channels, x.rank, dy, packed, dz);
           for (int64_t i = 0; i < rows; ++i) {
             Acc* row = a + i * width;
+            if (down) B::fetch(x.h, m + i, x.channels);
+            if (m + step + i < x.rows) B::fetch(x.dy, m + step + i, x.channels);
             B::widen_row(B::at(x.a, m + i), x.rank, width, row);
             activate({dz + i * width, modulated.factor(m + i), modulated.shift(m + i), row,
                       da.row(i), z.row(i)},
@@ -205,14 +217,12 @@ struct Backward : Block<T> {
           for (int64_t p = 0; p < G::panels(x.channels); ++p) {
             const int64_t c = p * G::kWidth, n = min_of(G::kWidth, x.channels - c);
             const T* dy_panel = B::at(x.dy, m, c);
-            if (weights) {
+            if (weights)
               B::outer_panel(rows, x.rank, z, dy_panel, x.dy.stride, n, panel,
-                             g_parts + slab * size + c * x.rank, more);
-              B::add_columns(dy_panel, x.dy.stride, rows, n, dy_sum + c);
-            }
+                             g_parts + slab * size + c * x.rank, more, dy_sum + c);
             if (down)
               B::outer_panel(rows, x.rank, da, B::at(x.h, m, c), x.h.stride, n, panel,
-                             dw_parts + slab * size + c * x.rank, more);
+                             dw_parts + slab * size + c * x.rank, more, nullptr);
             if (x.dh.data != nullptr)
               B::up_panel(rows, x.rank, da.over_rank(), down_packed + c * G::units(x.rank),
                           G::vectors(x.channels, p), n, nullptr, dy_panel, x.dy.stride,
@@ -222,13 +232,13 @@ struct Backward : Block<T> {
       }
     });
 
-    if (weights) {
-      add_slabs(host, g_parts, slabs.count, x.rank, x.channels, true, static_cast<Acc*>(x.g_up));
+    Reduction reductions[2];
+    int64_t n = 0;
+    if (weights) reductions[n++] = {g_parts, true, static_cast<Acc*>(x.g_up)};
+    if (down) reductions[n++] = {dw_parts, false, static_cast<Acc*>(x.dw_down)};
+    add_slabs(host, reductions, n, slabs.count, x.rank, x.channels);
+    if (weights)
       add_rows(dy_sums, slabs.count, columns, x.channels, static_cast<Acc*>(x.dy_sum));
-    }
-    if (down)
-      add_slabs(host, dw_parts, slabs.count, x.rank, x.channels, false,
-                static_cast<Acc*>(x.dw_down));
     if (x.da_sum != nullptr)
       add_rows(da_sums, slabs.count, width, x.rank, static_cast<Acc*>(x.da_sum));
     samples.merge();
@@ -258,13 +268,13 @@ struct Backward : Block<T> {
             const int64_t c = p * G::kWidth;
             B::outer_panel(rows, x.rank, da, B::at(x.h, m, c), x.h.stride,
                            min_of(G::kWidth, x.channels - c), panel,
-                           dw_parts + slab * size + c * x.rank, m > slabs.begin(slab));
+                           dw_parts + slab * size + c * x.rank, m > slabs.begin(slab), nullptr);
           }
         }
       }
     });
-    add_slabs(host, dw_parts, slabs.count, x.rank, x.channels, false,
-              static_cast<Acc*>(x.dw_down));
+    const Reduction reduction{dw_parts, false, static_cast<Acc*>(x.dw_down)};
+    add_slabs(host, &reduction, 1, slabs.count, x.rank, x.channels);
     add_rows(da_sums, slabs.count, width, x.rank, static_cast<Acc*>(x.da_sum));
   }
 };

@@ -83,7 +83,7 @@ struct Block {
   // rows of a block that keep a few operands of `columns` in the second cache; a multiple of 12
   static int64_t rows_per_block(int64_t columns) {
     const int64_t fit = 196608 / (max_of(columns, 1) * int64_t(sizeof(T)));
-    return min_of(max_of(fit / 12 * 12, 24), 96);
+    return min_of(max_of(fit / 12 * 12, 24), 132);
   }
 
   static int64_t packed_size(int64_t columns, int64_t depth) {
@@ -152,6 +152,12 @@ struct Block {
     return P::in_place(stride, depth) ? 0 : rows * G::units(depth);
   }
 
+  // a row that a later step reads, asked for while this one computes
+  static A3FTA_INLINE void fetch(const Matrix& m, int64_t row, int64_t columns) {
+    const char* p = reinterpret_cast<const char*>(at(m, row));
+    for (int64_t k = 0; k < columns * int64_t(sizeof(T)); k += 64) __builtin_prefetch(p + k, 0, 2);
+  }
+
   // out (rows, padded rank) = x @ packed
   static void down(
       int64_t rows, int64_t depth, int64_t rank, const Left& x, const Unit* packed, Acc* out) {
@@ -162,10 +168,26 @@ struct Block {
           out + p * G::kWidth, width, false);
   }
 
+  using Finished = void (*)(
+      int64_t, const Unit*, int64_t, const Unit*, const Acc*, const T*, int64_t, T*, int64_t);
+
   // one panel of out = residual + bias + x @ packed
   static void up_panel(
       int64_t rows, int64_t rank, const Left& x, const Unit* packed, int vectors, int64_t n,
       const Acc* bias, const T* residual, int64_t residual_stride, T* out, int64_t out_stride) {
+    if constexpr (Converts<T, typename E::Vec>::kWhole) {
+      if (n == G::kWidth) {
+        static const Finished tiles[kMaxRows] = {
+            finished_tile<E, T, 1>, finished_tile<E, T, 2>, finished_tile<E, T, 3>,
+            finished_tile<E, T, 4>, finished_tile<E, T, 5>, finished_tile<E, T, 6>};
+        for (int64_t i = 0; i < rows; i += kMaxRows)
+          tiles[min_of(kMaxRows, rows - i) - 1](
+              G::units(rank), x.data + i * x.stride, x.stride, packed, bias,
+              residual == nullptr ? nullptr : residual + i * residual_stride, residual_stride,
+              out + i * out_stride, out_stride);
+        return;
+      }
+    }
     alignas(64) Acc t[kMaxRows * G::kWidth];
     for (int64_t i = 0; i < rows; i += kMaxRows) {
       const int64_t r = min_of(kMaxRows, rows - i);
@@ -175,10 +197,7 @@ struct Block {
       for (int64_t k = 0; k < r; ++k) {
         const T* add = residual == nullptr ? nullptr : residual + (i + k) * residual_stride;
         T* to = out + (i + k) * out_stride;
-        if (n == G::kWidth)
-          finish_row(t + k * G::kWidth, bias, add, to, G::kWidth);
-        else
-          finish_row(t + k * G::kWidth, bias, add, to, n);
+        finish_row(t + k * G::kWidth, bias, add, to, n);
       }
     }
   }
@@ -252,15 +271,25 @@ struct Block {
     Buffer<Unit> pairs_;
   };
 
-  // one panel of out (rank, n) += x.T @ y, with y (rows, n) packed into `scratch`
+  // one panel of out (rank, n) += x.T @ y, with y (rows, n) packed into `scratch`, and, where
+  // `sum` is given, sum += the rows of y
   static void outer_panel(
       int64_t rows, int64_t rank, const Operand& x, const T* y, int64_t stride, int64_t n,
-      Unit* scratch, Acc* out, bool add) {
+      Unit* scratch, Acc* out, bool add, double* sum) {
     P::by_columns(y, stride, n, rows, scratch);
     const int64_t width = G::padded(n);
+    const int vectors = int(width / G::kLanes);
     G::panel(
-        rank, G::units(rows), x.over_rows(), 1, x.width, scratch, int(width / G::kLanes), out,
-        width, add);
+        rank, G::units(rows), x.over_rows(), 1, x.width, scratch, vectors, out, width, add);
+    if (sum == nullptr) return;
+    if constexpr (kPaired) {
+      static const Unit ones{0x3f803f80u};
+      alignas(64) Acc part[G::kWidth];
+      G::panel(1, G::units(rows), &ones, 0, 0, scratch, vectors, part, width, false);
+      for (int64_t j = 0; j < n; ++j) sum[j] += part[j];
+    } else {
+      add_columns(y, stride, rows, n, sum);
+    }
   }
 
   // sum += the rows of x (rows, n); few of them at a time in the working precision

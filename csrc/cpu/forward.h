@@ -61,6 +61,7 @@ struct Forward : Block<T> {
         B::down(rows, x.channels, x.rank, h, down_packed, a);
         for (int64_t i = 0; i < rows; ++i) {
           Acc* row = a + i * width;
+          if (m + step + i < x.rows) B::fetch(x.h, m + step + i, x.channels);
           activate(b_down, modulated.factor(m + i), modulated.shift(m + i), width, row, z.row(i));
           store(row, x.rank, B::at(x.a, m + i));
           if (x.z.data != nullptr) store(z.row(i), x.rank, B::at(x.z, m + i));

@@ -12,12 +12,11 @@ static A3FTA_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) 
 static A3FTA_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 static A3FTA_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// C (rows, NV vectors) = A @ B, or += where `add`; A(i, k) = a[i * stride_i + k * stride_k]
+// acc = A @ B, with A(i, k) = a[i * stride_i + k * stride_k] and B one packed panel
 template <class E, int MR, int NV>
-__attribute__((noinline)) void tile(
+static A3FTA_INLINE void multiply(
     int64_t depth, const typename E::Unit* a, int64_t stride_i, int64_t stride_k,
-    const typename E::Unit* b, typename E::Acc* c, int64_t stride_c, bool add) {
-  typename E::Vec acc[MR][NV];
+    const typename E::Unit* b, typename E::Vec (&acc)[MR][NV]) {
   for (int i = 0; i < MR; ++i)
     for (int j = 0; j < NV; ++j) acc[i][j] = typename E::Vec{};
   for (int64_t k = 0; k < depth; ++k) {
@@ -30,10 +29,38 @@ __attribute__((noinline)) void tile(
     a += stride_k;
     b += NV * E::kLanes;
   }
+}
+
+// C (rows, NV vectors) = A @ B, or += where `add`
+template <class E, int MR, int NV>
+__attribute__((noinline)) void tile(
+    int64_t depth, const typename E::Unit* a, int64_t stride_i, int64_t stride_k,
+    const typename E::Unit* b, typename E::Acc* c, int64_t stride_c, bool add) {
+  typename E::Vec acc[MR][NV];
+  multiply<E, MR, NV>(depth, a, stride_i, stride_k, b, acc);
   for (int i = 0; i < MR; ++i)
     for (int j = 0; j < NV; ++j) {
       typename E::Acc* to = c + i * stride_c + j * E::kLanes;
       E::store(to, add ? E::load(to) + acc[i][j] : acc[i][j]);
+    }
+}
+
+// out = A @ B + bias + residual, a tile of full width in the tensors' dtype
+template <class E, typename T, int MR>
+__attribute__((noinline)) void finished_tile(
+    int64_t depth, const typename E::Unit* a, int64_t stride_i, const typename E::Unit* b,
+    const typename E::Acc* bias, const T* residual, int64_t residual_stride, T* out,
+    int64_t out_stride) {
+  using C = Converts<T, typename E::Vec>;
+  typename E::Vec acc[MR][kMaxVectors];
+  multiply<E, MR, kMaxVectors>(depth, a, stride_i, 1, b, acc);
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < kMaxVectors; ++j) {
+      const int at = j * E::kLanes;
+      typename E::Vec x = acc[i][j];
+      if (bias != nullptr) x += E::load(bias + at);
+      if (residual != nullptr) x += C::widen(residual + i * residual_stride + at);
+      C::narrow(x, out + i * out_stride + at);
     }
 }
 

@@ -5,9 +5,12 @@
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/library.h>
 
+#include <cstddef>
 #include <cstdlib>
+#include <mutex>
 #include <new>
 #include <string>
+#include <vector>
 
 namespace a3fta::cpu {
 
@@ -43,11 +46,60 @@ int64_t threads() {
   return n;
 }
 
-void* allocate(size_t bytes) {
-  void* p = nullptr;
-  if (posix_memalign(&p, 64, bytes) != 0) throw std::bad_alloc();
-  return p;
+// Scratch memory that calls hand on to the next: fresh pages from the system cost as much as the
+// products that fill them. A block keeps its size in the cache line before it.
+class Scratch {
+ public:
+  void* take(size_t bytes) {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (lock.owns_lock()) {
+      size_t best = kept_.size();
+      for (size_t i = 0; i < kept_.size(); ++i)
+        if (size(kept_[i]) >= bytes && size(kept_[i]) <= 2 * bytes + kLine &&
+            (best == kept_.size() || size(kept_[i]) < size(kept_[best])))
+          best = i;
+      if (best < kept_.size()) {
+        void* p = kept_[best];
+        kept_.erase(kept_.begin() + std::ptrdiff_t(best));
+        total_ -= size(p);
+        return p;
+      }
+    }
+    void* base = nullptr;
+    if (posix_memalign(&base, kLine, bytes + kLine) != 0) throw std::bad_alloc();
+    *static_cast<size_t*>(base) = bytes;
+    return static_cast<char*>(base) + kLine;
+  }
+
+  void give(void* p) {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (lock.owns_lock() && kept_.size() < kBlocks && total_ + size(p) <= kBytes) {
+      kept_.push_back(p);
+      total_ += size(p);
+    } else {
+      std::free(static_cast<char*>(p) - kLine);
+    }
+  }
+
+ private:
+  static constexpr size_t kLine = 64, kBlocks = 256, kBytes = size_t(32) << 20;
+  static size_t size(void* p) {
+    return *reinterpret_cast<size_t*>(static_cast<char*>(p) - kLine);
+  }
+
+  std::mutex mutex_;
+  std::vector<void*> kept_;
+  size_t total_ = 0;
+};
+
+Scratch& scratch() {
+  // never destroyed: a thread may outlive the library's statics
+  static Scratch* instance = new Scratch;
+  return *instance;
 }
+
+void* allocate(size_t bytes) { return scratch().take(bytes); }
+void release(void* p) { scratch().give(p); }
 
 // those this processor runs, the best last
 std::vector<const Kernels*> supported() {
@@ -102,7 +154,7 @@ void set_cpu_capability(std::string name) {
 const Kernels& kernels() { return *chosen(); }
 
 const Host& host() {
-  static const Host host{parallel, threads, allocate, std::free};
+  static const Host host{parallel, threads, allocate, release};
   return host;
 }
 

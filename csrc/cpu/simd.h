@@ -144,6 +144,52 @@ struct Pairs {
 };
 #endif
 
+// the same conversions on a whole vector; float16 has only the scalar ones
+template <typename T, typename Vec>
+struct Converts {
+  static constexpr bool kWhole = false;
+};
+
+template <typename Acc, typename Vec>
+struct SameConverts {
+  static constexpr bool kWhole = true;
+  static A3FTA_INLINE Vec widen(const Acc* p) {
+    Vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static A3FTA_INLINE void narrow(Vec v, Acc* p) { memcpy(p, &v, sizeof v); }
+};
+template <typename Vec>
+struct Converts<float, Vec> : SameConverts<float, Vec> {};
+template <typename Vec>
+struct Converts<double, Vec> : SameConverts<double, Vec> {};
+
+template <typename Vec>
+struct Converts<BFloat16, Vec> {
+  static constexpr bool kWhole = true;
+  typedef uint32_t Wide __attribute__((vector_size(kVectorBytes)));
+  typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+  static A3FTA_INLINE Vec widen(const BFloat16* p) {
+    Half half;
+    memcpy(&half, p, sizeof half);
+    return (Vec)(__builtin_convertvector(half, Wide) << 16);
+  }
+  static A3FTA_INLINE void narrow(Vec v, BFloat16* p) {
+#if defined(__AVX512BF16__)
+    // numbers below 2^-126 become zero, as they do in this instruction set's products
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+    memcpy(p, &half, sizeof half);
+#else
+    const Wide bits = (Wide)v;
+    const Wide rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Wide nan = (Wide)(v != v);
+    const Half half = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), Half);
+    memcpy(p, &half, sizeof half);
+#endif
+  }
+};
+
 // how a tensor dtype is multiplied here
 template <typename T>
 struct EngineOf {
