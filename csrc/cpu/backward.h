@@ -28,25 +28,25 @@ struct Backward : Block<T> {
   using typename B::Operand;
   using typename B::Unit;
 
-  // a holds a on entry, dz * act(a) on return
-  struct Row {
-    const Acc *dz, *factor, *shift;
-    Acc *a, *da, *z;
-  };
-
+  // a holds a on entry, dz * act(a) on return; the rows begin with row m of the tensors
   template <int kAct>
-  static void activate_row(const Row& row, int64_t width) {
-    const Acc *dz = row.dz, *factor = row.factor, *shift = row.shift;
-    Acc *a = row.a, *da = row.da, *z = row.z;
+  static void activate_rows(const Modulated& modulated, int64_t m, int64_t rows, const Acc* dz,
+                            Acc* a, const Operand& da_rows, const Operand& z_rows) {
+    const int64_t width = da_rows.width;
+    for (int64_t i = 0; i < rows; ++i, a += width, dz += width) {
+      const Acc *factor = modulated.factor(m + i), *shift = modulated.shift(m + i);
+      Acc *da = da_rows.row(i), *z = z_rows.row(i);
 #pragma GCC ivdep
-    for (int64_t j = 0; j < width; ++j) {
-      const Acc act = a3fta::scalar::activate(a[j], kAct);
-      da[j] = a3fta::scalar::activate_backward(dz[j] * factor[j], a[j], kAct);
-      z[j] = act * factor[j] + shift[j];
-      a[j] = dz[j] * act;
+      for (int64_t j = 0; j < width; ++j) {
+        const Acc act = a3fta::scalar::activate(a[j], kAct);
+        da[j] = a3fta::scalar::activate_backward(dz[j] * factor[j], a[j], kAct);
+        z[j] = act * factor[j] + shift[j];
+        a[j] = dz[j] * act;
+      }
     }
   }
-  using ActivateRow = void (*)(const Row&, int64_t);
+  using ActivateRows = void (*)(const Modulated&, int64_t, int64_t, const Acc*, Acc*,
+                                const Operand&, const Operand&);
 
   // dgamma and dbeta: sums over the rows of a sample. A slab has a slot for the sample that it
   // begins with and one for the sample that it ends with; the samples between are its own.
@@ -158,9 +158,9 @@ struct Backward : Block<T> {
   }
 
   static void backward(const Host& host, const a3fta::cpu::BackwardArgs& x) {
-    static const ActivateRow table[a3fta::kActivations] = {
-        activate_row<0>, activate_row<1>, activate_row<2>, activate_row<3>, activate_row<4>};
-    const ActivateRow activate = table[x.activation];
+    static const ActivateRows table[a3fta::kActivations] = {
+        activate_rows<0>, activate_rows<1>, activate_rows<2>, activate_rows<3>, activate_rows<4>};
+    const ActivateRows activate = table[x.activation];
     const int64_t width = G::padded(x.rank), columns = G::padded(x.channels);
     const int64_t step = B::rows_per_block(x.channels);
     const Slabs slabs(x.rows, step);
@@ -194,14 +194,12 @@ struct Backward : Block<T> {
           const Left dy = B::left(B::at(x.dy, m), x.dy.stride, rows, x.channels, scratch);
           B::down(rows, x.channels, x.rank, dy, packed, dz);
           for (int64_t i = 0; i < rows; ++i) {
-            Acc* row = a + i * width;
+            B::widen_row(B::at(x.a, m + i), x.rank, width, a + i * width);
             if (down) B::fetch(x.h, m + i, x.channels);
             if (m + step + i < x.rows) B::fetch(x.dy, m + step + i, x.channels);
-            B::widen_row(B::at(x.a, m + i), x.rank, width, row);
-            activate({dz + i * width, modulated.factor(m + i), modulated.shift(m + i), row,
-                      da.row(i), z.row(i)},
-                     width);
-            if (x.da.data == nullptr) continue;
+          }
+          activate(modulated, m, rows, dz, a, da, z);
+          for (int64_t i = 0; x.da.data != nullptr && i < rows; ++i) {
             T* out = B::at(x.da, m + i);
             for (int64_t j = 0; j < x.rank; ++j) narrow(da.row(i)[j], out[j]);
           }

@@ -21,22 +21,28 @@ struct Forward : Block<T> {
     return max_of(min_of(B::rows_per_block(columns), share), 12);
   }
 
-  // a holds h @ w_down.T on entry, z on return
+  // a holds h @ w_down.T on entry, a on return; the rows begin with row m of the tensors
   template <int kAct>
-  static void activate_row(const Acc* bias, const Acc* factor, const Acc* shift, int64_t width,
-                           Acc* a, Acc* z) {
+  static void activate_rows(const Acc* bias, const Modulated& modulated, int64_t m, int64_t rows,
+                            Acc* a, const Operand& operand) {
+    const int64_t width = operand.width;
+    for (int64_t i = 0; i < rows; ++i, a += width) {
+      const Acc *factor = modulated.factor(m + i), *shift = modulated.shift(m + i);
+      Acc* z = operand.row(i);
 #pragma GCC ivdep
-    for (int64_t j = 0; j < width; ++j) {
-      a[j] += bias[j];
-      z[j] = a3fta::scalar::activate(a[j], kAct) * factor[j] + shift[j];
+      for (int64_t j = 0; j < width; ++j) {
+        a[j] += bias[j];
+        z[j] = a3fta::scalar::activate(a[j], kAct) * factor[j] + shift[j];
+      }
     }
   }
-  using ActivateRow = void (*)(const Acc*, const Acc*, const Acc*, int64_t, Acc*, Acc*);
+  using ActivateRows = void (*)(const Acc*, const Modulated&, int64_t, int64_t, Acc*,
+                                const Operand&);
 
   static void forward(const Host& host, const a3fta::cpu::ForwardArgs& x) {
-    static const ActivateRow table[a3fta::kActivations] = {
-        activate_row<0>, activate_row<1>, activate_row<2>, activate_row<3>, activate_row<4>};
-    const ActivateRow activate = table[x.activation];
+    static const ActivateRows table[a3fta::kActivations] = {
+        activate_rows<0>, activate_rows<1>, activate_rows<2>, activate_rows<3>, activate_rows<4>};
+    const ActivateRows activate = table[x.activation];
     const int64_t width = G::padded(x.rank);
     const bool up = x.y.data != nullptr;
     Buffer<Unit> down_packed(host, B::packed_size(x.rank, x.channels));
@@ -59,11 +65,10 @@ struct Forward : Block<T> {
         const int64_t m = task * step, rows = min_of(step, x.rows - m);
         const Left h = B::left(B::at(x.h, m), x.h.stride, rows, x.channels, scratch);
         B::down(rows, x.channels, x.rank, h, down_packed, a);
+        activate(b_down, modulated, m, rows, a, z);
         for (int64_t i = 0; i < rows; ++i) {
-          Acc* row = a + i * width;
           if (m + step + i < x.rows) B::fetch(x.h, m + step + i, x.channels);
-          activate(b_down, modulated.factor(m + i), modulated.shift(m + i), width, row, z.row(i));
-          store(row, x.rank, B::at(x.a, m + i));
+          store(a + i * width, x.rank, B::at(x.a, m + i));
           if (x.z.data != nullptr) store(z.row(i), x.rank, B::at(x.z, m + i));
         }
         if (!up) continue;
