@@ -149,7 +149,8 @@ class AdaptedProjectionMixin(_Linear):
         dtype = autocast_dtype(self.weight)
         if resolve(self.backend, self.weight.device, dtype) == "reference":
             return False
-        with torch.no_grad():
+        # a tensor made in inference mode could not serve a forward outside it
+        with torch.inference_mode(False), torch.no_grad():
             first, *others = stacks(active, None)
             if others:
                 return False

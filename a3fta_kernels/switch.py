@@ -68,8 +68,10 @@ def disabled(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        for name, layer in layers.items():
-            layer.enabled = before[name]
+        # one that was ejected meanwhile is a stock layer again
+        for name, layer in projections(model).items():
+            if name in before:
+                layer.enabled = before[name]
 
 
 def trainable_parameters(model: Any) -> Iterator[nn.Parameter]:

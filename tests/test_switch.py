@@ -245,3 +245,20 @@ class TestFreezeForInference:
         a3fta.freeze_for_inference(model)
         with a3fta.disabled(model):
             assert torch.equal(run(model), run(models.build("sd15")))
+
+
+def test_eject_inside_disabled_leaves_the_stock_model():
+    model = models.build("sd15")
+    before = snapshot(model)
+    a3fta.inject(model, a3fta.AdapterConfig(rank=2))
+    with a3fta.disabled(model):
+        a3fta.eject(model)
+    assert_unchanged(model, before)
+
+
+def test_frozen_in_inference_mode_serves_outside_it(model):
+    with torch.inference_mode():
+        expected = run(model)
+        a3fta.freeze_for_inference(model)
+    torch.testing.assert_close(run(model), expected)
+    models.run(model, "sd15").sum().backward()

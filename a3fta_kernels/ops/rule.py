@@ -68,15 +68,18 @@ def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def autocast_dtype(h: Tensor) -> torch.dtype:
     """The dtype an op computes in: h's own, or autocast's where that is on."""
-    kind = h.device.type
-    if h.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
+    if h.dtype != torch.float64 and autocasts(h):
+        return torch.get_autocast_dtype(h.device.type)
     return h.dtype
+
+
+def autocasts(h: Tensor) -> bool:
+    """Whether autocast is on for h's device; torch raises where it does not know the device."""
+    return h.device.type != "meta" and torch.is_autocast_enabled(h.device.type)
 
 
 def without_autocast(h: Tensor) -> contextlib.AbstractContextManager:
     """Autocast off: the op has cast what it takes, its own products keep their dtypes."""
-    kind = h.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
+    if autocasts(h):
+        return torch.autocast(h.device.type, enabled=False)
     return contextlib.nullcontext()

@@ -91,6 +91,29 @@ def test_fresh_values_are_seen(run):
     assert not torch.equal(before, after)
 
 
+@pytest.mark.parametrize("backend", ["reference", *sorted({r[0] for r in runs()})])
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (1, 1, 1, 1)])
+@pytest.mark.parametrize("n", [None, 12])
+def test_a_scale_of_one_element_in_any_shape(n, shape, backend):
+    op = ops.adapter if n is None else ops.adapter_linear
+    inputs = Case((2, 6), 16, 4, n=n, scale="tensor").inputs(torch.float32, "cpu")
+    expected = op(**inputs)
+    inputs["scale"] = inputs["scale"].detach().reshape(shape).requires_grad_()
+    if backend != "reference" and not any(r[:2] == (backend, "cpu") for r in runs()):
+        pytest.skip(f"{backend} does not run on the CPU here")
+    y = op(**inputs, backend=backend)
+    torch.testing.assert_close(y, expected)
+    (grad,) = torch.autograd.grad(y.sum(), inputs["scale"])
+    assert grad.shape == shape and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("n", [None, 12])
+def test_shapes_on_the_meta_device(n):
+    op = ops.adapter if n is None else ops.adapter_linear
+    inputs = Case((2, 6), 16, 4, n=n).inputs(torch.float32, "meta")
+    assert op(**inputs).shape == (2, 6, n or 16)
+
+
 @RUNS
 def test_nan_is_not_hidden(run):
     backend, device, dtype = run

@@ -164,6 +164,7 @@ BAD = [
     (dict(bias=torch.zeros(16)), ValueError, r"bias: expected shape \(12,\), .*got \(16,\)"),
     (dict(residual=H), ValueError, r"residual: expected shape \(2, 5, 12\), .*got \(2, 5, 16\)"),
     (dict(columns=(8, 16)), ValueError, r"columns: expected .* inside h's 16 columns"),
+    (dict(columns=(True, 8)), ValueError, r"columns: expected .*got \(True, 8\)"),
     (dict(columns=3), ValueError, r"columns: expected \(start, length\).*got 3"),
     (dict(columns=(0, 8)), ValueError, r"w_down: expected shape \(4, 8\), .*got \(4, 16\)"),
     (dict(path="quick"), ValueError, r"path: expected one of auto, .*got 'quick'"),

@@ -53,6 +53,8 @@ def adapter(
     check_input(h)
     check_adapter(h, h.shape[-1], w_down, w_up, b_down, b_up, scale, activation, gamma, beta)
     h = h.to(autocast_dtype(h))
+    if isinstance(scale, Tensor):
+        scale = scale.reshape(())  # (1, 1) would add dimensions to all it meets
     chosen = resolve(backend, h.device, h.dtype)
     if chosen == "reference":
         return reference(

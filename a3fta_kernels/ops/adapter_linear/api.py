@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...backends import BackendUnavailableError, resolve
 from ...checks import check_choice, check_device, check_dtype, check_shape, check_tensor
-from ..rule import autocast_dtype, without_autocast
+from ..rule import autocast_dtype, autocasts, without_autocast
 from ..validate import FLOATS, check_adapter, check_input
 from . import contract
 from .reference import adapter_linear as reference
@@ -68,6 +68,8 @@ def adapter_linear(
     check_choice("path", path, ("auto", *contract.PATHS))
     chosen = resolve(backend, h.device, dtype)
     h = h.to(dtype)
+    if isinstance(scale, Tensor):
+        scale = scale.reshape(())  # (1, 1) would add dimensions to all it meets
 
     trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     if torch.is_grad_enabled() and trains:
@@ -152,7 +154,7 @@ def _columns(columns: tuple[int, int] | None, width: int) -> tuple[int, int]:
     if columns is None:
         return 0, width
     ok = isinstance(columns, (tuple, list)) and len(columns) == 2
-    ok = ok and all(isinstance(x, int) for x in columns)
+    ok = ok and all(type(x) is int for x in columns)
     if not ok or columns[0] < 0 or columns[1] < 1 or columns[0] + columns[1] > width:
         raise ValueError(
             f"columns: expected (start, length) inside h's {width} columns, got {columns!r}"
@@ -172,8 +174,7 @@ def _check_linear(
     check_shape("weight", weight, (n, k), "(N, K) = (out_features, h.shape[-1])")
     check_shape("bias", bias, (n,), "(N,) = (weight.shape[0],)")
     check_shape("residual", residual, (*h.shape[:-1], n), "(..., N) beside h (..., K)")
-    autocast = torch.is_autocast_enabled(h.device.type)
-    allowed = FLOATS if autocast else (h.dtype,)
+    allowed = FLOATS if autocasts(h) else (h.dtype,)
     for name, value in (("weight", weight), ("bias", bias), ("residual", residual)):
         check_device(name, value, h.device, "h")
         check_dtype(name, value, allowed, "that of h")
