@@ -284,6 +284,8 @@ def _apply(root: nn.Module, plan: Plan) -> None:
     for attention in plan.processors:
         current = root.get_submodule(attention).get_processor()  # type: ignore[operator]
         record["processors"].setdefault(attention, current)
+    # a model whose adapters are switched off stays so as a whole
+    enabled = all(layer.enabled for layer in projections(root).values())
     for name, linear in plan.targets.items():
         layer = (
             linear if isinstance(linear, AdaptedProjectionMixin) else adapt(linear, plan.backend)
@@ -292,6 +294,7 @@ def _apply(root: nn.Module, plan: Plan) -> None:
         layer.adapters[plan.name] = fresh[name]
         layer.weights[plan.name] = 1.0
         layer.backend = plan.backend
+        layer.enabled = enabled
         layer.frozen = None
 
 

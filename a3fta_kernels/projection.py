@@ -88,7 +88,7 @@ class AdaptedProjectionMixin(_Linear):
         if residual is not None and residual.dtype != h.dtype:
             return _add(AdaptedProjectionMixin.forward(self, h), residual)
         frozen = self.frozen
-        if frozen is not None and frozen.v.dtype == autocast_dtype(h):
+        if frozen is not None and not self.training and frozen.v.dtype == autocast_dtype(h):
             return self._forward_frozen(h, residual, frozen)
         first, *others = stacks(active, h)
         reason = self.unfused_reason()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -132,10 +132,10 @@ def unfreeze(model: Any) -> None:
 
 
 def _names(names: Any) -> list[str]:
-    chosen = [names] if isinstance(names, str) else names
-    if not isinstance(chosen, Iterable) or not all(isinstance(n, str) for n in list(chosen)):
+    listed = isinstance(names, Iterable) and not isinstance(names, Mapping)
+    chosen: list[Any] = [names] if isinstance(names, str) else list(names) if listed else [None]
+    if not all(isinstance(n, str) for n in chosen):
         raise TypeError(f"names: expected a name or a list of names, got {describe(names)}")
-    chosen = list(chosen)
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"names: expected each name once, got {chosen}")
     return chosen

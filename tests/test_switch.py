@@ -262,3 +262,31 @@ def test_frozen_in_inference_mode_serves_outside_it(model):
         a3fta.freeze_for_inference(model)
     torch.testing.assert_close(run(model), expected)
     models.run(model, "sd15").sum().backward()
+
+
+def test_an_adapter_that_joins_a_disabled_model_rests_too():
+    model = models.build("sd15")
+    expected = run(model)
+    a3fta.inject(model, a3fta.AdapterConfig(rank=2, targets="attn1"), name="a")
+    a3fta.disable_adapters(model)
+    a3fta.inject(model, a3fta.AdapterConfig(rank=2), name="b")
+    models.randomize(model, "b")
+    torch.testing.assert_close(run(model), expected)
+    a3fta.enable_adapters(model)
+    assert not torch.allclose(run(model), expected)
+
+
+def test_names_from_a_generator_count_and_a_dict_is_refused(model):
+    a3fta.set_adapters(model, (n for n in ["a"]), [0.5])
+    assert next(iter(a3fta.projections(model).values())).weights == {"a": 0.5}
+    with pytest.raises(TypeError, match="names: expected a name or a list of names"):
+        a3fta.set_adapters(model, {"a": 0.5})
+
+
+def test_a_layer_in_training_does_not_use_what_is_frozen(model):
+    model.train()
+    a3fta.freeze_for_inference(model)
+    before = run(model)
+    for parameter in a3fta.trainable_parameters(model):
+        parameter.data.mul_(2)
+    assert not torch.allclose(run(model), before)

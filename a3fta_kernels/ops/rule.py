@@ -83,3 +83,12 @@ def without_autocast(h: Tensor) -> contextlib.AbstractContextManager:
     if autocasts(h):
         return torch.autocast(h.device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def refuse_second_derivative() -> None:
+    """Called in a backward: raises where autograd was asked for a graph of it."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph: expected False, the kernels have no second derivative; got True. "
+            "Use backend='reference', which has it"
+        )

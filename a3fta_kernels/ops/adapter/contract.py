@@ -29,9 +29,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..rule import acc_dtype, autocast_dtype, cast, is_plain, rows, scaled
+from ..rule import acc_dtype, autocast_dtype, cast, is_plain, refuse_second_derivative, rows, scaled
 
 _SIGNATURE = (
     "Tensor h, Tensor w_down, Tensor w_up, Tensor? b_down, Tensor? b_up, Tensor? gamma, "
@@ -160,8 +159,8 @@ class AdapterFunction(torch.autograd.Function):
         return output[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> tuple:
+        refuse_second_derivative()
         return rule(ctx, *grad_outputs)
 
 
