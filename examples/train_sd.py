@@ -106,7 +106,10 @@ def encode_photos(pipe: DiffusionPipeline, args: argparse.Namespace) -> list[dic
         text = caption.read_text().strip() if caption.exists() else args.prompt
         if not text:
             raise SystemExit(f"{path.name}: write {caption.name}, or give --prompt")
-        photo = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        try:
+            photo = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        except OSError as error:
+            raise SystemExit(f"--photos: {path.name} is no readable image ({error})") from error
         side = args.resolution
         scale = side / min(photo.size)
         top, left = (round((x * scale - side) / 2) for x in (photo.height, photo.width))
@@ -180,7 +183,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("adapter"), help="adapter and samples go here")
     add("--resolution", type=int, default=512, help="1024 for SDXL")
     add("--rank", type=int, default=64)
-    add("--activation", default="gelu", help="identity exports as LoRA")
+    add("--activation", default="gelu", help="identity can be merged")
     add("--learning-rate", type=float, default=1e-3)
     add("--warm-up", type=int, default=50, help="steps")
     add("--max-grad-norm", type=float, default=1.0)
@@ -193,6 +196,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--sample-steps", type=int, default=30)
     add("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
+    for name in ("model", "photos"):
+        if not getattr(args, name).is_dir():
+            parser.error(f"--{name}: expected a folder, got {getattr(args, name)}")
+    for name in ("steps", "batch", "accumulate", "sample_every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1")
     args.sample_prompt = args.sample_prompt or args.prompt
     return args
 
