@@ -326,7 +326,7 @@ def run_step(step: Step, limit_s: float, sink: Any) -> Result:
         process = subprocess.Popen(
             step.command, cwd=ROOT, env=os.environ | step.environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-            errors="replace",
+            errors="replace", preexec_fn=interruptible,
         )  # fmt: skip
     except OSError as error:
         sink.write(f"{error}\n")
@@ -360,6 +360,11 @@ def run_step(step: Step, limit_s: float, sink: Any) -> Result:
     if not wrong and status != 0:
         wrong = f"exit status {status}"
     return Result(step.name, step.shown(), status, seconds, numbers, wrong)
+
+
+def interruptible() -> None:
+    """A shell starts background jobs with the interrupt ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def about(commit: str) -> dict[str, Any]:
