@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -51,7 +51,7 @@ class CannotRun(Exception):
 
 @dataclass
 class Variant:
-    """`run(**inputs)` gives y, with gradients for the inputs in `takes`; None: for all that want one.
+    """`run(**inputs)` gives y, with gradients for the inputs in `takes`; None: all that want one.
 
     `module`, where there is one, holds further parameters with gradients, and constants.
     """
