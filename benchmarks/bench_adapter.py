@@ -1,4 +1,4 @@
-"""`ops.adapter`: every backend against eager PyTorch, torch.compile and a clone of h."""
+"""`ops.adapter`: every backend against eager, torch.compile and a clone of as many bytes."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ import torch
 
 from .harness import Runner, Settings, entries
 
-_OPS = {"bench_adapter": "adapter", "bench_adapter_linear": "adapter_linear"}
 _settings = pytest.StashKey[Settings]()
 
 
@@ -15,6 +14,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-device", default=default, choices=("cpu", "cuda"))
     group.addoption("--bench-quick", action="store_true", help="few workloads, few rounds")
     group.addoption("--bench-threads", type=int, help="of the CPU")
+    group.addoption("--bench-rank", type=int, help="workloads of this rank alone")
+    group.addoption("--bench-without", default="", help="a pattern of variants to leave out")
     group.addoption("--bench-minutes", type=float, default=1e9, help="no new group after this")
 
 
@@ -23,12 +24,19 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--bench-threads"):
         torch.set_num_threads(config.getoption("--bench-threads"))
     device = torch.device(config.getoption("--bench-device"))
-    seconds = 0.2 if quick else (2.0 if device.type == "cpu" else 0.5)
-    config.stash[_settings] = Settings(device, quick, config.getoption("--bench-minutes"), seconds)
+    seconds = 0.1 if quick else (0.75 if device.type == "cpu" else 0.3)
+    config.stash[_settings] = Settings(
+        device,
+        quick,
+        config.getoption("--bench-minutes"),
+        seconds,
+        config.getoption("--bench-rank"),
+        config.getoption("--bench-without"),
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    op = _OPS[metafunc.module.__name__.rpartition(".")[2]]
+    op = metafunc.module.__name__.rpartition(".")[2].removeprefix("bench_")
     found = entries(op, metafunc.config.stash[_settings])
     metafunc.parametrize("entry", found, ids=str)
 

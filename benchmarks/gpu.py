@@ -5,10 +5,15 @@
     python benchmarks/gpu.py --stage test-ops         the tests of the ops, on cuda too
     python benchmarks/gpu.py --stage test-rest        all other tests, on cuda too
     python benchmarks/gpu.py --stage sanitize         compute-sanitizer over every CUDA kernel
-    python benchmarks/gpu.py --stage bench-adapter    op benchmarks: results/<device>.json
-    python benchmarks/gpu.py --stage bench-linear     adds the rows of adapter_linear
+    python benchmarks/gpu.py --stage bench-adapter    benchmarks: results/<device>.json
+    python benchmarks/gpu.py --stage bench-linear     adds the rows of adapter_linear with R = 64
+    python benchmarks/gpu.py --stage bench-linear-16  with R = 16
+    python benchmarks/gpu.py --stage bench-cross      of attention to text
+    python benchmarks/gpu.py --stage bench-block      of a whole transformer block
+    python benchmarks/gpu.py --stage targets          what the results met and missed, and why
 
-`--stage test` and `--stage bench` run both halves, each within its own 8 minutes.
+`--stage test` and `--stage bench` run all of their kind, each within its own 8 minutes, and end
+with the targets.
 
 It needs PyTorch with CUDA, nvcc, a C++ compiler, pytest, hypothesis and pytest-benchmark, and no
 network. What else is missing is named at the start; its tests are skipped. Packages that were
@@ -17,6 +22,8 @@ it is not installed (with importlib_metadata). Stages are independent, but for t
 others where the library is not there yet.
 
     --out DIR       where logs and JSON go (default benchmarks/results)
+    --quick         a first look at a new machine: few cases, few workloads, few rounds
+    --without TEXT  leave variants out of the benchmarks, by a pattern ("native-fused|compile")
     --commit SHA    what the results name as commit, where there is no git repository
     --dry-run       print the commands of the stages; needs no GPU
 
@@ -47,8 +54,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("build", "test-ops", "test-rest", "sanitize", "bench-adapter", "bench-linear")
-GROUPS = {"all": STAGES, "test": STAGES[1:3], "bench": STAGES[4:]}
+# what `run.py` is given
+BENCHES = {
+    "bench-adapter": ["--only", "adapter"],
+    "bench-linear": ["--only", "adapter_linear", "--rank", "64"],
+    "bench-linear-16": ["--only", "adapter_linear", "--rank", "16"],
+    "bench-cross": ["--only", "cross_attention_adapter"],
+    "bench-block": ["--only", "block"],
+}
+STAGES = ("build", "test-ops", "test-rest", "sanitize", *BENCHES, "targets")
+GROUPS = {
+    "all": STAGES, "test": ("test-ops", "test-rest"), "bench": (*BENCHES, "targets")
+}  # fmt: skip
 LIMIT_S = 455  # of a stage
 GRACE_S = 15  # for a step that is interrupted, to say how far it came
 NEEDED = ("pytest", "hypothesis", "pytest_benchmark")
@@ -89,6 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--site", type=Path, help="carried packages: wheels, or installed")
     parser.add_argument("--commit", default="")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--without", default="")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args(arguments)
     wanted = GROUPS.get(options.stage, (options.stage,))
@@ -188,12 +207,24 @@ def steps(stage: str, options: argparse.Namespace, arch: str, folder: Path) -> l
         where = ["tests", "--ignore=tests/aot", "--ignore=tests/ops"]
         return [test_step(python, where, folder / "rest.xml")]
     if stage == "sanitize":
-        return sanitize_steps(python, folder)
-    op = {"bench-adapter": "adapter", "bench-linear": "adapter_linear"}[stage]
-    command = [python, "benchmarks/run.py", "--device", "cuda", "--only", op, "--minutes", "6"]
-    command += ["--out", str(options.out)]
+        return sanitize_steps(python, options.quick)
+    if stage == "targets":
+        command = [python, "-m", "benchmarks.targets", "--results", str(options.out)]
+        command += ["--quick"] * options.quick
+        return [Step("targets", command, limit_s=120, read=read_targets)]
+    command = [python, "benchmarks/run.py", "--device", "cuda", *BENCHES[stage]]
+    command += ["--minutes", "6", "--out", str(options.out), *(["--quick"] * options.quick)]
     command += ["--commit", options.commit] if options.commit else []
-    return [Step(op, command)]
+    command += ["--without", options.without] if options.without else []
+    return [Step(stage.removeprefix("bench-"), command)]
+
+
+def read_targets(text: str) -> tuple[dict[str, Any], str]:
+    """A target that is missed is a result, not a failure."""
+    found = re.findall(r"^targets: (\d+) met, (\d+) missed, (\d+) not measured", text, re.M)
+    if not found:
+        return {}, "the targets were not reported"
+    return dict(zip(("met", "missed", "not measured"), map(int, found[-1]), strict=True)), ""
 
 
 def test_step(python: str, where: list[str], report: Path) -> Step:
@@ -226,7 +257,7 @@ def read_report(report: Path, text: str) -> tuple[dict[str, Any], str]:
     return numbers | {"skips": dict(skips.most_common())}, wrong
 
 
-def sanitize_steps(python: str, folder: Path) -> list[Step]:
+def sanitize_steps(python: str, quick: bool) -> list[Step]:
     tool = find_sanitizer() or "compute-sanitizer"
     # every allocation its own, so that the tool sees the end of each
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -240,6 +271,7 @@ def sanitize_steps(python: str, folder: Path) -> list[Step]:
         command = [tool, "--tool", name, "--print-limit", "20000", "--show-backtrace", "no"]
         command += ["--report-api-errors", "no"]
         command += [python, "benchmarks/sanitize_case.py", "--backend", backend]
+        command += ["--quick"] * quick
         environment = {} if name == "racecheck" else alone
 
         def read(text: str, name: str = name) -> tuple[dict[str, Any], str]:

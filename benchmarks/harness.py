@@ -7,30 +7,22 @@ tests hand the samples to pytest-benchmark through its timer.
 
 from __future__ import annotations
 
+import gc
+import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from a3fta_kernels import ops
-from a3fta_kernels.backends import why_not
-from a3fta_kernels.ops.adapter.reference import adapter as eager_adapter
-from a3fta_kernels.ops.adapter_linear.contract import backend_module
-from a3fta_kernels.ops.adapter_linear.reference import adapter_linear as eager_adapter_linear
-from tests.oracle import WEIGHT_GRADS, Case, Outcome, compare, evaluate, gradient, upcast
+from a3fta_kernels.backends import BackendUnavailableError
+from tests.oracle import WEIGHT_GRADS, Outcome, compare, gradient, jitter, upcast
 
-from . import measure
+from . import floors, measure, variants
+from .variants import COPIES, MOVED, UNLIKE, CannotRun, Subject, Variant
 from .workloads import DIRECTIONS, Workload, workloads
-
-EAGER = {"adapter": eager_adapter, "adapter_linear": eager_adapter_linear}
-# yardsticks compute something else, so they are timed but not checked
-YARDSTICKS = ("clone", "linear")
-Op = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -62,88 +54,40 @@ class Settings:
     quick: bool
     minutes: float
     seconds: float  # of sampling for each group
+    rank: int | None = None
+    without: str = ""  # a pattern of variants to leave out
     start: float = field(default_factory=time.perf_counter)
     ceilings: dict[str, float] | None = None
 
 
 def entries(op: str, settings: Settings) -> list[Entry]:
+    device = settings.device.type
     found = []
-    for workload, dtype in workloads(op, settings.device.type, settings.quick):
+    for workload, dtype in workloads(op, device, settings.quick, settings.rank):
         for direction in DIRECTIONS:
             group = Group(op, workload, dtype, direction)
-            names = variants(group, settings.device)
-            if settings.device.type == "cpu" and workload.r != 64:
-                # inductor takes longer to build than all else takes to run
-                del names["compile"]
-            found += [Entry(group, name) for name in names]
+            for name in variants.names(op, workload, dtype, direction, device):
+                if not (settings.without and re.search(settings.without, name)):
+                    found.append(Entry(group, name))
     return found
-
-
-def variants(group: Group, device: torch.device) -> dict[str, Op]:
-    """Eager, torch.compile of it, every backend and path that runs here, and the yardsticks."""
-    eager = EAGER[group.op]
-    found: dict[str, Op] = {"eager": eager, "compile": eager}
-    for backend in ("native", "triton"):
-        if why_not(backend, device, group.dtype) is not None:
-            continue
-        if group.op == "adapter":
-            found[backend] = _bind(ops.adapter, backend=backend)
-        else:
-            for path in backend_module(backend).paths(device.type):
-                found[f"{backend}-{path}"] = _bind(ops.adapter_linear, backend=backend, path=path)
-    if group.op == "adapter_linear":
-        found["linear"] = _linear
-    if group.direction == "forward":
-        found["clone"] = _clone
-    return found
-
-
-def _bind(op: Op, **options: str) -> Op:
-    return lambda **inputs: op(**inputs, **options)
-
-
-def _linear(h: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, **_: Any):
-    """The frozen projection without any adapter."""
-    y = F.linear(h, weight, bias)
-    return y if residual is None else y + residual
-
-
-def _clone(h: Tensor, **_: Any) -> Tensor:
-    return h.clone()
-
-
-def case_of(group: Group) -> Case:
-    """A bf16 or fp16 trunk carries fp32 adapters, as inject makes them."""
-    w = group.workload
-    linear = group.op == "adapter_linear"
-    return Case(
-        lead=(w.batch, w.tokens),
-        c=w.c,
-        r=w.r,
-        n=w.n if linear else None,
-        columns=(0, w.k) if linear and w.k else None,
-        residual=linear and w.residual,
-        adapter_dtype=torch.float32,
-    )
 
 
 class Runner:
-    """Measures a group once and keeps it until the next one is asked for."""
+    """Measures a group once and keeps it until the next one is asked for.
+
+    What the directions of a workload share (inputs, the truth, compiled functions) is kept as long
+    as the workload stays the same.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.group: Group | None = None
+        self.prepared: Prepared | None = None
         self.found: dict[str, dict[str, Any]] = {}
 
     def result(self, entry: Entry) -> dict[str, Any]:
         if entry.group != self.group:
-            self.group, self.found = entry.group, {}
-            elapsed = (time.perf_counter() - self.settings.start) / 60
-            if elapsed > self.settings.minutes:
-                reason = f"not measured: the {self.settings.minutes:g} minutes were over"
-                self.found = {"": {"skip": reason}}
-            else:
-                self.found = measure_group(entry.group, self.settings)
+            self.group, self.found = entry.group, self._measure(entry.group)
         result = self.found.get("") or self.found[entry.variant]
         if "skip" in result:
             pytest.skip(result["skip"])
@@ -151,116 +95,192 @@ class Runner:
             pytest.fail(result["error"])
         return result
 
-
-def measure_group(group: Group, settings: Settings) -> dict[str, dict[str, Any]]:
-    device = settings.device
-    torch.compiler.reset()
-    case = case_of(group)
-    sets, grads = _buffers(case, group, device)
-    wanted = {e.variant for e in entries(group.op, settings) if e.group == group}
-    functions = {k: v for k, v in variants(group, device).items() if k in wanted}
-    if "compile" in functions:
-        functions["compile"] = torch.compile(functions["compile"], fullgraph=True, dynamic=False)
-
-    found: dict[str, dict[str, Any]] = {}
-    clocks: dict[str, measure.Clock] = {}
-    truth = _truth(group, sets[0], grads[0])
-    for name, function in functions.items():
-        try:
-            if name not in YARDSTICKS:
-                _assert_correct(group, function, sets[0], grads[0], truth)
-            call = _call(group, function, sets, grads)
-            found[name] = _counted(group, name, function, call, sets, device)
-            clocks[name] = measure.clock_of(call, len(sets), device)
-        except Exception as error:  # one variant that fails must not hide the others
-            found[name] = {"error": f"{group}-{name}: {type(error).__name__}: {error}"}
-    for name, times in measure.interleave(clocks, settings.seconds).items():
-        found[name]["samples"] = times
-    return found
+    def _measure(self, group: Group) -> dict[str, dict[str, Any]]:
+        settings = self.settings
+        elapsed = (time.perf_counter() - settings.start) / 60
+        if elapsed > settings.minutes:
+            return {"": {"skip": f"not measured: the {settings.minutes:g} minutes were over"}}
+        if self.prepared is None or not self.prepared.serves(group):
+            self.prepared = None  # its memory first
+            self.prepared = Prepared(group, settings)
+        return self.prepared.measure(group.direction)
 
 
-def _counted(
-    group: Group,
-    name: str,
-    function: Op,
-    call: measure.Call,
-    sets: list[dict[str, Any]],
-    device: torch.device,
-) -> dict[str, Any]:
-    """What is known without the clock, and on a GPU the time that Python sees."""
-    call(0)
-    result: dict[str, Any] = {"peak_bytes": measure.peak_bytes(call, device)}
-    # the loops that inductor generates for the CPU are no operators: nothing to count
-    if not (name == "compile" and device.type == "cpu"):
-        result["counts"] = measure.count(call, device)
-    if device.type == "cuda":
-        result["host_us"] = 1e6 * measure.host_seconds(call, len(sets), device)
-    if group.direction == "forward+backward":
-        constant = [v for k, v in sets[0].items() if isinstance(v, Tensor) and k != "h"]
-        result["saved_bytes"] = measure.saved_bytes(lambda: function(**sets[0]), constant)
-    return result
+class Prepared:
+    """One workload: equal inputs at different places, the truth, and the variants that are right.
 
+    On a GPU everything runs on one stream of its own, which the graphs are captured from: the
+    backward of an activation runs on the stream of its forward.
+    """
 
-def _buffers(
-    case: Case, group: Group, device: torch.device
-) -> tuple[list[dict[str, Any]], list[Tensor]]:
-    """Equal inputs at different places, enough of them that no call finds its own in the cache."""
-    linear = group.op == "adapter_linear"
-    shape = torch.Size((*case.lead, case.n if linear else case.c))
-    first = case.inputs(group.dtype, str(device))
-    dy = gradient(shape, group.dtype, str(device), "plain", 0)
-    touched = sum(first[k].nbytes for k in ("h", "residual") if k in first) + 2 * dy.nbytes
-    count = measure.rotations(touched, device)
-    sets = [first, *(_fresh(first) for _ in range(count - 1))]
-    return sets, [dy, *(dy.clone() for _ in range(count - 1))]
+    def __init__(self, group: Group, settings: Settings) -> None:
+        self.group, self.settings = group, settings
+        torch.compiler.reset()
+        gc.collect()
+        self.stream = measure.new_stream(settings.device)
+        with measure.on_stream(self.stream):
+            self.subject = Subject.make(group.op, group.workload, group.dtype, settings.device)
+            self.sets, self.grads = self._buffers()
+            self.truth = self._truth()
+        # a variant, or why there is none
+        self.built: dict[str, Variant | dict[str, str]] = {}
+
+    def serves(self, group: Group) -> bool:
+        return (group.op, group.workload, group.dtype) == (
+            self.group.op, self.group.workload, self.group.dtype
+        )  # fmt: skip
+
+    def measure(self, direction: str) -> dict[str, dict[str, Any]]:
+        group = Group(self.group.op, self.group.workload, self.group.dtype, direction)
+        wanted = [e.variant for e in entries(group.op, self.settings) if e.group == group]
+        found: dict[str, dict[str, Any]] = {}
+        clocks: dict[str, measure.Clock] = {}
+        # activations that are kept for several backwards may not be donated to the first
+        with (
+            measure.on_stream(self.stream),
+            torch._functorch.config.patch(donated_buffer=False),
+        ):
+            for name in wanted:
+                variant = self._variant(name, direction)
+                if isinstance(variant, dict):
+                    found[name] = dict(variant)
+                    continue
+                try:
+                    call = call_of(direction, variant, self.sets, self.grads)
+                    found[name] = self._counted(name, variant, call, direction)
+                    clocks[name] = measure.clock_of(call, len(self.sets), self.settings.device)
+                except Exception as error:  # one variant that fails must not hide the others
+                    found[name] = {"error": f"{group}-{name}: {type(error).__name__}: {error}"}
+            for name, times in measure.interleave(clocks, self.settings.seconds).items():
+                found[name]["samples"] = times
+        return found
+
+    def _variant(self, name: str, direction: str) -> Variant | dict[str, str]:
+        key = f"{name} {direction}" if name in COPIES else name
+        if key not in self.built:
+            try:
+                variant = variants.build(name, self.subject, direction)
+                if variant.checked:
+                    self._assert_correct(variant)
+                self.built[key] = variant
+            except (CannotRun, BackendUnavailableError) as reason:
+                self.built[key] = {"skip": f"{name}: {reason}"}
+            except Exception as error:
+                text = f"{self.group}-{name}: {type(error).__name__}: {error}"
+                self.built[key] = {"error": text}
+        return self.built[key]
+
+    def _counted(
+        self, name: str, variant: Variant, call: measure.Call, direction: str
+    ) -> dict[str, Any]:
+        """What is known without the clock, and on a GPU the time that Python sees and takes."""
+        device, sets = self.settings.device, self.sets
+        call(0)
+        result: dict[str, Any] = {"peak_bytes": measure.peak_bytes(call, device)}
+        # the loops that inductor generates for the CPU are no operators: nothing to count
+        if not (name == "compile" and device.type == "cpu"):
+            result["counts"] = measure.count(call, device)
+        if device.type == "cuda":
+            result["host_us"] = 1e6 * measure.host_seconds(call, len(sets), device)
+            result["enqueue_us"] = 1e6 * measure.enqueue_seconds(call, len(sets))
+        if direction == "forward+backward" and not variant.copied:
+            constant = [
+                *(x for k, x in sets[0].items() if isinstance(x, Tensor) and k not in MOVED),
+                *(variant.module.parameters() if variant.module is not None else ()),
+            ]
+            result["saved_bytes"] = measure.saved_bytes(lambda: variant.run(**sets[0]), constant)
+        return result
+
+    def _buffers(self) -> tuple[list[dict[str, Any]], list[Tensor]]:
+        """Enough sets that no call finds its own in the cache."""
+        subject = self.subject
+        first, device = subject.inputs, self.settings.device
+        dy = gradient(subject.y_shape, subject.dtype, str(device), "plain", 0)
+        # a forward touches the least: its inputs, and a result as large as dy
+        touched = sum(first[k].nbytes for k in MOVED if first.get(k) is not None) + dy.nbytes
+        count = measure.rotations(touched, device)
+        sets = [first, *(_fresh(first) for _ in range(count - 1))]
+        return sets, [dy, *(dy.clone() for _ in range(count - 1))]
+
+    def _truth(self) -> tuple[Outcome, list[Outcome]]:
+        """The float64 oracle; and what sets the bar: eager, and the oracle of moved inputs."""
+        exact, eager = self.subject.exact(), variants.build("eager", self.subject, "")
+        wide, dy, dtype = upcast(self.sets[0]), self.grads[0], self.group.dtype
+        bars = [evaluate(eager, self.sets[0], dy)]
+        for seed in range(2):
+            moved = jitter(wide, dtype, seed), jitter(dy.double(), dtype, seed)
+            bars.append(evaluate(exact, *moved))
+        return evaluate(exact, wide, dy.double()), bars
+
+    def _assert_correct(self, variant: Variant) -> None:
+        exact, bars = self.truth
+        dtype = self.group.dtype
+        with torch.no_grad():
+            y = variant.run(**self.sets[0])
+        compare("y without gradients", y, [b.y for b in bars], exact.y, dtype, 2.0)
+        ours = evaluate(variant, self.sets[0], self.grads[0])
+        compare("y", ours.y, [b.y for b in bars], exact.y, dtype, 2.0)
+        assert ours.grads.keys() == exact.grads.keys()
+        for name, grad in ours.grads.items():
+            factor = 3.0 if name.rpartition(".")[2] in WEIGHT_GRADS else 2.0
+            others = [b.grads[name] for b in bars]
+            compare(f"d{name}", grad, others, exact.grads[name], dtype, factor)
 
 
 def _fresh(inputs: dict[str, Any]) -> dict[str, Any]:
-    moved = {"h", "residual"}
     return {
-        k: v.detach().clone().requires_grad_() if k in moved and v is not None else v
+        k: v.detach().clone().requires_grad_(v.requires_grad) if k in MOVED and v is not None else v
         for k, v in inputs.items()
     }
 
 
-def _truth(group: Group, inputs: dict[str, Any], dy: Tensor) -> tuple[Outcome, Outcome]:
-    """The float64 oracle and eager, both with gradients."""
-    eager = EAGER[group.op]
-    return evaluate(eager, upcast(inputs), dy.double()), evaluate(eager, inputs, dy)
+def evaluate(variant: Variant, inputs: dict[str, Any], dy: Tensor) -> Outcome:
+    leaves = variant.leaves(inputs)
+    y = variant.run(**inputs)
+    found = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
+    return Outcome(y.detach(), dict(zip(leaves, found, strict=True)))
 
 
-def _assert_correct(
-    group: Group, op: Op, inputs: dict[str, Any], dy: Tensor, truth: tuple[Outcome, Outcome]
-) -> None:
-    exact, eager = truth
-    if group.direction == "forward":
-        with torch.no_grad():
-            y = op(**inputs)
-        compare("y", y, eager.y, exact.y, group.dtype, 2.0)
-        return
-    ours = evaluate(op, inputs, dy)
-    compare("y", ours.y, eager.y, exact.y, group.dtype, 2.0)
-    for name, grad in ours.grads.items():
-        factor = 3.0 if name in WEIGHT_GRADS else 2.0
-        compare(f"d{name}", grad, eager.grads[name], exact.grads[name], group.dtype, factor)
-
-
-def _call(group: Group, op: Op, sets: list[dict[str, Any]], grads: list[Tensor]) -> measure.Call:
-    if group.direction == "forward":
+def call_of(
+    direction: str, variant: Variant, sets: list[dict[str, Any]], grads: list[Tensor]
+) -> measure.Call:
+    """Runs the variant on set i. The backward alone starts from activations that are kept."""
+    if variant.copied:
+        size = variant.copied // 2
+        sources = [torch.empty(size, dtype=torch.uint8, device=g.device).random_() for g in grads]
+        return lambda i: sources[i].clone()
+    if direction == "forward":
 
         def forward(i: int) -> Any:
             with torch.no_grad():
-                return op(**sets[i])
+                return variant.run(**sets[i])
 
         return forward
 
-    leaves = [[v for v in s.values() if isinstance(v, Tensor) and v.requires_grad] for s in sets]
+    leaves = [list(variant.leaves(s).values()) for s in sets]
+    if direction == "backward":
+        results = [variant.run(**s) for s in sets]
+        return lambda i: torch.autograd.grad(results[i], leaves[i], grads[i], retain_graph=True)
 
     def both(i: int) -> Any:
-        y = op(**sets[i])
-        return torch.autograd.grad(y, leaves[i], grads[i], allow_unused=op is _linear)
+        return torch.autograd.grad(variant.run(**sets[i]), leaves[i], grads[i])
 
     return both
+
+
+def _work(group: Group, result: dict[str, Any], ceilings: dict[str, float]) -> dict[str, Any]:
+    """The floor, and the terms that may bound the variant: its launches besides the floor's own."""
+    at = (group.op, group.workload)
+    terms = floors.terms(*at, group.dtype, group.direction, ceilings)
+    floor = max(terms.values())
+    for launches in result.get("counts", {}).values():
+        terms["launches"] = 1e6 * launches * ceilings["launch_s"]
+    return {
+        "floor_us": floor,
+        "flop": floors.flop(*at, group.direction),
+        "bytes": floors.moved(*at, group.direction, group.dtype),
+        "terms_us": terms,
+    }
 
 
 class Clock:
@@ -288,15 +308,7 @@ def report(entry: Entry, benchmark: Any, runner: Runner) -> None:
     if settings.ceilings is None:
         settings.ceilings = measure.ceilings(settings.device)
     dtype = str(group.dtype).removeprefix("torch.")
-    flop, moved = (
-        workload.flop(group.op, group.direction),
-        workload.bytes(group.op, group.direction, group.dtype),
-    )
-    floor = max(
-        flop / settings.ceilings[f"{dtype}_flop_per_s"],
-        moved / settings.ceilings["copy_bytes_per_s"],
-    )
-    work = {"floor_us": 1e6 * floor, "flop": flop, "bytes": moved}
+    work = _work(group, result, settings.ceilings)
     samples = sorted(result["samples"])
     benchmark.group = str(group)
     benchmark.extra_info |= {
@@ -309,7 +321,7 @@ def report(entry: Entry, benchmark: Any, runner: Runner) -> None:
             "variant": entry.variant,
             "rounds": len(samples),
             **{f"q{q}_us": 1e6 * samples[int(q / 100 * (len(samples) - 1))] for q in (20, 50, 80)},
-            **({} if entry.variant in YARDSTICKS else work),
+            **({} if entry.variant in UNLIKE else work),
             **{k: v for k, v in result.items() if k != "samples"},
         },
         "ceilings": settings.ceilings,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import os
@@ -11,7 +12,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,18 +156,31 @@ def _host_clock(call: Call, sets: int) -> Clock:
     return sample
 
 
-def _graph_clock(call: Call, sets: int) -> Clock:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+def new_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream() if device.type == "cuda" else None
+
+
+@contextlib.contextmanager
+def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Makes `stream` the current one, behind what the device has to do; None changes nothing."""
+    if stream is None:
+        yield
+        return
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        for _ in range(3):
-            call(0)
-    torch.cuda.current_stream().wait_stream(stream)
+        yield
+    torch.cuda.synchronize()
+
+
+def _graph_clock(call: Call, sets: int) -> Clock:
+    for _ in range(3):
+        call(0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(sets):
-            call(i)
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        # results stay until the last call, so that each is written to a place of its own
+        results = [call(i) for i in range(sets)]
+    del results
     graph.replay()
     torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -194,8 +208,21 @@ def host_seconds(call: Call, sets: int, device: torch.device) -> float:
     return statistics.median(counts)
 
 
+def enqueue_seconds(call: Call, sets: int) -> float:
+    """Seconds that the CPU needs to start one call on an idle GPU: Python, dispatch, launches."""
+    counts = []
+    for i in range(20):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call(i % sets)
+        counts.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return statistics.median(counts)
+
+
 def ceilings(device: torch.device) -> dict[str, float]:
-    """What this device reaches now: a large copy (read + written bytes) and square products."""
+    """What this device reaches now: a large copy (read + written bytes), square products, and the
+    time of a launch."""
     found = {}
     side = 8192 if device.type == "cuda" else 1024
     # few CPUs multiply in fp16, and PyTorch's loop for it takes minutes
@@ -211,7 +238,16 @@ def ceilings(device: torch.device) -> dict[str, float]:
         b = torch.randn(side, side, device=device).to(dtype)
         seconds = _best(lambda a=a, b=b: a @ b, device, repeats)
         found[f"{str(dtype).removeprefix('torch.')}_flop_per_s"] = 2 * side**3 / seconds
+    found["launch_s"] = launch_seconds(device)
     return found
+
+
+def launch_seconds(device: torch.device) -> float:
+    """What the smallest kernel costs in a CUDA graph; on the CPU, the smallest operator."""
+    x = torch.zeros(1, device=device)
+    with on_stream(new_stream(device)):
+        clock = clock_of(lambda i: x.add_(1), 500, device)
+        return statistics.median(clock() for _ in range(200))
 
 
 def _best(call: Callable[[], Any], device: torch.device, repeats: int) -> float:

@@ -1,8 +1,9 @@
 """The op benchmarks in one command: `python benchmarks/run.py [--quick] [--device cpu|cuda]`.
 
 Runs the pytest-benchmark files, writes results/<device>.json (environment, ceilings, one row per
-op, workload, dtype, direction and variant) and prints a table. Exit status is not zero when a
-variant was wrong or did not run.
+bench, workload, dtype, direction and variant) and prints a table; --quick writes
+results/<device>-quick.json. Rows of the file that were not measured again stay, if they are of the
+same commit and device. Exit status is not zero when a variant was wrong or did not run.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from benchmarks import measure  # noqa: E402
-from benchmarks.workloads import OPS  # noqa: E402
+from benchmarks.workloads import BENCHES  # noqa: E402
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few workloads, few rounds")
     parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument("--only", choices=OPS, help="this op alone; other rows of the file stay")
+    parser.add_argument("--only", choices=BENCHES, help="this bench alone")
+    parser.add_argument("--rank", type=int, help="workloads of this rank alone")
+    parser.add_argument("--without", default="", help="a pattern of variants to leave out")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no group after this")
     parser.add_argument("--threads", type=int, help="of the CPU (default: PyTorch's)")
     parser.add_argument("--commit", default="", help="named in the results where git is not there")
@@ -56,22 +59,24 @@ def main() -> int:
         "ceilings": report["benchmarks"][0]["extra_info"]["ceilings"],
         "rows": rows,
     }
-    path = arguments.out / f"{measure.file_stem(device)}.json"
-    write(path, merged(path, found, arguments.only))
+    path = arguments.out / f"{measure.file_stem(device)}{'-quick' * arguments.quick}.json"
+    write(path, merged(path, found))
     print_table(found)
     print(f"\nwritten: {path}")
     return status
 
 
 def run_pytest(arguments: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], int]:
-    only = (arguments.only,) if arguments.only else OPS
+    only = (arguments.only,) if arguments.only else BENCHES
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "pytest.json")
         command = [
             sys.executable, "-m", "pytest", "-q", "--no-header", "-o", "addopts=", "-rs",
             "-p", "no:cacheprovider", "--tb=short", "--benchmark-columns=median,iqr,rounds",
             f"--benchmark-json={target}", f"--bench-device={device.type}",
-            f"--bench-minutes={arguments.minutes}", *(["--bench-quick"] * arguments.quick),
+            f"--bench-minutes={arguments.minutes}", f"--bench-without={arguments.without}",
+            *([f"--bench-rank={arguments.rank}"] if arguments.rank else []),
+            *(["--bench-quick"] * arguments.quick),
             f"--bench-threads={torch.get_num_threads()}",
             *(f"benchmarks/bench_{op}.py" for op in only),
         ]  # fmt: skip
@@ -95,17 +100,18 @@ def _key(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(row[k] for k in ("op", "workload", "dtype", "direction"))
 
 
-def merged(path: Path, found: dict[str, Any], only: str | None) -> dict[str, Any]:
-    """With --only, the other op's rows of the same commit and device stay."""
-    if only is None or not path.exists():
+def merged(path: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """Rows of the same commit and device that were not measured now stay."""
+    if not path.exists():
         return found
     before = json.loads(path.read_text())
     same = ("device", "commit", "torch", "quick")
     if any(before["environment"].get(k) != found["environment"][k] for k in same):
         print(f"{path.name} is of another commit or device: its rows are dropped")
         return found
-    kept = [r for r in before["rows"] if r["op"] != only]
-    return found | {"rows": sorted(kept + found["rows"], key=lambda r: OPS.index(r["op"]))}
+    # dictionaries keep the first place of a key, and the last value
+    rows = {(*_key(r), r["variant"]): r for r in (*before["rows"], *found["rows"])}
+    return found | {"rows": sorted(rows.values(), key=lambda r: BENCHES.index(r["op"]))}
 
 
 def write(path: Path, found: dict[str, Any]) -> None:
@@ -139,6 +145,7 @@ def print_table(found: dict[str, Any]) -> None:
         notes += [f"{v} {k}" for k, v in row.get("counts", {}).items()]
         if "host_us" in row:
             notes.append(f"{row['host_us']:.0f} us with launches")
+            notes.append(f"CPU {row['enqueue_us']:.0f} us")
         if "saved_bytes" in row:
             notes.append(f"saves {row['saved_bytes'] / 2**20:.1f} MiB")
         if row["peak_bytes"] is not None:

@@ -2,51 +2,185 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
 import torch
 
-from benchmarks import harness, measure, run
-from benchmarks.workloads import CPU, DIRECTIONS, GPU, OPS, Workload
+from a3fta_kernels import ops
+from benchmarks import floors, harness, measure, run, variants
+from benchmarks.variants import CannotRun, Subject, Variant
+from benchmarks.workloads import BENCHES, CPU, DIRECTIONS, GPU, Workload, workloads
+from tests.oracle import compare
 
 TINY = Workload("none", 1, 48, 24, r=4, residual=True)
+TINIES = {
+    "adapter": TINY,
+    "adapter_linear": TINY,
+    "cross_attention_adapter": Workload("none", 2, 20, 24, r=4, heads=3, keys=7),
+    "block": Workload("none", 2, 20, 24, r=4, heads=3, keys=7, text=12),
+}
 
 
 @pytest.fixture
 def settings(device, monkeypatch):
-    monkeypatch.setattr(harness, "workloads", lambda *_: [(TINY, torch.float32)])
+    monkeypatch.setattr(harness, "workloads", lambda op, *_: [(TINIES[op], torch.float32)])
     return harness.Settings(device, quick=True, minutes=5.0, seconds=0.0)
 
 
 def group(op: str, direction: str) -> harness.Group:
-    return harness.Group(op, TINY, torch.float32, direction)
+    return harness.Group(op, TINIES[op], torch.float32, direction)
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("op", OPS)
-def test_every_variant_is_measured(settings, op, direction):
-    found = harness.measure_group(group(op, direction), settings)
-    wanted = {e.variant for e in harness.entries(op, settings) if e.group == group(op, direction)}
-    assert set(found) == wanted >= {"eager"}
-    for name, result in found.items():
-        assert "error" not in result, (name, result)
-        assert len(result["samples"]) >= 7 and min(result["samples"]) > 0
-    if direction == "forward+backward":
-        rows = TINY.m * 4
-        # h, a and z in eager; the op keeps h and a
-        assert found["eager"]["saved_bytes"] >= rows * (TINY.c + 2 * TINY.r)
+def measured(group: harness.Group, settings: harness.Settings) -> dict[str, dict]:
+    return harness.Prepared(group, settings).measure(group.direction)
+
+
+@pytest.mark.parametrize("op", BENCHES)
+def test_every_variant_is_measured(settings, op):
+    if op == "block":
+        pytest.importorskip("diffusers")
+    prepared = harness.Prepared(group(op, "forward"), settings)
+    for direction in DIRECTIONS:
+        found = prepared.measure(direction)
+        at = group(op, direction)
+        wanted = {e.variant for e in harness.entries(op, settings) if e.group == at}
+        assert set(found) == wanted >= {"eager"}
+        for name, result in found.items():
+            if name == "peft" and importlib.util.find_spec("peft") is None:
+                assert result == {"skip": "peft: peft is not installed"}
+                continue
+            assert "error" not in result and "skip" not in result, (name, result)
+            assert len(result["samples"]) >= 7 and min(result["samples"]) > 0
+    # h, a and z in eager; the op keeps h and a; a block keeps more
+    rows = TINIES[op].m * 4
+    assert found["eager"]["saved_bytes"] >= rows * (TINIES[op].c + 2 * TINIES[op].r)
+
+
+def test_variants_of_each_bench():
+    w, cpu = TINIES["cross_attention_adapter"], torch.device("cpu")
+
+    def named(op: str, direction: str) -> set[str]:
+        return set(variants.names(op, w, torch.float32, direction, cpu.type))
+
+    assert "clone" in named("adapter", "backward") and "peft" not in named("adapter", "backward")
+    assert named("adapter_linear", "backward") >= {"eager", "peft", "frozen", "read"}
+    assert "read" not in named("adapter_linear", "forward")
+    assert named("cross_attention_adapter", "forward") >= {"eager", "sdpa+auto", "peft", "frozen"}
+    assert named("block", "forward") >= {"eager", "peft", "frozen"}
+
+
+def test_the_backward_alone_is_the_rest_of_the_step(device):
+    subject = Subject.make("adapter_linear", TINY, torch.float32, device)
+    eager, dy = variants.build("eager", subject, ""), torch.randn(subject.y_shape, device=device)
+    backward, both = (
+        harness.call_of(direction, eager, [subject.inputs], [dy])
+        for direction in ("backward", "forward+backward")
+    )
+    for _ in range(2):  # the activations are kept
+        for ours, theirs in zip(backward(0), both(0), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_copies_move_the_bytes_they_stand_for(device):
+    for op, direction in (("adapter", "forward"), ("adapter", "backward")):
+        size = floors.copied(op, TINY, direction, torch.float32)["clone"]
+        subject = Subject.make(op, TINY, torch.float32, device)
+        clone = variants.build("clone", subject, direction)
+        y = harness.call_of(direction, clone, [{}], [torch.zeros(1, device=device)])(0)
+        assert 2 * y.nbytes == size == (2 if direction == "forward" else 3) * 48 * 24 * 4
+
+
+def test_the_specification_of_cross_attention_is_plain_attention():
+    w = TINIES["cross_attention_adapter"]
+    inputs = Subject.make("cross_attention_adapter", w, torch.float64, torch.device("cpu")).inputs
+    q, k, v = (inputs[n].unflatten(-1, (3, 8)).transpose(1, 2) for n in "qkv")
+    h = ((q @ k.mT * 8**-0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    rest = {n: x for n, x in inputs.items() if n not in ("q", "k", "v", "heads")}
+    exact = variants.EAGER["adapter_linear"](h=h, **rest)
+    torch.testing.assert_close(variants.EAGER["cross_attention_adapter"](**inputs), exact)
+    assert not inputs["k"].requires_grad and inputs["q"].requires_grad
+
+
+def test_a_fused_cross_attention_is_taken_once_it_is_there(monkeypatch):
+    taken = []
+
+    def fused(backend: str, **inputs):
+        taken.append(backend)
+        return variants.EAGER["cross_attention_adapter"](**inputs)
+
+    monkeypatch.setattr(ops, "cross_attention_adapter", fused, raising=False)
+    monkeypatch.setattr(variants, "why_not", lambda *_: None)
+    w = TINIES["cross_attention_adapter"]
+    names = variants.names("cross_attention_adapter", w, torch.float32, "forward", "cpu")
+    assert {"native", "triton", "auto"} <= set(names)
+    subject = Subject.make("cross_attention_adapter", w, torch.float32, torch.device("cpu"))
+    variants.build("triton", subject, "forward").run(**subject.inputs)
+    assert taken == ["triton"]
+
+
+def test_blocks_differ_in_nothing_but_the_backend():
+    pytest.importorskip("diffusers")
+    subject = Subject.make("block", TINIES["block"], torch.bfloat16, torch.device("cpu"))
+    before = [p.clone() for p in subject.block.parameters()]
+    eager, exact = variants.build("eager", subject, ""), subject.exact()
+    for name, p in eager.leaves(subject.inputs).items():
+        if name != "x":
+            torch.testing.assert_close(exact.leaves({})[name], p.double())
+            assert p.dtype == torch.float32 and p.abs().min() >= 0 and p.abs().max() > 0
+    assert exact.leaves({}).keys() == eager.leaves(subject.inputs).keys() - {"x"}
+    assert not any(p.requires_grad for p in subject.block.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, subject.block.parameters(), strict=True))
+
+
+def test_peft_trains_as_many_ranks():
+    pytest.importorskip("peft")
+    subject = Subject.make("adapter_linear", TINY, torch.bfloat16, torch.device("cpu"))
+    leaves = variants.build("peft", subject, "forward").leaves(subject.inputs)
+    assert {tuple(x.shape) for n, x in leaves.items() if "lora" in n} == {(4, 24), (24, 4)}
+    assert all(x.dtype == torch.bfloat16 and x.any() for x in leaves.values())
+
+
+def test_what_is_missing_is_skipped_with_its_reason(settings, monkeypatch):
+    def missing(*_):
+        raise CannotRun("peft is not installed")
+
+    monkeypatch.setattr(variants, "lora", missing)
+    found = measured(group("adapter_linear", "forward"), settings)
+    assert found["peft"] == {"skip": "peft: peft is not installed"}
+    assert "samples" in found["frozen"]
 
 
 def test_a_wrong_variant_is_an_error_and_hides_no_other(settings, monkeypatch):
-    plain = harness.variants
+    plain = variants.build
 
-    def variants(*arguments):
-        return plain(*arguments) | {"wrong": lambda h, **_: h + 1}
+    def build(name: str, *rest):
+        return Variant(lambda h, **_: h + 1) if name == "clone" else plain(name, *rest)
 
-    monkeypatch.setattr(harness, "variants", variants)
-    found = harness.measure_group(group("adapter", "forward"), settings)
-    assert "AssertionError" in found["wrong"]["error"] and "samples" in found["eager"]
+    monkeypatch.setattr(variants, "build", build)
+    found = measured(group("adapter", "forward"), settings)
+    assert "AssertionError" in found["clone"]["error"] and "samples" in found["eager"]
+
+
+def test_a_batch_of_several_samples_is_held_to_the_same_bar(device):
+    """A result of one sample in the place of another is wrong, however much samples differ."""
+    w = Workload("none", 4, 8, 16, r=4)
+    settings = harness.Settings(device, quick=True, minutes=5.0, seconds=0.0)
+    prepared = harness.Prepared(harness.Group("adapter", w, torch.float32, "forward"), settings)
+    exact, bars = prepared.truth
+    with pytest.raises(AssertionError):
+        compare("y", exact.y.roll(1, 0), [b.y for b in bars], exact.y, torch.float32, 2.0)
+    eager = variants.build("eager", prepared.subject, "")
+    prepared._assert_correct(eager)
+    with pytest.raises(AssertionError):
+        prepared._assert_correct(Variant(lambda **inputs: eager.run(**inputs).roll(1, 0)))
+
+
+def test_variants_can_be_left_out(settings):
+    settings.without = "native|compile"
+    names = {e.variant for e in harness.entries("adapter", settings)}
+    assert "eager" in names and not names & {"native", "compile"}
 
 
 def test_no_group_starts_when_the_time_is_over(settings):
@@ -54,6 +188,15 @@ def test_no_group_starts_when_the_time_is_over(settings):
     entry = harness.entries("adapter", settings)[0]
     with pytest.raises(pytest.skip.Exception, match="not measured"):
         harness.Runner(settings).result(entry)
+
+
+def test_a_workload_is_prepared_once_for_all_directions(settings):
+    runner = harness.Runner(settings)
+    prepared = set()
+    for entry in harness.entries("adapter", settings):
+        runner.result(entry)
+        prepared.add(id(runner.prepared))
+    assert len(prepared) == 1
 
 
 def test_counts_see_operators_and_not_views():
@@ -69,18 +212,55 @@ def test_saved_bytes_counts_each_storage_once_and_no_weight():
 
 def test_work_of_a_workload():
     w = Workload("none", 2, 8, 4, r=2)
-    assert w.flop("adapter", "forward") == 4 * 16 * 4 * 2
-    assert w.flop("adapter", "forward+backward") == 3 * w.flop("adapter", "forward")
-    assert w.bytes("adapter", "forward", torch.float32) == (2 * 16 * 4 + 2 * 4 * 2) * 4
-    half = w.bytes("adapter_linear", "forward+backward", torch.bfloat16)
-    assert half * 2 == w.bytes("adapter_linear", "forward+backward", torch.float32)
+    assert floors.flop("adapter", w, "forward") == 4 * 16 * 4 * 2
+    assert floors.flop("adapter", w, "backward") == 8 * 16 * 4 * 2
+    assert floors.moved("adapter", w, "forward", torch.float32) == (2 * 16 * 4 + 2 * 4 * 2) * 4
+    for op in BENCHES:
+        w = TINIES[op]
+        half, forward, backward, both = (
+            floors.moved(op, w, d, t)
+            for d, t in zip(
+                ("forward+backward", *DIRECTIONS),
+                (torch.bfloat16, *[torch.float32] * 3),
+                strict=True,
+            )
+        )
+        assert 2 * half == both >= forward + backward
+        parts = [floors.flop(op, w, d) for d in DIRECTIONS]
+        assert parts[2] == parts[0] + parts[1] > 0
 
 
-@pytest.mark.parametrize("op", OPS)
+def test_the_arithmetic_an_adapter_adds():
+    w = Workload("none", 4, 1024, 1280, r=64)
+    assert floors.arithmetic_ratio(w) == pytest.approx(1 + 3 * 64 / 1280 + 64 / 4096)
+    single = Workload("none", 1, 4608, 3072, k=15360)
+    assert floors.arithmetic_ratio(single) < 1 + 3 * 64 / 15360 + 64 / 4608
+
+
+def test_the_floors_of_a_device_are_a_table(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["floors", "--copy", "1e12", "--flop", "1e14"])
+    floors.main()
+    text = capsys.readouterr().out
+    assert text.startswith("Computed, not measured") and "1e+12 bytes/s" in text
+    (line,) = [x for x in text.splitlines() if "| adapter | 16384x640-r64 | forward |" in x]
+    moved = 2 * 16384 * 640 * 2 + 2 * 640 * 64 * 2
+    assert f"| {moved / 2**20:.1f} |" in line and f"| {moved / 1e6:.1f} |" in line
+    assert "| bytes |" in line
+    rows = [x for x in text.splitlines() if x.startswith("| ")][1:]
+    assert len(rows) == 3 * sum(len(GPU[op]) for op in BENCHES)
+
+
+@pytest.mark.parametrize("op", BENCHES)
 def test_names_of_workloads_differ(op):
-    for shapes in (CPU, GPU):
-        wanted = [w for w in shapes if op == "adapter_linear" or not (w.residual or w.k)]
-        assert len({w.name(op) for w in wanted}) == len(wanted)
+    for shapes in (CPU[op], GPU[op]):
+        assert len({w.name(op) for w in shapes}) == len(shapes)
+
+
+def test_both_ranks_are_timed_on_a_gpu():
+    for op in BENCHES:
+        found = [w.r for w, _ in workloads(op, "cuda", quick=False)]
+        assert found.count(64) == found.count(16) > 0
+        assert {w.r for w, _ in workloads(op, "cuda", False, rank=16)} == {16}
 
 
 def test_ratios_and_file(tmp_path):
@@ -101,8 +281,10 @@ def test_ratios_and_file(tmp_path):
     assert json.loads(path.read_text()) == found
 
     linear = found | {"rows": [rows[0] | {"op": "adapter_linear"}]}
-    assert [r["op"] for r in run.merged(path, linear, "adapter_linear")["rows"]] == [
+    assert [r["op"] for r in run.merged(path, linear)["rows"]] == [
         "adapter", "adapter", "adapter", "adapter_linear"
     ]  # fmt: skip
+    again = found | {"rows": [rows[1] | {"q50_us": 4.0}]}
+    assert [r["q50_us"] for r in run.merged(path, again)["rows"]] == [10.0, 4.0, 1.0]
     other = linear | {"environment": environment | {"commit": "another"}}
-    assert run.merged(path, other, "adapter_linear") == other
+    assert run.merged(path, other) == other

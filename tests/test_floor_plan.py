@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import a3fta_kernels
+from benchmarks.workloads import BENCHES
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "a3fta_kernels"
@@ -290,7 +291,8 @@ def test_one_op_is_one_folder_one_test_one_bench(op):
 
 def test_every_bench_names_an_op():
     benches = {path.stem.removeprefix("bench_") for path in ROOT.glob("benchmarks/bench_*.py")}
-    assert benches == set(OPS)
+    # a block of a model is no op: it shows what the ops gain where they are used
+    assert benches == {*OPS, "cross_attention_adapter", "block"} == set(BENCHES)
 
 
 def test_every_design_is_in_its_table():

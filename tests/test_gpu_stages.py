@@ -24,7 +24,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def options(tmp_path: Path):
-    return type("Options", (), {"out": tmp_path, "commit": "abc"})()
+    plain = {"commit": "abc", "quick": False, "without": ""}
+    return type("Options", (), plain | {"out": tmp_path})()
 
 
 def dry_run(stage: str) -> list[str]:
@@ -55,7 +56,22 @@ def test_every_file_in_the_commands_exists(tmp_path):
             assert all((ROOT / part).is_file() for part in files), step.command
 
 
-@pytest.mark.parametrize("stage", ["bench-adapter", "bench-linear"])
+def test_a_quick_look_is_quick_in_every_stage_that_can_be(tmp_path):
+    quick = options(tmp_path)
+    quick.quick, quick.without = True, "native|fused"
+    for stage in ("sanitize", *gpu.BENCHES, "targets"):
+        for step in gpu.steps(stage, quick, "90a", tmp_path):
+            assert "--quick" in step.command
+            if stage in gpu.BENCHES:
+                assert step.command[step.command.index("--without") + 1] == "native|fused"
+
+
+def test_the_benchmarks_end_with_the_targets():
+    assert gpu.STAGES[-1] == gpu.GROUPS["bench"][-1] == "targets"
+    assert dry_run("bench")[-1].startswith("[targets]")
+
+
+@pytest.mark.parametrize("stage", gpu.BENCHES)
 def test_the_benchmarks_know_their_options(tmp_path, stage):
     (step,) = gpu.steps(stage, options(tmp_path), "90a", tmp_path)
     if torch.cuda.is_available():
