@@ -20,7 +20,7 @@ from torch import Tensor
 from a3fta_kernels import ops
 from a3fta_kernels.backends import why_not
 from a3fta_kernels.ops.adapter.reference import adapter as eager_adapter
-from a3fta_kernels.ops.adapter_linear.contract import backend_module
+from a3fta_kernels.ops.adapter_linear.contract import paths_for
 from a3fta_kernels.ops.adapter_linear.reference import adapter_linear as eager_adapter_linear
 from tests.oracle import WEIGHT_GRADS, Case, Outcome, compare, evaluate, gradient, upcast
 
@@ -89,7 +89,7 @@ def variants(group: Group, device: torch.device) -> dict[str, Op]:
         if group.op == "adapter":
             found[backend] = _bind(ops.adapter, backend=backend)
         else:
-            for path in backend_module(backend).paths(device.type):
+            for path in paths_for(backend, device.type, group.workload.r):
                 found[f"{backend}-{path}"] = _bind(ops.adapter_linear, backend=backend, path=path)
     if group.op == "adapter_linear":
         found["linear"] = _linear
