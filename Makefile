@@ -49,7 +49,7 @@ fuzz: setup ## property tests at length: 5000 op cases, 20000 adapter files
 	A3FTA_FUZZ_CASES=5000 $(PY) -m pytest tests/ops -k property --timeout 0
 	A3FTA_FUZZ_FILES=20000 $(PY) -m pytest tests/test_storage_fuzz.py --timeout 0
 
-aot: setup ## compile every Triton configuration for every chip, and renew the committed table
+aot: setup ## compile the Triton configurations that the committed table does not know, and renew it
 	$(PY) -m benchmarks.aot
 
 gpu: ## build for the GPU found, test, compute-sanitizer, benchmark; needs torch, no network

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .backends import resolve
+from .ops.adapter_linear import choice, contract
 from .ops.validate import FLOATS
 from .projection import AdaptedProjectionMixin
 
@@ -22,6 +23,9 @@ class LayerReport:
     fused: bool  # adapter and projection in one op
     why_not_fused: str  # "" where fused
     parameters: int
+    outputs: int = 0  # of the projection
+    # the ways of adapter_linear, by the number of rows; empty where another way computes it
+    paths: tuple[choice.Span, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,12 @@ class InjectionReport:
             f"  parameters: {self.parameters_added:,} added to {self.parameters_total:,} "
             f"({share:.2f} %)",
         ]
-        shapes = Counter((r.channels, r.rank, r.backend) for r in self.layers.values())
-        for (channels, rank, backend), count in sorted(shapes.items()):
-            lines.append(f"  {count} x C={channels} R={rank}, backend {backend}")
+        shapes = Counter(
+            (r.channels, r.outputs, r.rank, r.backend, r.paths) for r in self.layers.values()
+        )
+        for (channels, outputs, rank, backend, paths), count in sorted(shapes.items()):
+            width = f"C={channels}" if outputs == channels else f"C={channels} N={outputs}"
+            lines.append(f"  {count} x {width} R={rank}, backend {backend}{_by_rows(paths)}")
         for reason, count in _reasons(r.why_not_fused for r in self.layers.values()):
             lines.append(f"  {count} x adapter apart from the projection: {reason}")
         for kind, count in _reasons(self.processors.values()):
@@ -72,11 +79,27 @@ def describe_layer(layer: AdaptedProjectionMixin, name: str) -> LayerReport:
     adapter: Any = layer.adapters[name]
     reason = layer.unfused_reason() or ""
     backend, weight = layer.backend, layer.weight
+    paths: tuple[choice.Span, ...] = ()
     if weight.device.type != "meta":
         dtype = weight.dtype if weight.dtype in FLOATS else adapter.w_down.dtype
         backend = resolve(backend, weight.device, dtype)
+        if backend != "reference" and not reason:
+            paths = contract.paths_by_rows(backend, weight, adapter.rank)
     parameters = sum(p.numel() for p in adapter.parameters())
-    return LayerReport(layer.in_features, adapter.rank, backend, not reason, reason, parameters)
+    return LayerReport(
+        layer.in_features, adapter.rank, backend, not reason, reason, parameters,
+        layer.out_features, paths,
+    )  # fmt: skip
+
+
+def _by_rows(paths: tuple[choice.Span, ...]) -> str:
+    """How the path is chosen: ", path fused (by rule), from 2,048 rows concat (measured)"."""
+    words = {choice.MEASURED: " (measured)", choice.RULE: " (by rule)", choice.ONLY: ""}
+    said = [
+        f"{f'from {rows:,} rows ' if rows > 1 else 'path '}{chosen.path}{words[chosen.source]}"
+        for rows, chosen in paths
+    ]
+    return "".join(f", {text}" for text in said)
 
 
 def _reasons(values: Iterable[str]) -> list[tuple[str, int]]:

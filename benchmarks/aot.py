@@ -1,11 +1,12 @@
 """Compiles the Triton kernels where no GPU is, and keeps a table of what they take of a chip.
 
-    python -m benchmarks.aot [--jobs N]
+    python -m benchmarks.aot [--jobs N] [--all]
 
 builds every configuration the launchers may choose, for every dtype, rank block and target, and
 writes benchmarks/results/aot_triton.json: registers a thread, bytes of stack (spilled registers)
-and bytes of shared memory. The table is keyed by a hash of each kernel's source; a test holds it
-to the sources. Nothing here is a timing.
+and bytes of shared memory. Each kernel's rows stand beside a hash of its source and of how it is
+built, and a test holds the table to the sources. Rows whose hash, build and Triton version are
+those of the table stay as they are; the rest is compiled. Nothing here is a timing.
 """
 
 from __future__ import annotations
@@ -133,8 +134,11 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     return found["REG"], found["STACK"] + found["LOCAL"]
 
 
-def source_hash(kernel: JITFunction) -> str:
-    """Of the code of a kernel and of all it calls; comments and line breaks do not count."""
+def source_hash(entry: AotKernel) -> str:
+    """Of the code of a kernel and of all it calls, and of what its builds are given.
+
+    Comments and line breaks do not count.
+    """
     seen: dict[str, Any] = {}
 
     def visit(function: JITFunction) -> None:
@@ -152,25 +156,57 @@ def source_hash(kernel: JITFunction) -> str:
             elif isinstance(value, triton.language.constexpr):
                 seen[text] = repr(value.value)
 
-    visit(kernel)
-    return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
+    visit(entry.launcher.kernel)
+    given = [seen, entry.pointers, entry.variants]
+    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def main() -> None:
+def read_table() -> dict[str, Any]:
+    return json.loads(TABLE.read_text()) if TABLE.exists() else {"triton": "", "kernels": {}}
+
+
+def known_rows(table: dict[str, Any], wanted: list[Build]) -> dict[Build, Resources]:
+    """The rows of `table` that still hold: same Triton, same source, same build."""
+    if table["triton"] != triton.__version__:
+        return {}
+    hashes = {b.name: source_hash(b.entry) for b in wanted}
+    found = {}
+    for build in wanted:
+        kernel = table["kernels"].get(build.name)
+        if kernel and kernel["source"] == hashes[build.name] and str(build) in kernel["builds"]:
+            found[build] = Resources(*kernel["builds"][str(build)])
+    return found
+
+
+def table_of(rows: dict[Build, Resources], wanted: list[Build]) -> dict[str, Any]:
+    """The table with those of the wanted builds that have a row, in their order."""
+    kernels: dict[str, Any] = {}
+    for build in wanted:
+        if build in rows:
+            new = {"source": source_hash(build.entry), "builds": {}}
+            kernels.setdefault(build.name, new)["builds"][str(build)] = rows[build]
+    return {"triton": triton.__version__, "kernels": kernels}
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2)
-    jobs = parser.parse_args().jobs
-    everything = list(dict.fromkeys(builds()))
-    kernels: dict[str, Any] = {}
-    with ProcessPoolExecutor(jobs) as pool:
-        results = pool.map(compile_build, everything, chunksize=4)
-        for i, (build, found) in enumerate(zip(everything, results, strict=True), 1):
-            kernel = build.entry.launcher.kernel
-            row = kernels.setdefault(build.name, {"source": source_hash(kernel), "builds": {}})
-            row["builds"][str(build)] = found
-            print(f"{i}/{len(everything)}  {build.name}: {build}: {found}", flush=True)
-    TABLE.parent.mkdir(exist_ok=True)
-    TABLE.write_text(render({"triton": triton.__version__, "kernels": kernels}))
+    parser.add_argument("--all", action="store_true", help="compile also what the table knows")
+    options = parser.parse_args(arguments)
+    wanted = list(dict.fromkeys(builds()))
+    rows = {} if options.all else known_rows(read_table(), wanted)
+    missing = [build for build in wanted if build not in rows]
+    print(f"{len(rows)} builds are known, {len(missing)} to compile", flush=True)
+    try:
+        with ProcessPoolExecutor(options.jobs) as pool:
+            results = pool.map(compile_build, missing, chunksize=4)
+            for i, (build, found) in enumerate(zip(missing, results, strict=True), 1):
+                rows[build] = found
+                print(f"{i}/{len(missing)}  {build.name}: {build}: {found}", flush=True)
+    finally:
+        # an interrupted run keeps what it has compiled
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text(render(table_of(rows, wanted)))
 
 
 def render(table: dict[str, Any]) -> str:

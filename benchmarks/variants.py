@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from a3fta_kernels import ops
 from a3fta_kernels.backends import why_not
 from a3fta_kernels.ops.adapter.reference import adapter as eager_adapter
-from a3fta_kernels.ops.adapter_linear.contract import backend_module
+from a3fta_kernels.ops.adapter_linear.contract import paths_for
 from a3fta_kernels.ops.adapter_linear.reference import adapter_linear as eager_adapter_linear
 from tests.oracle import Case
 
@@ -165,7 +165,7 @@ def names(op: str, w: Workload, dtype: torch.dtype, direction: str, device: str)
     here = torch.device(device)
     ours = [b for b in ("native", "triton") if why_not(b, here, dtype) is None]
     if op == "adapter_linear":
-        ours = [f"{b}-{path}" for b in ours for path in backend_module(b).paths(device)]
+        ours = [f"{b}-{path}" for b in ours for path in paths_for(b, device, w.r)]
     if op == "cross_attention_adapter" and not hasattr(ops, op):
         ours = []
     found = ["eager", *ours, *(["auto"] if len(ours) > 1 else [])]

@@ -244,9 +244,9 @@ def compare(
 
 
 def with_paths(case: Case, run: tuple[str, str, torch.dtype]) -> list[Case]:
-    """`case` by every path its backend has on the device; [case] for `adapter`."""
+    """`case` by every path its backend has for it on the device; [case] for `adapter`."""
     if case.n is None:
         return [case]
-    from a3fta_kernels.ops.adapter_linear.contract import backend_module
+    from a3fta_kernels.ops.adapter_linear.contract import paths_for
 
-    return [replace(case, path=p) for p in backend_module(run[0]).paths(run[1])]
+    return [replace(case, path=p) for p in paths_for(run[0], run[1], case.r)]

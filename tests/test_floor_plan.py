@@ -26,7 +26,7 @@ LAYERS = [
     ["ops.activations", "ops.rule"],
     ["ops.validate", "ops.skinny_triton"],
     ["ops.*_triton"],
-    ["ops.*.reference", "ops.*.triton", "ops.*.native"],
+    ["ops.*.reference", "ops.*.triton", "ops.*.native", "ops.*.choice"],
     ["ops.*.contract"],
     ["ops.*.api"],
     ["ops.*"],
@@ -55,6 +55,9 @@ EXCEPTIONS = [
     ("cli*", "cli.*", "the command line is one unit"),
     ("cli*", "", "the command line is a user of the public names"),
 ]
+
+# op: its modules beside those that every op has
+BESIDE = {"adapter_linear": ["choice"]}
 
 # a third-party package may be imported in these modules alone
 HOMES = {
@@ -275,8 +278,8 @@ def test_a_submodule_does_not_hide_the_function_of_its_name(name):
 
 @pytest.mark.parametrize("op", OPS)
 def test_one_op_is_one_folder_one_test_one_bench(op):
-    expected = ["__init__", "api", "contract", "native", "reference", "triton"]
-    assert sorted(path.stem for path in (PACKAGE / "ops" / op).glob("*.py")) == expected
+    expected = ["__init__", "api", "contract", "native", "reference", "triton", *BESIDE.get(op, [])]
+    assert sorted(path.stem for path in (PACKAGE / "ops" / op).glob("*.py")) == sorted(expected)
     for path in (
         f"tests/ops/test_{op}.py",
         f"benchmarks/bench_{op}.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -90,7 +91,7 @@ def test_table_is_of_these_sources():
     sources = {}
     for build in aot.builds():
         now.setdefault(build.name, set()).add(str(build))
-        sources[build.name] = aot.source_hash(build.entry.launcher.kernel)
+        sources[build.name] = aot.source_hash(build.entry)
     assert {name: row["source"] for name, row in table.items()} == sources
     assert {name: set(row["builds"]) for name, row in table.items()} == now
 
@@ -123,14 +124,99 @@ def test_activation_codes_agree():
     assert codes == {name: i for i, name in enumerate(ACTIVATIONS[:-1])}
 
 
-def test_source_hash_sees_callees_and_not_comments(monkeypatch):
-    kernel = next(k for _, k in KERNELS.values() if k.__name__ == "linear_forward_kernel")
-    before = aot.source_hash(kernel)
+def entry_of(kernel: str) -> triton_support.AotKernel:
+    return next(e for e in ENTRIES if e.launcher.kernel.__name__ == kernel)
+
+
+def test_source_hash_sees_callees_and_builds_and_not_comments(monkeypatch):
+    entry = entry_of("linear_forward_kernel")
+    before = aot.source_hash(entry)
+    assert aot.source_hash(replace(entry, variants={"whole": {"ACT": 1}})) != before
+    assert aot.source_hash(replace(entry, pointers={})) != before
     helper = triton_support.activate
     monkeypatch.setattr(helper, "_src", helper.src + "\n    # a comment\n")
-    assert aot.source_hash(kernel) == before
+    assert aot.source_hash(entry) == before
     monkeypatch.setattr(helper, "_src", helper.src.replace("0.5", "0.25"))
-    assert aot.source_hash(kernel) != before
+    assert aot.source_hash(entry) != before
+
+
+class InThisProcess:
+    """In place of a pool: what a test replaced is replaced there too."""
+
+    def __init__(self, jobs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def map(self, function, items, chunksize):
+        return map(function, items)
+
+
+class TestRenewal:
+    """`make aot` compiles what the table does not know, with builds and results made up."""
+
+    @pytest.fixture
+    def renew(self, monkeypatch, tmp_path):
+        compiled = []
+
+        def compile_build(build):
+            if build == self.breaks:
+                raise KeyboardInterrupt
+            compiled.append(build)
+            return aot.Resources(len(compiled), 0, 0, "mma.sync")
+
+        self.breaks = None
+        self.table = tmp_path / "table.json"
+        self.wanted = [b for b in DEFAULTS if b.capability == 80]
+        monkeypatch.setattr(aot, "TABLE", self.table)
+        monkeypatch.setattr(aot, "builds", lambda: iter(self.wanted))
+        monkeypatch.setattr(aot, "compile_build", compile_build)
+        monkeypatch.setattr(aot, "ProcessPoolExecutor", InThisProcess)
+
+        def run(*arguments):
+            compiled.clear()
+            aot.main(list(arguments))
+            return list(compiled)
+
+        return run
+
+    def test_known_rows_stay(self, renew):
+        assert renew() == self.wanted
+        before = self.table.read_text()
+        assert renew() == [] and self.table.read_text() == before
+        assert renew("--all") == self.wanted
+
+    def test_a_new_build_is_compiled_alone_and_a_gone_one_leaves(self, renew):
+        every, self.wanted = self.wanted, self.wanted[1:]
+        renew()
+        self.wanted = every[:-1]
+        assert renew() == every[:1]
+        names = {
+            name
+            for row in json.loads(self.table.read_text())["kernels"].items()
+            for name in row[1]["builds"]
+        }
+        assert names == {str(b) for b in every[:-1]}
+
+    def test_a_changed_source_or_triton_is_compiled_again(self, renew, monkeypatch):
+        renew()
+        table = json.loads(self.table.read_text())
+        table["kernels"][self.wanted[0].name]["source"] = "another"
+        self.table.write_text(json.dumps(table))
+        assert renew() == [b for b in self.wanted if b.name == self.wanted[0].name]
+        monkeypatch.setattr(triton, "__version__", "another")
+        assert renew() == self.wanted
+
+    def test_an_interrupted_run_keeps_what_it_has(self, renew):
+        self.breaks = self.wanted[2]
+        with pytest.raises(KeyboardInterrupt):
+            renew()
+        self.breaks = None
+        assert renew() == self.wanted[2:]
 
 
 class TestLauncher:

@@ -153,6 +153,17 @@ def test_unknown_path_on_this_device(run, monkeypatch):
         ops.adapter_linear(**inputs, backend=backend, path="fused")
 
 
+@pytest.mark.parametrize("run", [r for r in runs() if r[0] == "triton"], ids=run_id)
+def test_a_rank_beyond_a_path_is_refused(run):
+    """The fused kernel stays one kernel: it does not become another path in silence."""
+    backend, device, dtype = run
+    inputs = Case((2, 6), 16, 65, n=12).inputs(dtype, device)
+    message = r"path 'fused': backend 'triton' takes ranks up to 64, got 65; use path='auto' or one"
+    with pytest.raises(BackendUnavailableError, match=message):
+        ops.adapter_linear(**inputs, backend=backend, path="fused")
+    assert ops.adapter_linear(**inputs, backend=backend).isfinite().all()
+
+
 H, DOWN, UP = torch.zeros(2, 5, 16), torch.zeros(4, 16), torch.zeros(16, 4)
 W = torch.zeros(12, 16)
 BAD = [

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from ..oracle import Case, check, run_id, runs
+from ..oracle import Case, check, run_id, runs, with_paths
 
 RUNS = [run for run in runs() if run[0] == "triton"]
 
@@ -29,8 +27,8 @@ CASES = [
 @pytest.mark.parametrize("run", RUNS, ids=run_id)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_oracle(case, run, poisoned):
-    for path in ("auto",) if case.n is None else ("skinny", "fused"):
-        check(replace(case, path=path), run)
+    for one in with_paths(case, run):
+        check(one, run)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=run_id)

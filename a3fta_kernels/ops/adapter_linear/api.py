@@ -45,8 +45,12 @@ def adapter_linear(
         residual: (..., N), added to the result.
         columns: (start, length), the slice of h's columns that is attention: the adapter reads
             and writes only these, with C = length. Default: all, C = K.
-        path: auto, or one of the ways the backend knows: "skinny" (library GEMM and narrow
-            kernels beside it) or "fused" (one kernel).
+        path: auto, or one of the ways the backend has on this device: "skinny" (the wide product
+            by the library GEMM, narrow kernels beside it), "fused" (one kernel forward, which
+            makes z on the way; Triton's takes ranks up to 64) or "concat" (z by a narrow kernel,
+            then one GEMM over the columns of h and z). In the backward "fused" and "concat" make
+            dh in one GEMM over the columns of dy and da. auto chooses by shape and device, by
+            measurements where there are some, else by a rule: see choice.py.
         w_down, w_up, b_down, b_up, scale, activation, gamma, beta, backend: as in `adapter`.
 
     Returns:
@@ -120,7 +124,6 @@ def apply_prepared(
 
     Arguments are not checked: for callers that hold a frozen layer whose V they made themselves.
     """
-    path = _path(path, backend, h.device.type)
     number, tensor = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
     # a wider residual (autocast) is added outside, so that the sum keeps its dtype
     fused = residual if residual is not None and residual.dtype == h.dtype else None
@@ -132,22 +135,6 @@ def apply_prepared(
         )  # fmt: skip
     y = y.view(*h.shape[:-1], weight.shape[0])
     return y if residual is None or fused is not None else y + residual
-
-
-def _path(path: str, backend: str, device_type: str) -> str:
-    """The path that `backend` takes on such a device."""
-    paths: tuple[str, ...] = contract.backend_module(backend).paths(device_type)
-    if path == "auto":
-        return paths[0]
-    if path not in paths:
-        raise BackendUnavailableError(
-            f"path {path!r}: backend {backend!r} on {device_type} knows {', '.join(paths)}"
-        )
-    return path
-
-
-# constant for the compiler, which cannot trace the import of the backend's module
-_path._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _columns(columns: tuple[int, int] | None, width: int) -> tuple[int, int]:

@@ -18,7 +18,8 @@ no gradient here.
 A backend is a module with these names, without autograd. Tensors are 2-D with unit column
 stride; row strides are free. `bias` already holds s * Ws @ b_up and is in the accumulation dtype.
 
-    paths(device_type) -> tuple of path names, the default first
+    paths(device_type) -> tuple of path names
+    RANK_LIMITS: the largest rank of a path, for paths that have one
     forward(h, weight, bias, w_down, v, b_down, gamma, beta, residual, start, activation, path)
         -> (y, a)
     backward(dy, h, a, weight, w_down, v, gamma, beta, start, activation, path, need_dh, need_dw)
@@ -38,9 +39,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...backends import BackendUnavailableError
 from ..rule import acc_dtype, autocast_dtype, cast, is_plain, refuse_second_derivative, rows, scaled
+from . import choice
 
-PATHS = ("skinny", "fused")
+PATHS = ("skinny", "fused", "concat")
 
 _SIGNATURE = (
     "Tensor h, Tensor weight, Tensor w_down, Tensor w_up, Tensor? b_down, Tensor? b_up, "
@@ -57,6 +60,44 @@ def backend_module(name: str) -> ModuleType:
     if name not in _backends:
         _backends[name] = importlib.import_module(f".{name}", __package__)
     return _backends[name]
+
+
+def paths_for(backend: str, device_type: str, rank: int) -> tuple[str, ...]:
+    """The paths that `backend` has on such a device for this rank."""
+    module = backend_module(backend)
+    limits = module.RANK_LIMITS
+    return tuple(p for p in module.paths(device_type) if rank <= limits.get(p, rank))
+
+
+def take_path(path: str, backend: str, h: Tensor, weight: Tensor, rank: int) -> str:
+    """The path of this call: the named one where the backend has it, else by choice.py.
+
+    Called where sizes are numbers: inside the op, which a compiler does not trace.
+    """
+    device = h.device
+    if path == "auto":
+        shape = choice.Shape(h.shape[0], weight.shape[0], weight.shape[1], rank, h.dtype)
+        return choice.choose(backend, device, paths_for(backend, device.type, rank), shape).path
+    module = backend_module(backend)
+    known = module.paths(device.type)
+    if path not in known:
+        raise BackendUnavailableError(
+            f"path {path!r}: backend {backend!r} on {device.type} knows {', '.join(known)}"
+        )
+    limit = module.RANK_LIMITS.get(path, rank)
+    if rank > limit:
+        raise BackendUnavailableError(
+            f"path {path!r}: backend {backend!r} takes ranks up to {limit}, got {rank}; "
+            f"use path='auto' or one of {', '.join(paths_for(backend, device.type, rank))}"
+        )
+    return path
+
+
+def paths_by_rows(backend: str, weight: Tensor, rank: int) -> tuple[choice.Span, ...]:
+    """What path "auto" is for a layer with this weight, by the number of rows."""
+    shape = choice.Shape(1, weight.shape[0], weight.shape[1], rank, weight.dtype)
+    paths = paths_for(backend, weight.device.type, rank)
+    return tuple(choice.spans(backend, weight.device, paths, shape))
 
 
 def merged_up(
@@ -102,6 +143,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (M, N), a (M, R) and V (N, R). `v` and `v_bias`, where given, are what `merged_up` made."""
     dtype = h.dtype
+    path = take_path(path, backend, h, weight, w_down.shape[0])
     if v is None:
         v, v_bias = merged_up(weight, bias, w_up, b_up, scale_tensor, scale, start, dtype)
     y, a = backend_module(backend).forward(
@@ -158,7 +200,7 @@ def backward(
         cast(beta, dtype),
         start,
         activation,
-        path,
+        take_path(path, backend, h, weight, w_down.shape[0]),
         need["h"],
         any(needs[1:]),
     )

@@ -21,8 +21,11 @@ if not native_status().available:
 _native = torch.ops.a3fta_native
 
 
+RANK_LIMITS: dict[str, int] = {}
+
+
 def paths(device_type: str) -> tuple[str, ...]:
-    """The ways of computing on this device, the default first."""
+    """The ways of computing on this device."""
     return ("skinny", "fused") if device_type == "cuda" else ("skinny",)
 
 

@@ -1,10 +1,14 @@
 # mypy: allow-untyped-defs
-"""`adapter_linear` in Triton, two ways.
+"""`adapter_linear` in Triton, three ways.
 
 skinny  forward: r = residual + bias + z @ V.T in one pass over h, then r += h @ weight.T by
-        the library GEMM. Backward: da in one pass over dy, then the library GEMM, P by a sum.
-fused   one GEMM that reads each h tile once for weight and w_down; backward one GEMM whose
-        K loop runs over (dy, weight) and then (da, w_down).
+        the library GEMM. Backward: dy @ weight by the library, then da @ w_down added to it.
+fused   forward: one GEMM that reads each h tile once for weight and w_down, and makes z of what
+        it has. Backward: one GEMM whose K loop runs over (dy, weight) and then (da, w_down).
+concat  forward: z in one pass over h, then one GEMM whose K loop runs over (h, weight) and then
+        (z, V). Backward as fused.
+
+On every path da comes from one pass over dy, and P and dw_down are sums over rows.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ from ..grad_triton import weight_grad
 from ..rule import AdapterGrads
 from ..skinny_triton import RANK_LIMIT, rows_backward, rows_forward
 
-FUSED_RANK_LIMIT = 64  # above it the second accumulator leaves too few registers
+FUSED_RANK_LIMIT = 64
 
 
 @triton.jit
@@ -174,8 +178,12 @@ AOT_KERNELS = (
 )
 
 
+# the fused kernel holds z's accumulator beside y's: a larger one leaves too few registers
+RANK_LIMITS = {"fused": FUSED_RANK_LIMIT}
+
+
 def paths(device_type: str) -> tuple[str, ...]:
-    return ("skinny", "fused")
+    return ("skinny", "fused", "concat")
 
 
 def forward(
@@ -195,7 +203,7 @@ def forward(
     """(y, a) by the protocol of contract.py."""
     rank, length = w_down.shape
     v = v.contiguous()
-    if path == "fused" and rank <= FUSED_RANK_LIMIT:
+    if path == "fused":
         return _fused_forward(
             h, weight, bias, w_down, v, b_down, gamma, beta, residual, start, activation
         )
@@ -206,7 +214,7 @@ def forward(
         )
         return r.addmm_(h, weight.t()), a
     a, z = rows_forward(inside, w_down, b_down, gamma, beta, activation)
-    if path == "fused":
+    if path == "concat":
         return concat_gemm(h, weight.t(), z, v.t(), bias=bias, residual=residual), a
     r = concat_gemm(None, None, z, v.t(), bias=bias, residual=residual)
     return r.addmm_(h, weight.t()), a
@@ -269,11 +277,11 @@ def backward(
     length = w_down.shape[1]
     up = rows_backward(dy, a, v.contiguous(), gamma, beta, activation, need_sums=need_dw)
     dh = None
-    if need_dh and path == "fused":
-        dh = concat_gemm(dy, weight, up.da, w_down, start=start)
-    elif need_dh:
+    if need_dh and path == "skinny":
         dh = dy @ weight
         dh[:, start : start + length].addmm_(up.da, w_down)
+    elif need_dh:
+        dh = concat_gemm(dy, weight, up.da, w_down, start=start)
     if not need_dw:
         return AdapterGrads(dh, None, None, None, None, None, None)
     dw_down, _ = weight_grad(h[:, start : start + length], up.da, transposed=True)
