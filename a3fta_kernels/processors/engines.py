@@ -48,17 +48,24 @@ _ENABLED: dict[SDPBackend, Callable[[], bool]] = {
 
 def auto(attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """`sdpa`; where a kernel was measured to be the fastest, it is asked before the others."""
-    first = measured(query.device, query.shape[-1] // attn.heads)
-    if first is None:
+    order = _order(query.device, query.shape[-1] // attn.heads) if MEASURED else None
+    if not order:
         return sdpa(attn, query, key, value, mask)
-    order = [_KERNELS[first], *(kernel for kernel in _ENABLED if kernel != _KERNELS[first])]
-    with sdpa_kernel([kernel for kernel in order if _ENABLED[kernel]()], set_priority=True):
+    with sdpa_kernel(order, set_priority=True):
         return sdpa(attn, query, key, value, mask)
 
 
-def measured(device: torch.device, head_dim: int) -> str | None:
-    """The entry of `MEASURED` for such heads, None without one."""
-    return MEASURED.get((device_class(device), head_dim)) if MEASURED else None
+def _order(device: torch.device, head_dim: int) -> list[SDPBackend]:
+    """The kernels that are on, the measured one first; empty where none was measured."""
+    name = MEASURED.get((device_class(device), head_dim))
+    if name is None:
+        return []
+    order = dict.fromkeys((_KERNELS[name], *_ENABLED))
+    return [kernel for kernel in order if _ENABLED[kernel]()]
+
+
+# a constant for the compiler, as `backends.resolve` is
+_order._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
