@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import ops, processors
     from .adapters import AdapterConfig
+    from .attention import set_attention
     from .backends import BackendStatus, BackendUnavailableError, backends
     from .inject import (
         InjectionReport,
@@ -59,6 +60,7 @@ __all__ = [
     "projections",
     "save_adapter",
     "set_adapters",
+    "set_attention",
     "set_trainable",
     "trainable_parameters",
     "unfreeze",
@@ -67,6 +69,7 @@ __all__ = [
 
 _HOMES = {
     "adapters": ("AdapterConfig",),
+    "attention": ("set_attention",),
     "backends": ("BackendStatus", "BackendUnavailableError", "backends"),
     "inject": (
         "InjectionReport",

@@ -38,8 +38,9 @@ class BackendStatus:
 def backends() -> dict[str, BackendStatus]:
     """What is available on this machine, and the reason for what is not.
 
-    Keys: the op backends `reference`, `triton`, `native`, and the attention engines `sdpa` and
-    `xformers`.
+    Keys: the op backends `reference`, `triton`, `native`, and the attention engines `sdpa`
+    (PyTorch's own choice), its kernels `flash`, `cudnn` and `efficient`, `flash3` (the package
+    FlashAttention 3) and `xformers`. Whether an engine can run a call depends on that, too.
     """
     cuda = ("cuda",) if torch.cuda.is_available() else ()
     everywhere = BackendStatus(True, ("cpu", *cuda), "part of PyTorch")
@@ -48,6 +49,8 @@ def backends() -> dict[str, BackendStatus]:
         "triton": triton_status(),
         "native": native_status(),
         "sdpa": everywhere,
+        **{name: sdpa_kernel_status(name) for name in ("flash", "cudnn", "efficient")},
+        "flash3": flash3_status(),
         "xformers": xformers_status(),
     }
 
@@ -85,6 +88,39 @@ def triton_status() -> BackendStatus:
     if torch.cuda.get_device_capability() < (8, 0):
         return BackendStatus(False, (), f"the Triton kernels need sm_80 or newer; {_capability()}")
     return BackendStatus(True, ("cuda",), "compiled at first use")
+
+
+def sdpa_kernel_status(name: str) -> BackendStatus:
+    """Of one kernel of PyTorch's scaled_dot_product_attention: flash, cudnn or efficient."""
+    host = ("cpu",) if name == "flash" else ()
+    built = {
+        "flash": torch.backends.cuda.is_flash_attention_available,
+        "cudnn": torch.backends.cudnn.is_available,
+        "efficient": lambda: True,
+    }
+    if not torch.cuda.is_available():
+        reason = "part of PyTorch; no GPU here" if host else "no GPU is here"
+    elif not built[name]():
+        reason = "this PyTorch is built without it for GPUs"
+    elif name != "efficient" and torch.cuda.get_device_capability() < (8, 0):
+        reason = f"on GPUs from sm_80; {_capability()}"
+    else:
+        return BackendStatus(True, (*host, "cuda"), "part of PyTorch")
+    return BackendStatus(bool(host), host, reason)
+
+
+@functools.cache
+def flash3_status() -> BackendStatus:
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        return BackendStatus(False, (), "flash_attn_interface (FlashAttention 3) is not installed")
+    try:
+        import flash_attn_interface  # noqa: F401
+    except Exception as error:  # a broken build raises whatever its extension raises
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return BackendStatus(False, (), f"installed but unusable: {first}")
+    if not torch.cuda.is_available():
+        return BackendStatus(False, (), "installed but unusable: no GPU is here")
+    return BackendStatus(True, ("cuda",), "FlashAttention 3, without masks, in fp16 and bf16")
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from torch import nn
 
 from . import processors
 from .adapters import DESIGNS, AdapterConfig
+from .attention import engines_in_use
 from .backends import BACKENDS, resolve
 from .checks import check_choice, describe
 from .merging import merge, unmerge
@@ -372,5 +373,6 @@ def _report(root: nn.Module, plan: Plan) -> InjectionReport:
         unadapted=dict(plan.unadapted),
         parameters_added=sum(layer.parameters for layer in found.values()),
         parameters_total=sum(p.numel() for p in root.parameters()) - adapters,
+        attention=engines_in_use(root),
         notes=tuple(notes),
     )

@@ -35,8 +35,9 @@ class InjectionReport:
     layers: the adapted projections by name. families: the family, and how many layers of it.
     processors: attention layer -> our processor's class. left_processors: attention layers whose
     processor is not known and stays; the adapter acts there too. unadapted: attention layers
-    without an adapter, with the reason. parameters_added: of this adapter; parameters_total: of
-    the model without adapters.
+    without an adapter, with the reason. attention: the engine of every adapted attention layer, or
+    the processor that stays; `set_attention` chooses it. parameters_added: of this adapter;
+    parameters_total: of the model without adapters.
     """
 
     name: str
@@ -47,6 +48,7 @@ class InjectionReport:
     unadapted: dict[str, str]
     parameters_added: int
     parameters_total: int
+    attention: dict[str, str]
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -67,6 +69,8 @@ class InjectionReport:
             lines.append(f"  {count} x adapter apart from the projection: {reason}")
         for kind, count in _reasons(self.processors.values()):
             lines.append(f"  {count} x processor {kind}")
+        for engine, count in _reasons(self.attention.values()):
+            lines.append(f"  {count} x attention by {engine}")
         for kind, count in _reasons(self.left_processors.values()):
             lines.append(f"  {count} x processor {kind} left as it is")
         for reason, count in _reasons(self.unadapted.values()):

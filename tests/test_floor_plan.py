@@ -40,6 +40,7 @@ LAYERS = [
     ["processors.engines", "processors.family"],
     ["processors.*"],
     ["processors"],
+    ["attention"],
     ["inject"],
     ["adapter_file"],
     ["storage"],
@@ -65,6 +66,7 @@ HOMES = {
     "diffusers": ["processors*", "inject", "cli*"],
     "peft": ["cli*"],
     "xformers": ["backends", "processors*"],
+    "flash_attn_interface": ["backends", "processors*"],
     "safetensors": ["adapter_file", "storage", "cli*"],
     "rich": ["cli*"],
     "matplotlib": ["cli*"],
@@ -186,7 +188,7 @@ BARE = """
 import importlib.util
 from importlib.machinery import PathFinder
 
-HIDDEN = {"triton", "diffusers", "peft", "safetensors", "xformers"}
+HIDDEN = {"triton", "diffusers", "peft", "safetensors", "xformers", "flash_attn_interface"}
 
 class Missing(PathFinder):
     @classmethod
@@ -200,7 +202,9 @@ import a3fta_kernels as a3fta
 
 assert a3fta.__file__.startswith(sys.path[0]), a3fta.__file__
 found = a3fta.backends()
-assert [name for name, status in found.items() if status.available] == ["reference", "sdpa"], found
+assert [name for name, status in found.items() if status.available] == [
+    "reference", "sdpa", "flash"
+], found
 h, w_down, w_up, weight = (
     torch.randn(*shape, requires_grad=i < 3)
     for i, shape in enumerate([(2, 5, 16), (4, 16), (16, 4), (12, 16)])
@@ -246,6 +250,7 @@ PUBLIC = {
     "processors",
     "save_adapter",
     "set_adapters",
+    "set_attention",
     "set_trainable",
     "trainable_parameters",
     "unfreeze",

@@ -1,32 +1,139 @@
 """Ways to compute softmax(Q K^T) V on the heads of diffusers' `Attention`.
 
-Each takes query, key, value (B, L, C), heads side by side, and the mask as
+Each takes query, key, value (B, L, C), heads side by side, row strides free, and the mask as
 `Attention.prepare_attention_mask` makes it, (B * H, 1 or Lq, Lk) or None, and returns (B, Lq, C).
+All but `math` and `sliced`, which move the heads into the batch, copy nothing: the heads are
+views, and so is what they return, forward and backward.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import SDPAParams
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..backends import BackendUnavailableError, xformers_status
+from ..backends import BackendUnavailableError, flash3_status, xformers_status
+
+# what set_attention and A3FTAAttnProcessor take; sdpa is PyTorch's own choice of kernel
+ENGINES = ("auto", "sdpa", "flash", "cudnn", "efficient", "flash3", "xformers", "math", "sliced")
+
+# (device class, head_dim) -> the SDPA kernel that "auto" asks first: flash, cudnn or efficient.
+# Elsewhere "auto" is sdpa. An entry is a measurement of all of them in benchmarks/results/<device>.
+MEASURED: dict[tuple[str, int], str] = {}
+
+_KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+_CAN_USE: dict[str, Callable[..., bool]] = {
+    "flash": torch.backends.cuda.can_use_flash_attention,
+    "cudnn": torch.backends.cuda.can_use_cudnn_attention,
+    "efficient": torch.backends.cuda.can_use_efficient_attention,
+}
+_ENABLED: dict[SDPBackend, Callable[[], bool]] = {
+    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+    SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
+    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+    SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+}
+
+
+def auto(attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """`sdpa`; where a kernel was measured to be the fastest, it is asked before the others."""
+    order = _order(query.device, query.shape[-1] // attn.heads) if MEASURED else None
+    if not order:
+        return sdpa(attn, query, key, value, mask)
+    with sdpa_kernel(order, set_priority=True):
+        return sdpa(attn, query, key, value, mask)
+
+
+def _order(device: torch.device, head_dim: int) -> list[SDPBackend]:
+    """The kernels that are on, the measured one first; empty where none was measured."""
+    name = MEASURED.get((device_class(device), head_dim))
+    if name is None:
+        return []
+    order = dict.fromkeys((_KERNELS[name], *_ENABLED))
+    return [kernel for kernel in order if _ENABLED[kernel]()]
+
+
+# a constant for the compiler, as `backends.resolve` is
+_order._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def device_class(device: torch.device) -> str:
+    """sm_90 and the like; of other devices the type."""
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 def sdpa(attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """`F.scaled_dot_product_attention`, scaled by 1 / sqrt(head_dim)."""
-    batch = key.shape[0]
-    query, key, value = (_split(x, attn.heads).transpose(1, 2) for x in (query, key, value))
-    if getattr(attn, "norm_q", None) is not None:
-        query = attn.norm_q(query)
-    if getattr(attn, "norm_k", None) is not None:
-        key = attn.norm_k(key)
-    if mask is not None:
-        mask = mask.view(batch, attn.heads, -1, mask.shape[-1])
+    query, key, value, mask = _heads_first(attn, query, key, value, mask)
     h = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return h.transpose(1, 2).flatten(2).to(query.dtype)
+
+
+def sdpa_by(
+    name: str, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> Tensor:
+    """`sdpa` by one kernel of PyTorch: flash, cudnn or efficient."""
+    try:
+        with sdpa_kernel(_KERNELS[name]):
+            return sdpa(attn, query, key, value, mask)
+    except RuntimeError as error:
+        # "No available kernel", "No viable backend": all else is an error of its own
+        if not str(error).startswith("No "):
+            raise
+        heads = _heads_first(attn, query, key, value, mask)
+        raise BackendUnavailableError(f"attention {name!r}: {_why_not(name, *heads)}") from error
+
+
+def _why_not(name: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str:
+    """PyTorch's own words for why the kernel cannot run such a call."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        _CAN_USE[name](SDPAParams(query, key, value, mask, 0.0, False, False), True)
+    words = [str(warning.message).split(" (Triggered internally")[0] for warning in said]
+    shown = f"query {tuple(query.shape)} in {query.dtype} on {query.device.type}"
+    masked = "with a mask" if mask is not None else "without a mask"
+    return "; ".join([*words, f"PyTorch has no such kernel for {shown}, {masked}"])
+
+
+def flash3(attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """FlashAttention 3's `flash_attn_func` on (B, L, H, D), scaled by 1 / sqrt(head_dim)."""
+    flash_attn_func = flash3_attention()
+    if mask is not None:
+        raise BackendUnavailableError("attention 'flash3': it takes no mask")
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        raise BackendUnavailableError(
+            f"attention 'flash3': it computes in fp16 and bf16, got {query.dtype}"
+        )
+    query, key, value = (_split(x, attn.heads) for x in (query, key, value))
+    query, key = _normed(attn, query, key)
+    h = flash_attn_func(query, key, value)
+    # older releases return the log-sum-exp beside it
+    return (h[0] if isinstance(h, tuple) else h).flatten(2)
+
+
+def flash3_attention() -> Any:
+    """FlashAttention 3's function, or BackendUnavailableError with the reason it cannot be had."""
+    try:
+        from flash_attn_interface import flash_attn_func
+    except Exception as error:  # a broken build raises whatever its extension raises
+        reason = flash3_status().reason
+        raise BackendUnavailableError(f"attention 'flash3': {reason}") from error
+    return flash_attn_func
 
 
 def math(attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -76,6 +183,45 @@ def xformers_attention() -> Any:
         reason = xformers_status().reason
         raise BackendUnavailableError(f"attention 'xformers': {reason}") from error
     return memory_efficient_attention
+
+
+PLAIN: dict[str, Callable[[Any, Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {
+    "auto": auto,
+    "sdpa": sdpa,
+    "flash": functools.partial(sdpa_by, "flash"),
+    "cudnn": functools.partial(sdpa_by, "cudnn"),
+    "efficient": functools.partial(sdpa_by, "efficient"),
+    "flash3": flash3,
+    "math": math,
+}
+
+
+def check_installed(name: str) -> None:
+    """Raises BackendUnavailableError where the engine is a package that cannot be imported."""
+    if name == "flash3":
+        flash3_attention()
+    elif name == "xformers":
+        xformers_attention()
+
+
+def _heads_first(
+    attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Views (B, H, L, D), and the mask (B, H, 1 or Lq, Lk)."""
+    if mask is not None:
+        mask = mask.view(key.shape[0], attn.heads, -1, mask.shape[-1])
+    query, key, value = (_split(x, attn.heads).transpose(1, 2) for x in (query, key, value))
+    query, key = _normed(attn, query, key)
+    return query, key, value, mask
+
+
+def _normed(attn: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """The norms over head_dim that some layers have."""
+    if getattr(attn, "norm_q", None) is not None:
+        query = attn.norm_q(query)
+    if getattr(attn, "norm_k", None) is not None:
+        key = attn.norm_k(key)
+    return query, key
 
 
 def _split(x: Tensor, heads: int) -> Tensor:

@@ -20,14 +20,16 @@ from ..projection import AdaptedProjectionMixin
 from . import engines
 from .family import Family, Site
 
-ATTENTION = ("sdpa", "math", "sliced", "xformers")
-
 
 class A3FTAAttnProcessor:
     """Drop-in for AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor and XFormersAttnProcessor.
 
     Args:
-        attention: sdpa (AttnProcessor2_0), math (AttnProcessor), sliced or xformers.
+        attention: the engine. "auto": what was measured to be the fastest here, else "sdpa",
+            PyTorch's own choice (AttnProcessor2_0). "flash", "cudnn", "efficient": that kernel of
+            PyTorch. "flash3" (FlashAttention 3), "xformers": the package. "math"
+            (AttnProcessor), "sliced". One that cannot run a call raises
+            BackendUnavailableError with the reason.
         slice_size: heads at a time, for "sliced".
         attention_op: xformers' own choice of operator, for "xformers".
 
@@ -37,7 +39,7 @@ class A3FTAAttnProcessor:
 
     def __init__(
         self,
-        attention: str = "sdpa",
+        attention: str = "auto",
         *,
         slice_size: int | None = None,
         attention_op: Any = None,
@@ -51,14 +53,13 @@ class A3FTAAttnProcessor:
                 f"AdapterConfig(rank=...)), or model.set_attn_processor("
                 f"a3fta_kernels.attn_processors(model, AdapterConfig(rank=...)))"
             )
-        check_choice("attention", attention, ATTENTION)
+        check_choice("attention", attention, engines.ENGINES)
         if attention == "sliced" and (not isinstance(slice_size, int) or slice_size < 1):
             raise ValueError(
                 f"slice_size: expected a number of heads for attention='sliced', "
                 f"got {describe(slice_size)}"
             )
-        if attention == "xformers":
-            engines.xformers_attention()
+        engines.check_installed(attention)
         self.attention = attention
         self.slice_size = slice_size
         self.attention_op = attention_op
@@ -101,7 +102,7 @@ class A3FTAAttnProcessor:
         else:
             y = attn.to_out[1](attn.to_out[0](h))
             if len(shape) == 4:
-                y = y.transpose(-1, -2).reshape(shape)
+                y = y.transpose(-1, -2).reshape(shape)  # a view
             if attn.residual_connection:
                 y = y + residual
         return y if attn.rescale_output_factor == 1 else y / attn.rescale_output_factor
@@ -119,14 +120,12 @@ class A3FTAAttnProcessor:
     def attend(
         self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
-        if self.attention == "sdpa":
-            return engines.sdpa(attn, query, key, value, mask)
-        if self.attention == "math":
-            return engines.math(attn, query, key, value, mask)
         if self.attention == "sliced":
             assert self.slice_size is not None
             return engines.sliced(attn, query, key, value, mask, self.slice_size)
-        return engines.xformers(attn, query, key, value, mask, self.attention_op)
+        if self.attention == "xformers":
+            return engines.xformers(attn, query, key, value, mask, self.attention_op)
+        return engines.PLAIN[self.attention](attn, query, key, value, mask)
 
 
 class A3FTAFusedAttnProcessor(A3FTAAttnProcessor):

@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
 import a3fta_kernels as a3fta
+from a3fta_kernels.processors import engines
 
 from .common import (
     RUNS,
@@ -127,3 +128,16 @@ def test_inductor(device: torch.device):
         results.append([y.detach(), h.grad, *grads])
     for found, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["flash", "measured"])
+def test_attention_engine(engine: str, device: torch.device, monkeypatch: pytest.MonkeyPatch):
+    """A kernel of PyTorch by name, and one that was measured to be the fastest: still one graph."""
+    block, h, text = attention(device)
+    block, h, text = block.bfloat16(), h.bfloat16(), text.bfloat16()
+    head_dim = block.attn1.to_q.out_features // block.attn1.heads
+    if engine == "measured":
+        monkeypatch.setitem(engines.MEASURED, (engines.device_class(device), head_dim), "flash")
+    else:
+        a3fta.set_attention(block, engine)
+    check(block, block, aot(block), h, None, text, tolerance=0.05)

@@ -278,8 +278,8 @@ def test_constructor_points_to_inject(cls, arguments):
 
 
 def test_bad_buildare_refused():
-    with pytest.raises(ValueError, match="attention: expected one of sdpa, math, sliced, xformers"):
-        A3FTAAttnProcessor("flash")
+    with pytest.raises(ValueError, match="attention: expected one of auto, sdpa, flash, cudnn"):
+        A3FTAAttnProcessor("fastest")
     for size in (None, 0, "auto"):
         with pytest.raises(ValueError, match="slice_size: expected a number of heads"):
             A3FTAAttnProcessor("sliced", slice_size=size)
