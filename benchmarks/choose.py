@@ -21,8 +21,9 @@ from a3fta_kernels.ops.adapter_linear.contract import PATHS
 
 from .workloads import CPU, GPU
 
+OP = "adapter_linear"
 # one shape, one choice: a workload with a residual has a twin without
-SHAPES = {w.name("adapter_linear"): w for w in (*CPU, *GPU) if not w.residual}
+SHAPES = {w.name(OP): w for w in (*CPU[OP], *GPU[OP]) if not w.residual}
 PROVENANCE = ("device", "date", "commit", "driver", "torch", "triton")
 
 
@@ -34,7 +35,7 @@ def choices(results: dict[str, Any]) -> dict[str, Any]:
     medians: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
     for row in results["rows"]:
         backend, _, path = row["variant"].partition("-")
-        if (row["op"], row["direction"]) != ("adapter_linear", "forward+backward"):
+        if (row["op"], row["direction"]) != (OP, "forward+backward"):
             continue
         if path in PATHS and row["workload"] in SHAPES:
             medians[row["workload"], row["dtype"], backend][path] = row["q50_us"]

@@ -23,7 +23,7 @@ CUDA = torch.device("cuda")
 BACKENDS = ("triton", "native")
 DTYPES = (torch.bfloat16, torch.float32)
 # (K, N) of the models that the benchmarks take their workloads from
-WIDTHS = sorted({(w.width, w.n) for w in GPU})
+WIDTHS = sorted({(w.width, w.n) for w in GPU["adapter_linear"]})
 CLASSES = pytest.mark.parametrize("device_class", [*MACHINES, "sm_70"])
 
 
@@ -79,7 +79,7 @@ def test_extremes(device_class, on):
 @pytest.mark.parametrize("path", contract.PATHS)
 def test_the_cost_grows_with_every_size(path, backend):
     for machine, dtype in itertools.product(MACHINES.values(), DTYPES):
-        for workload in GPU:
+        for workload in GPU["adapter_linear"]:
             shape = Shape(workload.m, workload.n, workload.width, workload.r, dtype)
             cost = choice.seconds(path, backend, machine, shape)
             for name in ("m", "n", "k", "rank"):
@@ -94,28 +94,37 @@ def test_the_rule_at_the_shapes_of_the_models(on):
         w.name("adapter_linear"): choice.choose(
             "triton",
             CUDA,
-            contract.PATHS if w.r <= 64 else ("skinny", "concat"),
+            contract.PATHS,
             Shape(w.m, w.n, w.width, w.r, torch.bfloat16),
         ).path
-        for w in GPU
+        for w in GPU["adapter_linear"]
         if not w.residual
     }
     assert found == {
+        "16384x640-r64": "concat",
+        "1332x1536-r64": "concat",
         "16384x320-r64": "fused",
         "4096x640-r64": "fused",
         "1024x1280-r64": "fused",
         "256x1280-r64": "fused",
         "16384x640-r16": "fused",
         "4096x1280-r16": "fused",
-        "1332x1536-r64": "concat",
-        "16384x640-r64": "concat",
-        "16384x640-r128": "concat",
-        "16384x1152-r64": "skinny",
+        "16384x320-r16": "fused",
+        "16384x1152-r16": "fused",
+        "4096x640-r16": "fused",
+        "1024x1280-r16": "fused",
+        "256x1280-r16": "fused",
+        "1332x1536-r16": "fused",
+        "512x3072-r16": "fused",
         "4096x1280-r64": "skinny",
         "16384x1536-r64": "skinny",
-        "512x3072-r64": "skinny",
-        "4096x3072-r64": "skinny",
         "4608x15360to3072-r64": "skinny",
+        "4096x3072-r64": "skinny",
+        "16384x1152-r64": "skinny",
+        "512x3072-r64": "skinny",
+        "16384x1536-r16": "skinny",
+        "4608x15360to3072-r16": "skinny",
+        "4096x3072-r16": "skinny",
     }
 
 
@@ -322,7 +331,7 @@ def test_the_report_says_which_path(run, on, taken):
     assert [(s.rows, s.choice.path) for s in found.paths[:3]] == [
         (1, "fused"), (32, "concat"), (129, "fused")
     ]  # fmt: skip
-    text = str(report.InjectionReport("default", {"a": found}, {"x": 1}, {}, {}, {}, 1, 1))
+    text = str(report.InjectionReport("default", {"a": found}, {"x": 1}, {}, {}, {}, 1, 1, {}))
     assert (
         "1 x C=16 N=24 R=4, backend native, path fused (by rule), from 32 rows concat (measured), "
         "from 129 rows fused (by rule)" in text
