@@ -104,7 +104,11 @@ std::tuple<Tensor, Tensor> forward(Tensor h, Tensor w_down, Tensor w_up, Optiona
     args.w_up = up;
     args.b_up = b;
     args.y = whole(y);
-    adapter_forward(call.dtype(), args, call.stream());
+    if (adapter_rows_fits(call.dtype(), args)) {
+      adapter_rows_forward(call.dtype(), args, call.stream());
+    } else {
+      adapter_forward(call.dtype(), args, call.stream());
+    }
   } else {
     args.z = whole(z);
     adapter_forward(call.dtype(), args, call.stream());

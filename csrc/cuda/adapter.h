@@ -26,6 +26,11 @@ struct AdapterBackward {
   Matrix w_down, dh;     // absent together: dh = dy + da @ w_down, where adapter_fits(dtype, R)
 };
 
+// The forward in one pass over h (adapter_rows.cu), where it fits: 16-bit types, ranks up to 64,
+// rows of whole 16-byte vectors, C within the chip's shared memory, y wanted and z not.
+bool adapter_rows_fits(DType dtype, const AdapterForward& args);
+void adapter_rows_forward(DType dtype, const AdapterForward& args, cudaStream_t stream);
+
 // Whether a block of rows of this rank stays in shared memory between the two products.
 bool adapter_fits(DType dtype, int64_t rank);
 

@@ -46,29 +46,74 @@ inline void check(cudaError_t status, const char* what) {
   }
 }
 
-// Launches `kernel` on grid_x * grid_y blocks; an empty grid is a no-op.
+// What the current device has. Asked of the driver once per device.
+struct Chip {
+  int capability;            // 90 for sm_90
+  int processors;
+  int64_t shared_block;      // bytes of dynamic shared memory a block may ask for
+  int64_t shared_processor;  // bytes that the blocks of one processor share
+};
+
+const Chip& chip();
+
+// What every block takes of its processor's shared memory beside what it asks for.
+constexpr int64_t kSharedReserve = 1024;
+
+// A grid of grid_x * grid_y blocks, `cluster` neighbours along x together.
+struct Grid {
+  int64_t x, y = 1;
+  int threads;
+  int64_t shared_bytes = 0;
+  int64_t shared_limit = kSharedLimit;
+  int cluster = 1;
+};
+
+// The launch of `kernel`, and whether there is anything to launch. `attribute` must outlive it.
+template <typename... Params>
+bool configure(cudaLaunchConfig_t& config, cudaLaunchAttribute& attribute, const char* name,
+               void (*kernel)(Params...), const Grid& grid, cudaStream_t stream) {
+  if (grid.x == 0 || grid.y == 0) return false;
+  if (grid.x > INT32_MAX || grid.y > UINT16_MAX || grid.shared_bytes > grid.shared_limit) {
+    throw std::runtime_error(std::string(name) + ": too large for one launch: " +
+                             std::to_string(grid.x) + " x " + std::to_string(grid.y) +
+                             " blocks, " + std::to_string(grid.shared_bytes) +
+                             " bytes of shared memory");
+  }
+  if (grid.shared_bytes > 48 * 1024) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(grid.shared_bytes)),
+          name);
+  }
+  config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), 1);
+  config.blockDim = dim3(static_cast<unsigned>(grid.threads), 1, 1);
+  config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
+  config.stream = stream;
+  if (grid.cluster > 1) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  return true;
+}
+
+// Launches `kernel`; an empty grid is a no-op.
+template <typename... Params, typename... Args>
+void launch(const char* name, void (*kernel)(Params...), const Grid& grid, cudaStream_t stream,
+            Args&&... args) {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attribute{};
+  if (!configure(config, attribute, name, kernel, grid, stream)) return;
+  check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), name);
+}
+
 template <typename... Params, typename... Args>
 void launch(const char* name, void (*kernel)(Params...), int64_t grid_x, int64_t grid_y,
             int threads, int64_t shared_bytes, cudaStream_t stream, Args&&... args) {
-  if (grid_x == 0 || grid_y == 0) return;
-  if (grid_x > INT32_MAX || grid_y > UINT16_MAX || shared_bytes > kSharedLimit) {
-    throw std::runtime_error(std::string(name) + ": too large for one launch: " +
-                             std::to_string(grid_x) + " x " + std::to_string(grid_y) +
-                             " blocks, " + std::to_string(shared_bytes) +
-                             " bytes of shared memory");
-  }
-  if (shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)),
-          name);
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y), 1);
-  config.blockDim = dim3(static_cast<unsigned>(threads), 1, 1);
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), name);
+  launch(name, kernel, Grid{grid_x, grid_y, threads, shared_bytes}, stream,
+         std::forward<Args>(args)...);
 }
 
 }  // namespace a3fta::cuda

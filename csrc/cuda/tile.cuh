@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "launch.h"
+#include "mma.cuh"
 
 namespace a3fta::cuda {
 
@@ -43,12 +44,6 @@ __device__ __forceinline__ __half from_float<__half>(float x) {
 template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
-}
-
-// The block's dynamic shared memory.
-__device__ __forceinline__ unsigned char* shared_memory() {
-  extern __shared__ __align__(128) unsigned char dynamic_shared[];
-  return dynamic_shared;
 }
 
 // A matrix as a kernel sees it. `vectors`: every row starts at a multiple of 16 bytes.
@@ -329,6 +324,13 @@ void with_type(DType dtype, F f) {
     case DType::bf16:
       return f(static_cast<__nv_bfloat16*>(nullptr));
   }
+}
+
+// The same for kernels of 16-bit types alone.
+template <typename F>
+void with_half_type(DType dtype, F f) {
+  dtype == DType::fp16 ? f(static_cast<__half*>(nullptr))
+                       : f(static_cast<__nv_bfloat16*>(nullptr));
 }
 
 }  // namespace a3fta::cuda

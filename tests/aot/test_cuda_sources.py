@@ -23,13 +23,24 @@ SHARED_LIMIT = 99 * 1024
 # how many instances each kernel has
 KERNELS = {
     "adapter_kernel": 6,
+    "adapter_rows_kernel": 6,
     "product_kernel": 6,
     "adapter_linear_kernel": 3,
     "row_product_kernel": 3,
     "sample_sums_kernel": 3,
     "reduce_kernel": 1,
 }
-MATRIX_KERNELS = ("adapter_kernel", "product_kernel", "adapter_linear_kernel", "row_product_kernel")
+MATRIX_KERNELS = (
+    "adapter_kernel", "adapter_rows_kernel", "product_kernel", "adapter_linear_kernel",
+    "row_product_kernel",
+)  # fmt: skip
+# the kernels that read and write each element once: how they must do it
+STREAMING = ("adapter_rows_kernel",)
+STREAMED = ("LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "STG.E.128")
+
+
+# the most that leave room for the blocks a kernel is planned for: two of 256 threads
+REGISTERS = {"adapter_rows_kernel": 128}
 
 
 @dataclass(frozen=True)
@@ -150,7 +161,7 @@ def test_shared_memory(kernels):
 
 def test_registers_allow_a_block(kernels):
     for kernel in kernels:
-        assert kernel.usage["REG"] <= 255, kernel
+        assert kernel.usage["REG"] <= REGISTERS.get(kernel.short, 255), kernel
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -170,4 +181,6 @@ def test_tensor_cores(arch, binaries):
             assert ("HMMA" in section) == kernel.half, kernel.name
             assert ("FFMA" in section) or kernel.half, kernel.name
             assert not re.search(r"\b(LDL|STL)\b", section), kernel.name
+            if kernel.short in STREAMING:
+                assert all(found in section for found in STREAMED), kernel.name
     assert len(seen) == sum(KERNELS[k] for k in MATRIX_KERNELS)

@@ -38,7 +38,7 @@ def build_library(folder: Path) -> Path:
     """The native library with the CUDA kernels registered for CPU tensors."""
     sources = [
         *kernels(), HERE / "emulator.cpp", CSRC / "ops.cpp",
-        *sorted((CSRC / "cuda").glob("*.cpp")), HERE / "torch_stubs.cpp",
+        *sorted((CSRC / "cuda").glob("*.cpp")), HERE / "torch_stubs.cpp", HERE / "plans.cpp",
     ]  # fmt: skip
     flags = ["-O2", "-DA3FTA_CUDA_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     objects = compile_objects(folder, sources, flags, include_paths())
@@ -55,7 +55,8 @@ def build_library(folder: Path) -> Path:
 def build_program(folder: Path, sanitizers: str) -> Path:
     """sanitize.cpp and the kernels under the given sanitizers, as a program of their own."""
     flags = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-    objects = compile_objects(folder, [*kernels(), HERE / "sanitize.cpp"], flags, [])
+    sources = [*kernels(), HERE / "sanitize.cpp", HERE / "planted.cpp"]
+    objects = compile_objects(folder, sources, flags, [])
     kind = "THREAD" if sanitizers == "thread" else "ADDRESS"
     define = f"-DEMULATOR_{kind}_SANITIZER"
     objects += compile_objects(folder, [HERE / "emulator.cpp"], ["-O1", "-g", define], [])

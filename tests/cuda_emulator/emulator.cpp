@@ -5,10 +5,13 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
+#include <climits>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
 #include <memory>
+#include <unordered_map>
 #include <vector>
 
 #if defined(EMULATOR_THREAD_SANITIZER)
@@ -18,16 +21,13 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
-namespace a3fta::cuda {
-constexpr size_t kShared = 128 * 1024;
-extern __attribute__((aligned(128))) unsigned char dynamic_shared[];
-__attribute__((aligned(128))) unsigned char dynamic_shared[kShared];
-}  // namespace a3fta::cuda
-
 dim3 gridDim, blockDim;
 
 namespace emulator {
+
 namespace {
+
+std::vector<Chip> chips{kHopper};
 
 #if defined(EMULATOR_THREAD_SANITIZER)
 void* make_fiber() { return __tsan_create_fiber(0); }
@@ -42,143 +42,321 @@ void* current_fiber() { return nullptr; }
 void acquire(void*) {}
 void release(void*) {}
 #endif
+#if defined(EMULATOR_ADDRESS_SANITIZER)
+void poison(void* at, size_t bytes) { __asan_poison_memory_region(at, bytes); }
+void unpoison(void* at, size_t bytes) { __asan_unpoison_memory_region(at, bytes); }
+#else
+void poison(void*, size_t) {}
+void unpoison(void*, size_t) {}
+#endif
 
 constexpr size_t kStack = 128 * 1024;
-constexpr int kRunning = 0;
-constexpr int kFinished = -1;
+constexpr size_t kShared = 256 * 1024;  // more than any chip has
+
+enum class State { running, at_warp, at_barrier, at_cluster, finished };
+
+struct Traffic {
+  long reads = 0, writes = 0;
+};
 
 struct Copy {
   void* to;
   const void* from;
   size_t bytes;
+  bool real;
+};
+
+struct Block {
+  dim3 index;
+  std::unique_ptr<unsigned char, void (*)(void*)> memory{
+      static_cast<unsigned char*>(std::aligned_alloc(1024, kShared)), std::free};
+  unsigned char* shared = memory.get();
+  long barriers = 0;       // passed
+  char barrier_points[2];  // by parity: a thread past barrier k + 1 must not order those at k
 };
 
 struct Thread {
   ucontext_t context{};
   std::unique_ptr<char[]> stack{new char[kStack]};
   void* fiber = make_fiber();
-  int waits_at = kRunning;  // line of the barrier, or kFinished
+  State state = State::running;
+  Block* block = nullptr;
+  unsigned index = 0;  // in its block
+  int line = 0;        // of the barrier or the warp's instruction
+  WarpWork work = nullptr;
+  void* lane = nullptr;
+  long arrived = 0, waited = 0;              // at barriers of the cluster
   std::vector<std::vector<Copy>> groups{1};  // the last one is still open
 };
 
-std::vector<std::unique_ptr<Thread>> threads;
+std::vector<std::unique_ptr<Thread>> threads;  // of all blocks of the cluster
+std::vector<std::unique_ptr<Block>> blocks;
+size_t block_count = 0;
+unsigned block_threads = 0;
 std::map<const void*, int> allowed_shared;
+std::unordered_map<uintptr_t, Traffic> traffic;  // by address / 16
+bool counting = false;
+bool last_only = false;
 ucontext_t scheduler;
 void* scheduler_fiber = nullptr;
 const std::function<void()>* kernel_body = nullptr;
-dim3 block_at;
-unsigned thread_at = 0;
-long barriers = 0;       // passed by the block that runs
-char barrier_points[2];  // by parity: a thread past barrier k + 1 must not order those at barrier k
-char launch_point, finish_point;
+Thread* self = nullptr;
+char cluster_points[2], launch_point, finish_point;
 
 void to_scheduler() {
-  Thread& self = *threads[thread_at];
+  Thread* const me = self;
   enter_fiber(scheduler_fiber);
-  swapcontext(&self.context, &scheduler);
+  swapcontext(&me->context, &scheduler);
 }
 
 void start() {
   acquire(&launch_point);
   (*kernel_body)();
-  Thread& self = *threads[thread_at];
-  require(self.groups.size() == 1 && self.groups[0].empty(), "copies that nobody waited for");
+  require(self->groups.size() == 1 && self->groups[0].empty(), "copies that nobody waited for");
+  require(self->arrived == self->waited, "a cluster barrier that nobody waited for");
   release(&finish_point);
-  self.waits_at = kFinished;
+  self->state = State::finished;
   to_scheduler();
   std::abort();
 }
 
-void run_block(unsigned count, size_t shared_bytes) {
-  unsigned char* shared = a3fta::cuda::dynamic_shared;
-#if defined(EMULATOR_ADDRESS_SANITIZER)
-  __asan_unpoison_memory_region(shared, a3fta::cuda::kShared);
-#endif
-  std::memset(shared, 0xff, a3fta::cuda::kShared);
-#if defined(EMULATOR_ADDRESS_SANITIZER)
-  __asan_poison_memory_region(shared + shared_bytes, a3fta::cuda::kShared - shared_bytes);
-#endif
-  barriers = 0;
+bool all_arrived(long count) {
+  for (size_t i = 0; i < block_count * block_threads; ++i) {
+    if (threads[i]->arrived < count) return false;
+  }
+  return true;
+}
+
+bool ready(const Thread& t) {
+  return t.state == State::running || (t.state == State::at_cluster && all_arrived(t.waited));
+}
+
+// Runs the lanes of a warp until each waits for threads of other warps; whether any moved.
+bool run_warp(size_t first, size_t count) {
+  for (bool moved = false;; moved = true) {
+    bool ran = false;
+    for (size_t i = first; i < first + count; ++i) {
+      if (!ready(*threads[i])) continue;
+      self = threads[i].get();
+      self->state = State::running;
+      enter_fiber(self->fiber);
+      swapcontext(&scheduler, &self->context);
+      ran = true;
+    }
+    if (!ran) return moved;
+    size_t at_warp = 0;
+    for (size_t i = first; i < first + count; ++i) at_warp += threads[i]->state == State::at_warp;
+    if (at_warp == 0) continue;
+    void* lanes[kWarp];
+    for (size_t i = 0; i < count; ++i) {
+      self = threads[first + i].get();
+      require(at_warp == kWarp && self->work == threads[first]->work &&
+                  self->line == threads[first]->line,
+              "lanes of a warp part at the instruction of line", self->line);
+      lanes[i] = self->lane;
+    }
+    threads[first]->work(lanes);
+    for (size_t i = first; i < first + count; ++i) threads[i]->state = State::running;
+  }
+}
+
+// Lets the threads of a block pass a barrier that all of them have reached.
+bool open_barrier(Block& block, size_t first) {
+  bool waits = false;
+  for (size_t i = first; i < first + block_threads; ++i) {
+    if (threads[i]->state == State::at_cluster) return false;
+    waits |= threads[i]->state == State::at_barrier;
+  }
+  if (!waits) return false;
+  for (size_t i = first; i < first + block_threads; ++i) {
+    self = threads[i].get();
+    require(self->state == State::at_barrier && self->line == threads[first]->line,
+            "threads of a block part at the barrier of line", threads[first]->line);
+  }
+  for (size_t i = first; i < first + block_threads; ++i) threads[i]->state = State::running;
+  ++block.barriers;
+  return true;
+}
+
+void run_cluster(size_t shared_bytes) {
+  for (size_t b = 0; b < block_count; ++b) {
+    unsigned char* shared = blocks[b]->shared;
+    unpoison(shared, kShared);
+    std::memset(shared, 0xff, kShared);
+    poison(shared + shared_bytes, kShared - shared_bytes);
+    blocks[b]->barriers = 0;
+  }
   release(&launch_point);
-  for (unsigned i = 0; i < count; ++i) {
+  const size_t count = block_count * block_threads;
+  for (size_t i = 0; i < count; ++i) {
     Thread& t = *threads[i];
-    t.waits_at = kRunning;
+    t.state = State::running;
+    t.block = blocks[i / block_threads].get();
+    t.index = static_cast<unsigned>(i % block_threads);
+    t.arrived = t.waited = 0;
     getcontext(&t.context);
     t.context.uc_stack.ss_sp = t.stack.get();
     t.context.uc_stack.ss_size = kStack;
     makecontext(&t.context, start, 0);
   }
   for (;;) {
-    for (unsigned i = 0; i < count; ++i) {
-      thread_at = i;
-      enter_fiber(threads[i]->fiber);
-      swapcontext(&scheduler, &threads[i]->context);
+    bool moved = false;
+    size_t finished = 0;
+    for (size_t b = 0; b < block_count; ++b) {
+      const size_t first = b * block_threads;
+      for (size_t i = 0; i < block_threads; i += kWarp) {
+        const size_t left = block_threads - i;
+        moved |= run_warp(first + i, left < kWarp ? left : kWarp);
+      }
+      moved |= open_barrier(*blocks[b], first);
     }
-    const int line = threads[0]->waits_at;
-    for (unsigned i = 1; i < count; ++i) {
-      require(threads[i]->waits_at == line, "threads of a block part at the barrier of line",
-              line == kFinished ? threads[i]->waits_at : line);
-    }
-    if (line == kFinished) break;
-    ++barriers;
+    for (size_t i = 0; i < count; ++i) finished += threads[i]->state == State::finished;
+    if (finished == count) break;
+    require(moved, "a barrier of the cluster that not all threads reach");
   }
   acquire(&finish_point);
 }
 
 }  // namespace
 
-dim3 thread_index() { return {thread_at, 0, 0}; }
-dim3 block_index() { return block_at; }
+const Chip& chip() { return chips.back(); }
+void use_chip(const Chip& chip) { chips.push_back(chip); }
+int device() { return static_cast<int>(chips.size()) - 1; }
+
+dim3 thread_index() { return {self->index, 0, 0}; }
+dim3 block_index() { return self->block->index; }
+unsigned char* shared_memory() { return self->block->shared; }
 
 void barrier(int line) {
-  char* point = &barrier_points[barriers & 1];
+  Block& block = *self->block;
+  char* point = &block.barrier_points[block.barriers & 1];
   release(point);
-  threads[thread_at]->waits_at = line;
+  self->line = line;
+  self->state = State::at_barrier;
   to_scheduler();
   acquire(point);
 }
 
-void copy_async(void* to, const void* from, size_t bytes) {
-  threads[thread_at]->groups.back().push_back({to, from, bytes});
+void collective(WarpWork work, void* lane, int line) {
+  self->work = work;
+  self->lane = lane;
+  self->line = line;
+  self->state = State::at_warp;
+  to_scheduler();
 }
 
-void commit() { threads[thread_at]->groups.emplace_back(); }
+unsigned cluster_size() { return static_cast<unsigned>(block_count); }
+unsigned cluster_rank() { return self->block->index.x % cluster_size(); }
+
+void cluster_arrive() {
+  require(self->arrived == self->waited, "a second arrival at a cluster barrier");
+  release(&cluster_points[self->arrived & 1]);
+  ++self->arrived;
+}
+
+void cluster_wait() {
+  require(self->arrived == self->waited + 1, "a wait at a cluster barrier without arrival");
+  char* point = &cluster_points[self->waited & 1];
+  ++self->waited;
+  self->state = State::at_cluster;
+  to_scheduler();
+  acquire(point);
+}
+
+void* map_shared(void* address, unsigned rank) {
+  const auto offset = static_cast<unsigned char*>(address) - self->block->shared;
+  require(offset >= 0 && offset < static_cast<long>(kShared), "not an address of shared memory");
+  require(rank < block_count, "a block outside the cluster", rank);
+  return blocks[rank]->shared + offset;
+}
+
+void copy_async(void* to, const void* from, size_t bytes, bool real) {
+  self->groups.back().push_back({to, from, bytes, real});
+}
+
+void commit() { self->groups.emplace_back(); }
 
 void wait_prior(size_t count) {
-  auto& groups = threads[thread_at]->groups;
+  auto& groups = self->groups;
   while (groups.size() > count + 1) {
     const std::vector<Copy> first = std::move(groups.front());
     groups.erase(groups.begin());
-    for (const Copy& c : first) std::memcpy(c.to, c.from, c.bytes);
-  }
-}
-
-void fail(const char* what, long value) {
-  std::fprintf(stderr, "emulator: %s (%ld) in block (%u, %u), thread %u\n", what, value,
-               block_at.x, block_at.y, thread_at);
-  std::abort();
-}
-
-void allow_shared(const void* kernel, int bytes) { allowed_shared[kernel] = bytes; }
-
-void run(const void* kernel, dim3 new_grid, dim3 new_block, size_t shared_bytes,
-         const std::function<void()>& body) {
-  require(shared_bytes <= 48 * 1024 || allowed_shared[kernel] >= static_cast<int>(shared_bytes),
-          "shared memory was not allowed", static_cast<long>(shared_bytes));
-  require(shared_bytes <= 99 * 1024, "shared memory", static_cast<long>(shared_bytes));
-  require(new_grid.x > 0 && new_grid.y > 0 && new_grid.z == 1, "empty grid");
-  require(new_block.y == 1 && new_block.z == 1 && new_block.x <= 1024, "block", new_block.x);
-  gridDim = new_grid;
-  blockDim = new_block;
-  kernel_body = &body;
-  scheduler_fiber = current_fiber();
-  while (threads.size() < blockDim.x) threads.push_back(std::make_unique<Thread>());
-  for (unsigned y = 0; y < gridDim.y; ++y) {
-    for (unsigned x = 0; x < gridDim.x; ++x) {
-      block_at = {x, y, 0};
-      run_block(blockDim.x, shared_bytes);
+    for (const Copy& c : first) {
+      c.real ? std::memcpy(c.to, c.from, c.bytes) : std::memset(c.to, 0, c.bytes);
     }
   }
 }
 
+void fail(const char* what, long value) {
+  const dim3 at = self == nullptr ? dim3() : self->block->index;
+  std::fprintf(stderr, "emulator: %s (%ld) in block (%u, %u), thread %u\n", what, value, at.x,
+               at.y, self == nullptr ? 0 : self->index);
+  std::abort();
+}
+
+void allow_shared(const void* kernel, int bytes) {
+  require(bytes <= chip().shared_block, "shared memory", bytes);
+  allowed_shared[kernel] = bytes;
+}
+
+void count_read(const void* from) {
+  if (counting) ++traffic[reinterpret_cast<uintptr_t>(from) / 16].reads;
+}
+void count_written(const void* to) {
+  if (counting) ++traffic[reinterpret_cast<uintptr_t>(to) / 16].writes;
+}
+
+void run_last_only(bool on) { last_only = on; }
+
+void run(const void* kernel, dim3 new_grid, dim3 new_block, unsigned cluster, size_t shared_bytes,
+         const std::function<void()>& body) {
+  require(shared_bytes <= 48 * 1024 || allowed_shared[kernel] >= static_cast<int>(shared_bytes),
+          "shared memory was not allowed", static_cast<long>(shared_bytes));
+  require(new_grid.x > 0 && new_grid.y > 0 && new_grid.z == 1, "empty grid");
+  require(new_block.y == 1 && new_block.z == 1 && new_block.x <= 1024, "block", new_block.x);
+  require(cluster >= 1 && cluster <= 8 && new_grid.x % cluster == 0, "cluster", cluster);
+  require(cluster == 1 || chip().capability >= 90, "clusters on a chip without", cluster);
+  gridDim = new_grid;
+  blockDim = new_block;
+  kernel_body = &body;
+  scheduler_fiber = current_fiber();
+  block_count = cluster;
+  block_threads = blockDim.x;
+  while (threads.size() < block_count * block_threads) {
+    threads.push_back(std::make_unique<Thread>());
+  }
+  while (blocks.size() < block_count) blocks.push_back(std::make_unique<Block>());
+  for (unsigned y = 0; y < gridDim.y; ++y) {
+    for (unsigned x = last_only ? gridDim.x - cluster : 0; x < gridDim.x; x += cluster) {
+      for (unsigned b = 0; b < cluster; ++b) blocks[b]->index = {x + b, y, 0};
+      run_cluster(shared_bytes);
+    }
+  }
+  self = nullptr;
+}
+
 }  // namespace emulator
+
+// for Python
+extern "C" {
+void emulator_use_chip(int capability, int processors, int shared_block, int shared_processor) {
+  emulator::use_chip({capability, processors, shared_block, shared_processor});
+}
+void emulator_count(bool on) {
+  emulator::counting = on;
+  emulator::traffic.clear();
+}
+// The fewest and the most times that a 16-byte vector of the buffer was read and written.
+void emulator_traffic(const char* data, long bytes, long* found) {
+  found[0] = found[2] = LONG_MAX;
+  found[1] = found[3] = 0;
+  for (long i = 0; i < bytes; i += 16) {
+    const auto at = emulator::traffic.find(reinterpret_cast<uintptr_t>(data + i) / 16);
+    const emulator::Traffic t = at == emulator::traffic.end() ? emulator::Traffic{} : at->second;
+    found[0] = std::min(found[0], t.reads);
+    found[1] = std::max(found[1], t.reads);
+    found[2] = std::min(found[2], t.writes);
+    found[3] = std::max(found[3], t.writes);
+  }
+}
+}

@@ -4,8 +4,12 @@
 //
 // It is stricter than a GPU where that finds mistakes: shared memory starts as NaN; asynchronous
 // copies happen only when they are waited for; a barrier that not all threads of a block reach
-// fails, and so do misaligned vectors and matrix fragments. Under ThreadSanitizer only barriers
-// order the fibers of a block, so that it sees every missing __syncthreads.
+// fails, and so do misaligned vectors and matrix fragments, a warp whose lanes do not all come to
+// the same instruction, and a cluster barrier that some thread does not reach. Under
+// ThreadSanitizer only barriers order the fibers, so that it sees every missing __syncthreads.
+//
+// The blocks of a cluster run side by side, each with its own shared memory; other blocks run one
+// after the other. What a chip has (`Chip`) can be set, so that the plans for others run, too.
 //
 // Left out: caches, warp scheduling, the order of sums inside a tensor-core instruction.
 #pragma once
@@ -38,14 +42,44 @@ namespace emulator {
 
 constexpr int kWarp = 32;
 
+// What cudaDeviceGetAttribute answers.
+struct Chip {
+  int capability, processors, shared_block, shared_processor;
+};
+constexpr Chip kHopper = {90, 4, 227 * 1024, 228 * 1024};
+constexpr Chip kAda = {89, 4, 99 * 1024, 100 * 1024};
+const Chip& chip();
+void use_chip(const Chip& chip);  // as a device of its own
+int device();
+
 dim3 thread_index();
 dim3 block_index();
+unsigned char* shared_memory();
 void barrier(int line);
-void copy_async(void* to, const void* from, size_t bytes);
+void copy_async(void* to, const void* from, size_t bytes, bool real = true);
 void commit();
 void wait_prior(size_t groups);
-void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+void run(const void* kernel, dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes,
          const std::function<void()>& body);
+
+// One instruction of a whole warp: `work` runs once, with the arguments of all lanes, when all of
+// them have come.
+using WarpWork = void (*)(void* const* lanes);
+void collective(WarpWork work, void* lane, int line);
+
+unsigned cluster_rank();
+unsigned cluster_size();
+void cluster_arrive();
+void cluster_wait();
+void* map_shared(void* address, unsigned rank);
+
+// The 16-byte accesses of device memory, by vector: what a kernel moves can be held to its floor.
+void count_read(const void* from);
+void count_written(const void* to);
+
+// Runs the last cluster of a grid only, for grids whose first blocks are like any other.
+void run_last_only(bool on);
+
 [[noreturn]] void fail(const char* what, long value = 0);
 void allow_shared(const void* kernel, int bytes);
 
@@ -74,12 +108,31 @@ inline void __pipeline_wait_prior(size_t groups) { emulator::wait_prior(groups);
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+};
 using cudaStream_t = void*;
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -90,11 +143,32 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, i
   return cudaSuccess;
 }
 
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = emulator::device();
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  const emulator::Chip& c = emulator::chip();
+  const int values[] = {c.processors, c.capability / 10, c.capability % 10, c.shared_block,
+                        c.shared_processor};
+  *value = values[which];
+  return cudaSuccess;
+}
+
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                Args&&... args) {
-  emulator::run(reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim,
+  const unsigned cluster = config->numAttrs == 0 ? 1 : config->attrs[0].val.clusterDim.x;
+  emulator::run(reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim, cluster,
                 config->dynamicSmemBytes, [&] { kernel(args...); });
+  return cudaSuccess;
+}
+
+// as many as there are processors for: one block on each
+template <typename... Params>
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, void (*)(Params...),
+                                           const cudaLaunchConfig_t* config) {
+  *count = emulator::chip().processors / static_cast<int>(config->attrs[0].val.clusterDim.x);
   return cudaSuccess;
 }
 

@@ -5,8 +5,11 @@ python -m tests.cuda_emulator.run_ops path/to/emulated.so
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import cycle
 
@@ -33,6 +36,23 @@ ADAPTER = [
     Case((2, 9), 32, 8, layout="transposed"),
     Case((1100,), 24, 4),
     *(Case((2, 19), 24, 8, activation=a, modulation="gamma beta") for a in ACTIVATIONS),
+]
+# for the one-pass forward: its blocks of 64, 32 and 16 rows, padded ranks of 16, 32 and 64, chunks
+# of 64 and 128 columns with and without a rest, ranks whose rows are no 16-byte vectors; and past
+# what it takes: C too wide, C odd
+ROWS = [
+    Case((1, 1), 8, 1),
+    Case((130,), 328, 4),
+    Case((3, 43), 136, 16, modulation="gamma beta", scale="tensor"),
+    Case((260,), 72, 24, biases=False),
+    Case((2, 67), 256, 33, modulation="gamma"),
+    Case((515,), 64, 64),
+    Case((70,), 1280, 64, modulation="beta"),
+    Case((2, 9), 1544, 20),
+    Case((18,), 3072, 64),
+    Case((17,), 7200, 8),
+    Case((70,), 130, 16),
+    Case((2, 9), 32, 8, layout="sliced"),
 ]
 LINEAR = [
     Case((1, 1), 8, 1, n=8),
@@ -71,6 +91,7 @@ def checks() -> list[tuple[Case, torch.dtype, str]]:
         for dtype in (next(half), torch.float32):
             paths = ("auto",) if case.n is None else ("skinny", "fused")
             found += [(replace(case, path=p), dtype, "plain") for p in paths]
+    found += [(case, next(half), "plain") for case in ROWS]
     for kind in ("expanded", "transposed"):
         found += [(Case((2, 11), 24, 8), torch.bfloat16, kind)]
         found += [(Case((2, 11), 24, 8, n=20, path="fused"), torch.bfloat16, kind)]
@@ -96,12 +117,120 @@ def check_nan_stays() -> None:
     assert torch.equal(dh.isnan(), expected)
 
 
+def check_adapter_nan_stays() -> None:
+    """The same for the one-pass forward: rows of h, columns of w_up, ranks that are padding."""
+    ops = torch.ops.a3fta_native
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.float16)  # noqa: E731
+    h, w_down, w_up = draw(70, 72), draw(20, 72), draw(72, 20)
+    h[5, 7], h[66, 71], w_up[9, 2] = torch.nan, torch.inf, torch.nan
+    y, a = ops.adapter_forward(h, w_down, w_up, None, None, None, None, 0)
+    assert (~a.isfinite()).any(1).nonzero().flatten().tolist() == [5, 66]
+    expected = torch.zeros(70, 72, dtype=torch.bool)
+    expected[5] = expected[66] = expected[:, 9] = True
+    assert torch.equal(~y.isfinite(), expected)
+
+
+class Emulator:
+    """The emulator's own switches and counts."""
+
+    def __init__(self, library: str) -> None:
+        self.calls = ctypes.CDLL(library)
+
+    def plan_of_rows(self, chip: tuple[int, int, int], m: int, c: int, r: int) -> tuple[int, int]:
+        """Rows of a block and bytes of shared memory; (0, 0): does not fit."""
+        found = (ctypes.c_int64 * 2)()
+        self.calls.plan_of_rows(*chip, *map(ctypes.c_int64, (m, c, r)), found)
+        return tuple(found)
+
+    def use_chip(self, capability: int, shared: int) -> None:
+        """A chip of four processors with `shared` KB of shared memory for a block."""
+        self.calls.emulator_use_chip(capability, 4, shared * 1024, (shared + 1) * 1024)
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        self.calls.emulator_count(True)
+        yield
+        self.calls.emulator_count(False)
+
+    def traffic(self, x: torch.Tensor) -> tuple[int, int, int, int]:
+        """Fewest and most reads, fewest and most writes of a 16-byte vector of x."""
+        found = (ctypes.c_long * 4)()
+        size = x.numel() * x.element_size()
+        self.calls.emulator_traffic(ctypes.c_void_p(x.data_ptr()), ctypes.c_long(size), found)
+        return tuple(found)
+
+
+# capability, processors, KB of shared memory a block may have
+H200, A100, RTX4090, B200 = (90, 132, 227), (80, 108, 163), (89, 128, 99), (100, 148, 227)
+# chip, M, C, R: rows of a block, blocks that a processor's shared memory holds
+ROW_PLANS = [
+    (H200, 16384, 320, 64, 64, 3),
+    (H200, 16384, 640, 64, 64, 2),
+    (H200, 16384, 640, 16, 64, 2),
+    (H200, 4096, 640, 64, 32, 3),
+    (H200, 4096, 1280, 64, 32, 2),
+    (H200, 256, 1280, 64, 16, 3),
+    (H200, 16384, 1536, 64, 16, 2),
+    (H200, 4096, 3072, 64, 16, 1),
+    (H200, 4096, 8192, 64, 0, 0),
+    (H200, 4096, 640, 65, 0, 0),
+    (A100, 16384, 640, 64, 32, 2),
+    (A100, 4096, 3072, 16, 16, 1),
+    (RTX4090, 16384, 640, 64, 16, 2),
+    (RTX4090, 16384, 1280, 64, 16, 1),
+    (RTX4090, 4096, 3072, 64, 0, 0),
+    (B200, 16384, 640, 64, 64, 2),
+]
+
+
+def check_plans(emulator: Emulator) -> None:
+    """The choices that the workloads meet, by chip; every plan keeps within its chip."""
+    for chip, m, c, r, block_m, blocks in ROW_PLANS:
+        found, shared = emulator.plan_of_rows(chip, m, c, r)
+        held = (chip[2] + 1) * 1024 // (shared + 1024) if found else 0
+        assert (found, held) == (block_m, blocks), (chip, m, c, r, found, held, shared)
+    for chip in (H200, A100, RTX4090, B200):
+        for m in (1, 63, 64, 65, 2**31 // 8 + 1):
+            for c in range(8, 8192, 264):
+                for r in (1, 4, 16, 17, 64):
+                    found, shared = emulator.plan_of_rows(chip, m, c, r)
+                    assert found in (0, 16, 32, 64) and shared <= chip[2] * 1024
+                    # the rows of h at least, and nothing where they fit generously
+                    assert shared >= 2 * found * c
+                    assert found > 0 or 16 * 2 * c + 40_000 > chip[2] * 1024
+
+
+def check_forward_traffic(emulator: Emulator) -> None:
+    """h is read once, y written once; the weights are read once per block of rows."""
+    ops = torch.ops.a3fta_native
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.bfloat16)  # noqa: E731
+    for shared, channels, rank, block_m in (
+        (227, 640, 64, 64), (227, 1280, 16, 32), (99, 1280, 64, 16),
+    ):  # fmt: skip
+        emulator.use_chip(90 if shared == 227 else 89, shared)
+        m = 4 * 64 + 5  # five blocks of 64 rows keep four processors busy
+        h, w_down, w_up = draw(m, channels), draw(rank, channels), draw(channels, rank)
+        with emulator.counting():
+            y, a = ops.adapter_forward(h, w_down, w_up, None, None, None, None, 2)
+            assert emulator.traffic(h) == (1, 1, 0, 0)
+            assert emulator.traffic(y) == (0, 0, 1, 1)
+            assert emulator.traffic(a) == (0, 0, 1, 1)
+            blocks = -(-m // block_m)
+            assert emulator.traffic(w_down) == (blocks, blocks, 0, 0)
+            assert emulator.traffic(w_up) == (blocks, blocks, 0, 0)
+    emulator.use_chip(90, 227)
+
+
 def main(library: str) -> int:
     torch.set_num_threads(1)
     use(library)
+    emulator = Emulator(library)
+    check_plans(emulator)
+    check_forward_traffic(emulator)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN
     check_nan_stays()
+    check_adapter_nan_stays()
     failures = 0
     todo = checks()
     for case, dtype, kind in todo:

@@ -1,6 +1,8 @@
 // Runs every launcher on exactly-sized heap buffers at awkward sizes, for the sanitizers: reads
 // and writes out of bounds, races between barriers, undefined behaviour. Results are only checked
 // to be written and finite; their values are checked elsewhere.
+#include <sys/mman.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -14,6 +16,7 @@
 #include "../../csrc/cuda/row_sums.h"
 #include "../../csrc/cuda/tile.cuh"
 #include "emulator.h"
+#include "planted.h"
 
 using namespace a3fta::cuda;
 
@@ -206,20 +209,68 @@ void run(const Case& c) {
   b.expect_finite("up", up.y);
 }
 
-// What the sanitizers must find: a neighbour's element without a barrier, and one past the end.
-void broken_kernel(float* out) {
-  float* shared = reinterpret_cast<float*>(shared_memory());
-  shared[threadIdx.x] = 1.0f;
-  *out = shared[threadIdx.x + 1];
+// The one-pass kernels: 16-bit types, rows of whole vectors.
+void run_one_pass(const Case& c) {
+  Buffers b(c);
+  const int64_t m = c.samples * c.tokens;
+  AdapterForward f{};
+  f.h = b.input(m, c.channels);
+  f.w_down = b.input(c.rank, c.channels);
+  f.w_up = b.input(c.channels, c.rank);
+  f.w_down.stride = c.channels;
+  f.b_down = b.vector(c.rank);
+  f.b_up = b.vector(c.channels);
+  f.modulation = {b.vector(c.samples * c.rank).data, b.vector(c.samples * c.rank).data, c.tokens};
+  f.activation = 2;
+  f.a = b.output(m, c.rank);
+  f.a.stride = c.rank;
+  f.y = b.output(m, c.channels);
+  emulator::require(adapter_rows_fits(c.dtype, f), "the one-pass forward does not take this case");
+  adapter_rows_forward(c.dtype, f, nullptr);
+  b.expect_finite("one-pass a", f.a);
+  b.expect_finite("one-pass y", f.y);
+}
+
+// Rows so far into memory that their elements have no 32-bit index: first by their stride, then
+// by their number.
+void run_far(int64_t m, int64_t stride, bool last_only) {
+  const int64_t channels = 8;
+  const int64_t rank = 8;
+  const int64_t bytes = 2 * ((m - 1) * stride + channels);
+  const auto reserve = [](int64_t size) {
+    void* data = mmap(nullptr, static_cast<size_t>(size), PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    emulator::require(data != MAP_FAILED, "no address space for gigabytes", size);
+    return data;
+  };
+  Buffers b({DType::bf16, 1, 1, 1, 1, 1, 0, 0, true});
+  AdapterForward f{};
+  f.h = {reserve(bytes), m, channels, stride};
+  f.y = {reserve(bytes), m, channels, stride};
+  f.a = {reserve(2 * m * rank), m, rank, rank};
+  f.w_down = b.input(rank, channels);
+  f.w_up = b.input(channels, rank);
+  uint16_t* const h = static_cast<uint16_t*>(f.h.data) + (m - 1) * stride;
+  const uint16_t* const y = static_cast<const uint16_t*>(f.y.data) + (m - 1) * stride;
+  for (int64_t i = 0; i < channels; ++i) h[i] = __float2bfloat16_rn(1.0f).bits;
+  emulator::require(adapter_rows_fits(DType::bf16, f), "the one-pass forward does not take this");
+  emulator::run_last_only(last_only);
+  adapter_rows_forward(DType::bf16, f, nullptr);
+  emulator::run_last_only(false);
+  float sum = 0.0f;
+  for (int64_t i = 0; i < channels; ++i) sum += std::fabs(__bfloat162float({y[i]}));
+  emulator::require(sum > 1.0f, "the last row was not written");
+  munmap(f.h.data, static_cast<size_t>(bytes));
+  munmap(f.y.data, static_cast<size_t>(bytes));
+  munmap(f.a.data, static_cast<size_t>(2 * m * rank));
 }
 
 }  // namespace
 
-int main(int argc, char**) {
+int main(int argc, char** argv) {
   if (argc > 1) {
-    float out = 0.0f;
-    launch("broken", broken_kernel, 1, 1, 64, 64 * 4, nullptr, &out);
-    std::puts("broken");
+    run_planted(argv[1]);
+    std::puts("not found");
     return 0;
   }
   for (const DType dtype : {DType::fp32, DType::fp16, DType::bf16}) {
@@ -230,6 +281,13 @@ int main(int argc, char**) {
       run({dtype, 1, 64, 64, 64, 128, 8, 64, aligned});
     }
     run({dtype, 1, 600, 16, 4, 8, 0, 8, true});
+    if (dtype == DType::fp32) continue;
+    run_one_pass({dtype, 1, 1, 8, 1, 0, 0, 0, true});
+    run_one_pass({dtype, 3, 43, 136, 20, 0, 0, 0, true});
+    run_one_pass({dtype, 2, 33, 640, 64, 0, 0, 0, true});
+    run_one_pass({dtype, 1, 260, 72, 16, 0, 0, 0, true});
   }
+  run_far(3, (int64_t{1} << 30) + 8, false);
+  run_far((int64_t{1} << 31) / 8 + 1, 8, true);
   std::puts("clean");
 }

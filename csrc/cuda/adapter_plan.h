@@ -1,0 +1,58 @@
+// How the one-pass kernels of `adapter` cut their work, and where they do not run: host functions
+// of sizes alone, so that every choice can be read, and tested where there is no GPU.
+#pragma once
+
+#include <cstdint>
+
+#include "launch.h"
+
+namespace a3fta::cuda {
+
+// The rank as these kernels hold it: 16, 32 or 64 columns, zeros beyond the rank; 0: too large.
+constexpr int padded_rank(int64_t rank) {
+  return rank <= 16 ? 16 : rank <= 32 ? 32 : rank <= 64 ? 64 : 0;
+}
+
+// 16-bit elements between the rows of a tile: whole steps of 16, and an odd number of 16-byte
+// vectors, so that eight rows lie in eight different groups of banks.
+__host__ __device__ constexpr int64_t padded_stride(int64_t cols) {
+  return ceil_div(cols, 16) * 16 + 8;
+}
+
+// adapter_rows.cu: a block keeps `block_m` rows of h in shared memory.
+struct RowsPlan {
+  int block_m;  // 64, 32 or 16; 0: does not fit
+  int64_t shared_bytes;
+};
+
+// columns of h, rows of w_up that one step of a product takes
+__host__ __device__ constexpr int rows_chunk(int padded) { return padded == 64 ? 64 : 128; }
+
+// elements of one of the three buffers of weights: (R, chunk) of w_down or (chunk, R) of w_up
+__host__ __device__ constexpr int rows_buffer(int padded) {
+  const int chunk = rows_chunk(padded);
+  const int down = padded * (chunk + 8);
+  const int up = chunk * (padded + 8);
+  return down > up ? down : up;
+}
+
+inline RowsPlan plan_rows(const Chip& chip, int64_t rows, int64_t channels, int64_t rank) {
+  const int padded = padded_rank(rank);
+  if (padded == 0) return {0, 0};
+  const auto bytes = [&](int block_m) {
+    return 2 * (block_m * padded_stride(channels) + 3 * rows_buffer(padded));
+  };
+  // the weights are read once per block: many rows a block; but two blocks on a processor, so
+  // that one stores while the other loads
+  int block_m = 64;
+  while (block_m > 16 &&
+         2 * (bytes(block_m) + kSharedReserve) > chip.shared_processor) {
+    block_m /= 2;
+  }
+  // few rows: no more than half of the processors left without work
+  while (block_m > 16 && 2 * ceil_div(rows, block_m) <= chip.processors) block_m /= 2;
+  if (bytes(block_m) > chip.shared_block) return {0, 0};
+  return {block_m, bytes(block_m)};
+}
+
+}  // namespace a3fta::cuda
