@@ -2,6 +2,7 @@
 
 #include "adapter.h"
 
+#include "adapter_cluster.h"
 #include "product.h"
 #include "row_sums.h"
 #include "tensors.h"
@@ -23,57 +24,109 @@ RowProductResult row_product(const Call& call, const Matrix& left, const Matrix&
   return result;
 }
 
-BottleneckGradients bottleneck_gradients(const Call& call, const Matrix& dy, const Matrix& a,
-                                         const Matrix& w_up, const OptionalTensor& gamma,
-                                         const OptionalTensor& beta, int64_t activation,
-                                         bool need_dw, const Matrix& w_down, const Matrix& dh) {
+namespace {
+
+// dgamma and dbeta of `result` from dz (M, R)
+void add_sample_sums(BottleneckGradients& result, const Call& call, const Tensor& dz,
+                     const Matrix& a, const OptionalTensor& gamma, const OptionalTensor& beta,
+                     int activation) {
+  const int64_t rank = a.cols;
+  SampleSums sums{};
+  sums.samples = (gamma.has_value() ? gamma : beta)->size(0);
+  if (gamma.has_value()) result.dgamma = call.wide(sums.samples, rank);
+  if (beta.has_value()) result.dbeta = call.wide(sums.samples, rank);
+  const Tensor workspace =
+      call.wide(sample_sum_parts(a.rows, sums.samples, rank) * 2 * sums.samples * rank);
+  sums.dz = static_cast<const float*>(dz.data_ptr());
+  sums.a = a;
+  sums.activation = activation;
+  if (gamma.has_value()) sums.dgamma = static_cast<float*>(result.dgamma.data_ptr());
+  if (beta.has_value()) sums.dbeta = static_cast<float*>(result.dbeta.data_ptr());
+  sums.workspace = static_cast<float*>(workspace.data_ptr());
+  sample_sums(call.dtype(), sums, call.stream());
+}
+
+// One pass by clusters; `args` lacks its sums.
+void run_cluster(BottleneckGradients& result, const Call& call, AdapterCluster& args,
+                 const ClusterSizes& sizes, bool need_dw) {
+  const int64_t n = args.dy.cols;
+  const int64_t rank = args.w_up.cols;
+  const Tensor workspace = call.wide(need_dw ? sizes.workspace : 0);
+  if (need_dw) {
+    result.up = {call.wide(n, rank), call.wide(n)};
+    args.workspace = static_cast<float*>(workspace.data_ptr());
+    args.g_up = static_cast<float*>(result.up.product.data_ptr());
+    args.dy_sum = static_cast<float*>(result.up.sums.data_ptr());
+    if (args.h.cols > 0) {
+      result.down = {call.wide(rank, args.h.cols), call.wide(rank)};
+      args.dw_down = static_cast<float*>(result.down.product.data_ptr());
+      args.da_sum = static_cast<float*>(result.down.sums.data_ptr());
+    }
+  }
+  adapter_cluster_backward(call.dtype(), args, sizes.clusters, call.stream());
+}
+
+}  // namespace
+
+BottleneckGradients bottleneck_gradients(const Call& call, const Matrix& dy, const Matrix& h,
+                                         const Matrix& a, const Matrix& w_up,
+                                         const OptionalTensor& gamma, const OptionalTensor& beta,
+                                         int64_t activation, bool need_dw, const Matrix& w_down,
+                                         const Matrix& dh) {
   const int64_t m = dy.rows;
   const int64_t rank = w_up.cols;
+  const RowProductResult none{call.none(), call.none()};
+  BottleneckGradients result{call.none(), none, none, call.none(), call.none()};
+  const bool need_down = need_dw && h.cols > 0;  // M may be 0
   const bool need_samples = need_dw && (gamma.has_value() || beta.has_value());
-  BottleneckGradients result{call.empty(m, rank), {call.none(), call.none()}, call.none(),
-                             call.none()};
-  const Tensor z = call.empty(need_dw ? m : 0, rank);
   const Tensor dz = call.wide(need_samples ? m : 0, rank);
 
-  AdapterBackward args{};
-  args.dy = dy;
-  args.a = a;
-  args.w_up = w_up;
-  args.modulation = call.modulation(gamma, beta, m, rank);
-  args.activation = static_cast<int>(activation);
-  args.da = whole(result.da);
-  if (need_dw) args.z = whole(z);
-  if (need_samples) args.dz = static_cast<float*>(dz.data_ptr());
-  if (dh.data != nullptr && adapter_fits(call.dtype(), rank)) {
-    args.w_down = w_down;
-    args.dh = dh;
+  AdapterCluster cluster{};
+  cluster.dy = dy;
+  cluster.a = a;
+  cluster.w_up = w_up;
+  cluster.modulation = call.modulation(gamma, beta, m, rank);
+  cluster.activation = static_cast<int>(activation);
+  if (need_down) cluster.h = h;
+  if (dh.data != nullptr) {
+    cluster.w_down = w_down;
+    cluster.dh = dh;
   }
-  adapter_backward(call.dtype(), args, call.stream());
-  if (dh.data != nullptr && args.dh.data == nullptr) {
-    Product back{};
-    back.a = args.da;
-    back.b = w_down;
-    back.residual = dy;
-    back.y = dh;
-    product(call.dtype(), false, back, call.stream());
+  const ClusterSizes sizes = adapter_cluster_sizes(call.dtype(), cluster);
+  const bool one_pass = sizes.clusters > 0;
+  if (h.cols == 0 || !one_pass) result.da = call.empty(m, rank);
+  if (one_pass) {
+    if (h.cols == 0) cluster.da = whole(result.da);
+    if (need_samples) cluster.dz = static_cast<float*>(dz.data_ptr());
+    run_cluster(result, call, cluster, sizes, need_dw);
+  } else {
+    const Tensor z = call.empty(need_dw ? m : 0, rank);
+    AdapterBackward args{};
+    args.dy = dy;
+    args.a = a;
+    args.w_up = w_up;
+    args.modulation = cluster.modulation;
+    args.activation = cluster.activation;
+    args.da = whole(result.da);
+    if (need_dw) args.z = whole(z);
+    if (need_samples) args.dz = static_cast<float*>(dz.data_ptr());
+    if (dh.data != nullptr && adapter_fits(call.dtype(), rank)) {
+      args.w_down = w_down;
+      args.dh = dh;
+    }
+    adapter_backward(call.dtype(), args, call.stream());
+    if (dh.data != nullptr && args.dh.data == nullptr) {
+      Product back{};
+      back.a = args.da;
+      back.b = w_down;
+      back.residual = dy;
+      back.y = dh;
+      product(call.dtype(), false, back, call.stream());
+    }
+    if (need_dw) result.up = row_product(call, dy, whole(z));
+    if (need_down) result.down = row_product(call, args.da, h);
   }
-  if (need_dw) result.up = row_product(call, dy, whole(z));
-  if (need_samples) {
-    const int64_t samples = (gamma.has_value() ? gamma : beta)->size(0);
-    if (gamma.has_value()) result.dgamma = call.wide(samples, rank);
-    if (beta.has_value()) result.dbeta = call.wide(samples, rank);
-    const int64_t parts = sample_sum_parts(m, samples, rank);
-    const Tensor workspace = call.wide(parts * 2 * samples * rank);
-    SampleSums sums{};
-    sums.dz = args.dz;
-    sums.a = a;
-    sums.activation = args.activation;
-    sums.samples = samples;
-    if (gamma.has_value()) sums.dgamma = static_cast<float*>(result.dgamma.data_ptr());
-    if (beta.has_value()) sums.dbeta = static_cast<float*>(result.dbeta.data_ptr());
-    sums.workspace = static_cast<float*>(workspace.data_ptr());
-    sample_sums(call.dtype(), sums, call.stream());
-  }
+  if (need_samples) add_sample_sums(result, call, dz, a, gamma, beta, cluster.activation);
   return result;
 }
 
@@ -133,14 +186,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor dh = need_dh ? call.empty(m, channels) : call.none();
   const Matrix h_rows = call.matrix("h", h, m, channels);
   const Matrix down = call.matrix("w_down", w_down, rank, channels);
-  const BottleneckGradients middle = bottleneck_gradients(
-      call, call.matrix("dy", dy, m, channels), call.matrix("a", a, m, rank),
+  const BottleneckGradients found = bottleneck_gradients(
+      call, call.matrix("dy", dy, m, channels), h_rows, call.matrix("a", a, m, rank),
       call.matrix("w_up", w_up, channels, rank), gamma, beta, activation, need_dw,
       need_dh ? down : Matrix{}, need_dh ? whole(dh) : Matrix{});
-  const RowProductResult back = need_dw ? row_product(call, whole(middle.da), h_rows)
-                                        : RowProductResult{call.none(), call.none()};
-  return {dh,          back.product,  middle.up.product, back.sums,
-          middle.up.sums, middle.dgamma, middle.dbeta};
+  return {dh,            found.down.product, found.up.product, found.down.sums,
+          found.up.sums, found.dgamma,       found.dbeta};
 }
 
 }  // namespace

@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dz(Tensor dy, Tensor a, Tenso
   const int64_t n = dy.size(1);
   const int64_t rank = v.size(1);
   const BottleneckGradients found = bottleneck_gradients(
-      call, call.matrix("dy", dy, m, n), call.matrix("a", a, m, rank),
+      call, call.matrix("dy", dy, m, n), Matrix{}, call.matrix("a", a, m, rank),
       call.matrix("v", v, n, rank), gamma, beta, activation, need_dw, Matrix{}, Matrix{});
   return {found.da, found.up.product, found.up.sums, found.dgamma, found.dbeta};
 }

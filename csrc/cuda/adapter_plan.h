@@ -55,4 +55,49 @@ inline RowsPlan plan_rows(const Chip& chip, int64_t rows, int64_t channels, int6
   return {block_m, bytes(block_m)};
 }
 
+// adapter_cluster.cu: each block of a cluster owns a slice of the columns.
+constexpr int kClusterRows = 64;
+constexpr int kClusterBlocks = 8;  // what every chip with clusters can place
+
+// The widest slice whose sums over rows, (width, R) twice, stay in the registers of 256 threads.
+__host__ __device__ constexpr int cluster_width(int padded) { return padded == 64 ? 192 : 256; }
+
+struct ClusterLayout {
+  int blocks;            // of a cluster; 0: does not fit
+  int n_width, c_width;  // columns of a slice, multiples of 16: of dy and w_up, of h
+  bool through;          // with w_down, for dh
+  int dy_buffers;        // 3, or 2 where that is too much
+  int64_t shared_bytes;
+};
+
+// partial dz (64, R + 4) in fp32; w_up (n_width, R + 8); w_down (R, n_width + 8); da and z
+// (64, R + 8) of two steps; dy (64, n_width + 8) dy_buffers times; h (64, c_width + 8) twice
+constexpr int64_t cluster_bytes(const ClusterLayout& s, int padded) {
+  const int64_t n = s.n_width + 8;
+  const int64_t c = s.c_width > 0 ? s.c_width + 8 : 0;
+  const int64_t halves = s.n_width * (padded + 8) + (s.through ? padded * n : 0) +
+                         4 * kClusterRows * (padded + 8) + s.dy_buffers * kClusterRows * n +
+                         2 * kClusterRows * c;
+  return 4 * kClusterRows * (padded + 4) + 2 * halves;
+}
+
+// The smallest cluster whose blocks hold their slices, three buffers of dy before two: fewer
+// blocks exchange less.
+inline ClusterLayout plan_cluster(const Chip& chip, int64_t n, int64_t c, int64_t rank,
+                                  bool through) {
+  const int padded = padded_rank(rank);
+  if (padded == 0 || chip.capability < 90) return {};
+  for (const int dy_buffers : {3, 2}) {
+    for (int blocks = 1; blocks <= kClusterBlocks; ++blocks) {
+      const auto width = [&](int64_t cols) { return ceil_div(ceil_div(cols, blocks), 16) * 16; };
+      if (width(n) > cluster_width(padded) || width(c) > cluster_width(padded)) continue;
+      ClusterLayout s{blocks, static_cast<int>(width(n)), static_cast<int>(width(c)),
+                      through, dy_buffers, 0};
+      s.shared_bytes = cluster_bytes(s, padded);
+      if (s.shared_bytes <= chip.shared_block) return s;
+    }
+  }
+  return {};
+}
+
 }  // namespace a3fta::cuda

@@ -59,13 +59,13 @@ const Chip& chip();
 // What every block takes of its processor's shared memory beside what it asks for.
 constexpr int64_t kSharedReserve = 1024;
 
-// A grid of grid_x * grid_y blocks, `cluster` neighbours along x together.
+// A grid of x * y blocks; in clusters of `cluster` neighbours along x, where that is not 0.
 struct Grid {
   int64_t x, y = 1;
   int threads;
   int64_t shared_bytes = 0;
   int64_t shared_limit = kSharedLimit;
-  int cluster = 1;
+  int cluster = 0;
 };
 
 // The launch of `kernel`, and whether there is anything to launch. `attribute` must outlive it.
@@ -89,7 +89,7 @@ bool configure(cudaLaunchConfig_t& config, cudaLaunchAttribute& attribute, const
   config.blockDim = dim3(static_cast<unsigned>(grid.threads), 1, 1);
   config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
   config.stream = stream;
-  if (grid.cluster > 1) {
+  if (grid.cluster > 0) {
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;

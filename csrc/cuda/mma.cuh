@@ -10,6 +10,11 @@
 #include <cstdint>
 #include <type_traits>
 
+// clusters of blocks: in what is compiled for sm_90 and later
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define A3FTA_CLUSTERS
+#endif
+
 #if !defined(__CUDACC__)
 #include <emulated_mma.h>
 #else
@@ -73,7 +78,7 @@ __device__ __forceinline__ void store16(void* to, const void* from) {
   *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
 }
 
-#if __CUDA_ARCH__ >= 900
+#if defined(A3FTA_CLUSTERS)
 // The place of this block in its cluster.
 __device__ __forceinline__ unsigned cluster_rank() {
   unsigned rank;

@@ -92,25 +92,22 @@ __global__ void __launch_bounds__(kThreads) row_product_kernel(const ProductPara
 }
 
 struct ReduceParams {
-  const float* workspace;  // (parts, first_count + second_count)
-  int64_t parts, first_count, second_count;
-  float* first;   // may be null
-  float* second;  // may be null
+  const float* workspace;  // (parts, stride)
+  int64_t parts, stride;
+  PartRun runs[kPartRuns];
 };
 
 __global__ void __launch_bounds__(kThreads) reduce_kernel(const ReduceParams p) {
-  const int64_t count = p.first_count + p.second_count;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= count) return;
+  int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= p.stride) return;
   float sum = 0.0f;
-  for (int64_t part = 0; part < p.parts; ++part) sum += p.workspace[part * count + i];
-  float* const out = i < p.first_count ? p.first : p.second;
-  if (out != nullptr) out[i < p.first_count ? i : i - p.first_count] = sum;
-}
-
-void reduce(const ReduceParams& p, cudaStream_t stream) {
-  launch("reduce", reduce_kernel, ceil_div(p.first_count + p.second_count, kThreads), 1, kThreads,
-         0, stream, p);
+#pragma unroll 4
+  for (int64_t part = 0; part < p.parts; ++part) sum += p.workspace[part * p.stride + i];
+#pragma unroll
+  for (const PartRun& run : p.runs) {
+    if (i >= 0 && i < run.count && run.out != nullptr) run.out[i] = sum;
+    i -= run.count;
+  }
 }
 
 constexpr int kRankLanes = 32;
@@ -183,7 +180,9 @@ void row_product(DType dtype, const RowProduct& args, cudaStream_t stream) {
     launch("row_product", row_product_kernel<T>, p.tiles_n * p.tiles_r * parts, 1, kThreads,
            product_shared_bytes<T>(), stream, p);
   });
-  if (parts > 1) reduce({args.workspace, parts, n * r, n, args.product, args.sums}, stream);
+  if (parts > 1) {
+    add_parts(args.workspace, parts, {{n * r, args.product}, {n, args.sums}, {}, {}}, stream);
+  }
 }
 
 int64_t sample_sum_parts(int64_t m, int64_t samples, int64_t rank) {
@@ -204,7 +203,17 @@ void sample_sums(DType dtype, const SampleSums& args, cudaStream_t stream) {
            2 * kThreads * 4, stream, p);
   });
   const int64_t count = args.samples * rank;
-  reduce({args.workspace, parts, count, count, args.dgamma, args.dbeta}, stream);
+  add_parts(args.workspace, parts, {{count, args.dgamma}, {count, args.dbeta}, {}, {}}, stream);
+}
+
+void add_parts(const float* workspace, int64_t parts, const PartRun (&runs)[kPartRuns],
+               cudaStream_t stream) {
+  ReduceParams p{workspace, parts, 0, {}};
+  for (int i = 0; i < kPartRuns; ++i) {
+    p.runs[i] = runs[i];
+    p.stride += runs[i].count;
+  }
+  launch("reduce", reduce_kernel, ceil_div(p.stride, kThreads), 1, kThreads, 0, stream, p);
 }
 
 }  // namespace a3fta::cuda

@@ -32,4 +32,14 @@ struct SampleSums {
 int64_t sample_sum_parts(int64_t m, int64_t samples, int64_t rank);
 void sample_sums(DType dtype, const SampleSums& args, cudaStream_t stream);
 
+// The results of one part lie behind each other: out[i] = the sum over the parts of run i, added
+// in their order. A run without `out` is passed over.
+struct PartRun {
+  int64_t count;
+  float* out;
+};
+constexpr int kPartRuns = 4;
+void add_parts(const float* workspace, int64_t parts, const PartRun (&runs)[kPartRuns],
+               cudaStream_t stream);
+
 }  // namespace a3fta::cuda

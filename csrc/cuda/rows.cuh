@@ -1,6 +1,8 @@
 // What the one-pass kernels of `adapter` share: their block, and tiles of 16-bit elements.
 #pragma once
 
+#include <type_traits>
+
 #include "tile.cuh"
 
 namespace a3fta::cuda {
@@ -24,6 +26,12 @@ __device__ __forceinline__ void load_vector(T* to, const View<T>& src, int64_t r
 #pragma unroll
     for (int e = 0; e < 8; ++e) to[e] = e < left ? from[e] : from_float<T>(0.0f);
   }
+}
+
+// two ones in 16 bits each: times a tile of ones, mma sums the rows of its left operand
+template <typename T>
+__device__ __forceinline__ uint32_t two_ones() {
+  return std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
 }
 
 // tile[row, col] and the next column += x, y

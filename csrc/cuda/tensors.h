@@ -159,17 +159,19 @@ struct RowProductResult {
 };
 RowProductResult row_product(const Call& call, const Matrix& left, const Matrix& right);
 
-// The backward's half that needs no second product; tensors not asked for are empty.
+// The backward of the bottleneck and of what feeds on it; tensors not asked for are empty.
 struct BottleneckGradients {
-  Tensor da;               // (M, R)
+  Tensor da;               // (M, R): where h is absent
   RowProductResult up;     // dy.T @ z, column sums of dy
+  RowProductResult down;   // da.T @ h, column sums of da: where h is given
   Tensor dgamma, dbeta;    // (B, R)
 };
-// `dh`: (M, N) out = dy + da @ w_down, together with w_down, or absent
-BottleneckGradients bottleneck_gradients(const Call& call, const Matrix& dy, const Matrix& a,
-                                         const Matrix& w_up, const OptionalTensor& gamma,
-                                         const OptionalTensor& beta, int64_t activation,
-                                         bool need_dw, const Matrix& w_down, const Matrix& dh);
+// `h`: (M, C) or absent. `dh`: (M, N) out = dy + da @ w_down, together with w_down, or absent
+BottleneckGradients bottleneck_gradients(const Call& call, const Matrix& dy, const Matrix& h,
+                                         const Matrix& a, const Matrix& w_up,
+                                         const OptionalTensor& gamma, const OptionalTensor& beta,
+                                         int64_t activation, bool need_dw, const Matrix& w_down,
+                                         const Matrix& dh);
 
 #pragma GCC visibility pop
 

@@ -56,6 +56,11 @@ struct View {
   __device__ View columns(int64_t begin, int64_t count) const {
     return {data + begin, rows, count, stride, vectors && begin % kVector<T> == 0};
   }
+  // at most `count` columns; none beyond the last
+  __device__ View slice(int64_t begin, int64_t count) const {
+    const int64_t left = cols > begin ? cols - begin : 0;
+    return columns(begin, left < count ? left : count);
+  }
   __device__ View row_range(int64_t begin, int64_t count) const {
     return {data + begin * stride, count, cols, stride, vectors};
   }

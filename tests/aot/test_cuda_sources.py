@@ -24,6 +24,7 @@ SHARED_LIMIT = 99 * 1024
 KERNELS = {
     "adapter_kernel": 6,
     "adapter_rows_kernel": 6,
+    "adapter_cluster_kernel": 6,
     "product_kernel": 6,
     "adapter_linear_kernel": 3,
     "row_product_kernel": 3,
@@ -31,12 +32,14 @@ KERNELS = {
     "reduce_kernel": 1,
 }
 MATRIX_KERNELS = (
-    "adapter_kernel", "adapter_rows_kernel", "product_kernel", "adapter_linear_kernel",
-    "row_product_kernel",
+    "adapter_kernel", "adapter_rows_kernel", "adapter_cluster_kernel", "product_kernel",
+    "adapter_linear_kernel", "row_product_kernel",
 )  # fmt: skip
 # the kernels that read and write each element once: how they must do it
-STREAMING = ("adapter_rows_kernel",)
+STREAMING = ("adapter_rows_kernel", "adapter_cluster_kernel")
 STREAMED = ("LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "STG.E.128")
+# empty where the chip has no clusters
+CLUSTERED = ("adapter_cluster_kernel",)
 
 
 # the most that leave room for the blocks a kernel is planned for: two of 256 threads
@@ -178,6 +181,10 @@ def test_tensor_cores(arch, binaries):
             if "a3fta" not in kernel.name or kernel.short not in MATRIX_KERNELS:
                 continue
             seen.add(kernel.name)
+            if kernel.short in CLUSTERED:
+                assert ("UCGABAR_WAIT" in section) == (arch != "sm_80"), kernel.name
+                if arch == "sm_80":
+                    continue
             assert ("HMMA" in section) == kernel.half, kernel.name
             assert ("FFMA" in section) or kernel.half, kernel.name
             assert not re.search(r"\b(LDL|STL)\b", section), kernel.name

@@ -46,8 +46,7 @@ constexpr int kWarp = 32;
 struct Chip {
   int capability, processors, shared_block, shared_processor;
 };
-constexpr Chip kHopper = {90, 4, 227 * 1024, 228 * 1024};
-constexpr Chip kAda = {89, 4, 99 * 1024, 100 * 1024};
+constexpr Chip kHopper = {90, 17, 227 * 1024, 228 * 1024};
 const Chip& chip();
 void use_chip(const Chip& chip);  // as a device of its own
 int device();

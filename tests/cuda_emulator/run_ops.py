@@ -11,7 +11,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import cycle
+from itertools import cycle, product
 
 import torch
 
@@ -54,6 +54,20 @@ ROWS = [
     Case((70,), 130, 16),
     Case((2, 9), 32, 8, layout="sliced"),
 ]
+# for the one-pass backward: clusters of one to eight blocks, whose last slices are ragged; more
+# row blocks than clusters, a rest of rows; samples that end inside a block of rows; rows too few
+# to matter; two buffers of dy instead of three
+CLUSTER = [
+    Case((1, 1), 8, 1),
+    Case((67,), 40, 4),
+    Case((5, 41), 136, 16, modulation="gamma beta", scale="tensor"),
+    Case((330,), 264, 24, biases=False),
+    Case((3, 50), 520, 64, modulation="gamma"),
+    Case((130,), 1536, 64),
+    Case((70,), 2048, 20, modulation="beta"),
+    Case((600,), 72, 33),
+    Case((70,), 2056, 16),
+]
 LINEAR = [
     Case((1, 1), 8, 1, n=8),
     Case((2, 3), 33, 4, n=17, biases=False),
@@ -91,7 +105,7 @@ def checks() -> list[tuple[Case, torch.dtype, str]]:
         for dtype in (next(half), torch.float32):
             paths = ("auto",) if case.n is None else ("skinny", "fused")
             found += [(replace(case, path=p), dtype, "plain") for p in paths]
-    found += [(case, next(half), "plain") for case in ROWS]
+    found += [(case, next(half), "plain") for case in ROWS + CLUSTER]
     for kind in ("expanded", "transposed"):
         found += [(Case((2, 11), 24, 8), torch.bfloat16, kind)]
         found += [(Case((2, 11), 24, 8, n=20, path="fused"), torch.bfloat16, kind)]
@@ -118,7 +132,7 @@ def check_nan_stays() -> None:
 
 
 def check_adapter_nan_stays() -> None:
-    """The same for the one-pass forward: rows of h, columns of w_up, ranks that are padding."""
+    """The same for the one-pass kernels: rows, columns, ranks that are padding."""
     ops = torch.ops.a3fta_native
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float16)  # noqa: E731
     h, w_down, w_up = draw(70, 72), draw(20, 72), draw(72, 20)
@@ -128,6 +142,21 @@ def check_adapter_nan_stays() -> None:
     expected = torch.zeros(70, 72, dtype=torch.bool)
     expected[5] = expected[66] = expected[:, 9] = True
     assert torch.equal(~y.isfinite(), expected)
+
+    dy, h, a = draw(70, 264), draw(70, 264), draw(70, 20)
+    dy[5, 7], dy[66, 263], h[3, 200] = torch.nan, torch.inf, torch.nan
+    w_down, w_up = draw(20, 264), draw(264, 20)
+    dh, _, g_up, _, dy_sum, _, _ = ops.adapter_backward(
+        dy, h, a, w_down, w_up, None, None, 0, True, True
+    )
+    assert (~dh.isfinite()).any(1).nonzero().flatten().tolist() == [5, 66]
+    assert (~g_up.isfinite()).any(1).nonzero().flatten().tolist() == [7, 263]
+    assert (~dy_sum.isfinite()).nonzero().flatten().tolist() == [7, 263]
+    _, dw_down, _, da_sum, _, _, _ = ops.adapter_backward(
+        draw(70, 264), h, a, w_down, w_up, None, None, 0, False, True
+    )
+    assert (~dw_down.isfinite()).any(0).nonzero().flatten().tolist() == [200]
+    assert da_sum.isfinite().all()
 
 
 class Emulator:
@@ -142,9 +171,17 @@ class Emulator:
         self.calls.plan_of_rows(*chip, *map(ctypes.c_int64, (m, c, r)), found)
         return tuple(found)
 
-    def use_chip(self, capability: int, shared: int) -> None:
-        """A chip of four processors with `shared` KB of shared memory for a block."""
-        self.calls.emulator_use_chip(capability, 4, shared * 1024, (shared + 1) * 1024)
+    def plan_of_cluster(
+        self, chip: tuple[int, int, int], n: int, c: int, r: int, through: bool
+    ) -> tuple[int, ...]:
+        """Blocks of a cluster, columns of a slice of dy and of h, buffers of dy, bytes."""
+        found = (ctypes.c_int64 * 5)()
+        self.calls.plan_of_cluster(*chip, *map(ctypes.c_int64, (n, c, r)), through, found)
+        return tuple(found)
+
+    def use_chip(self, capability: int, processors: int, shared: int) -> None:
+        """From here on a chip with `shared` KB of shared memory for a block."""
+        self.calls.emulator_use_chip(capability, processors, shared * 1024, (shared + 1) * 1024)
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
@@ -161,7 +198,8 @@ class Emulator:
 
 
 # capability, processors, KB of shared memory a block may have
-H200, A100, RTX4090, B200 = (90, 132, 227), (80, 108, 163), (89, 128, 99), (100, 148, 227)
+H200, A100, RTX4090 = (90, 132, 227), (80, 108, 163), (89, 128, 99)
+B200, RTX5090 = (100, 148, 227), (120, 170, 99)
 # chip, M, C, R: rows of a block, blocks that a processor's shared memory holds
 ROW_PLANS = [
     (H200, 16384, 320, 64, 64, 3),
@@ -181,6 +219,23 @@ ROW_PLANS = [
     (RTX4090, 4096, 3072, 64, 0, 0),
     (B200, 16384, 640, 64, 64, 2),
 ]
+# chip, N, C, R, with dh: blocks of a cluster, columns of a slice of dy and of h, buffers of dy
+CLUSTER_PLANS = [
+    (H200, 320, 320, 64, True, 2, 160, 160, 3),
+    (H200, 640, 640, 64, True, 4, 160, 160, 3),
+    (H200, 640, 640, 16, True, 3, 224, 224, 3),
+    (H200, 1280, 1280, 64, True, 8, 160, 160, 3),
+    (H200, 1280, 1280, 16, True, 6, 224, 224, 3),
+    (H200, 1536, 1536, 64, True, 8, 192, 192, 2),
+    (H200, 1536, 1536, 16, True, 7, 224, 224, 3),
+    (H200, 1280, 1280, 64, False, 7, 192, 192, 3),
+    (H200, 1280, 0, 64, False, 7, 192, 0, 3),
+    (H200, 3072, 3072, 16, True, 0, 0, 0, 0),
+    (H200, 640, 640, 65, True, 0, 0, 0, 0),
+    (RTX4090, 640, 640, 16, True, 0, 0, 0, 0),
+    (B200, 640, 640, 64, True, 4, 160, 160, 3),
+    (RTX5090, 640, 640, 16, True, 8, 80, 80, 3),
+]
 
 
 def check_plans(emulator: Emulator) -> None:
@@ -189,6 +244,17 @@ def check_plans(emulator: Emulator) -> None:
         found, shared = emulator.plan_of_rows(chip, m, c, r)
         held = (chip[2] + 1) * 1024 // (shared + 1024) if found else 0
         assert (found, held) == (block_m, blocks), (chip, m, c, r, found, held, shared)
+    for chip, n, c, r, through, *expected in CLUSTER_PLANS:
+        *plan, _ = emulator.plan_of_cluster(chip, n, c, r, through)
+        assert plan == expected, (chip, n, c, r, through, plan)
+    for n, c in product(range(8, 2056, 136), range(0, 2056, 136)):
+        for r in (1, 17, 64):
+            through = n == c
+            blocks, n_width, c_width, _, shared = emulator.plan_of_cluster(H200, n, c, r, through)
+            assert shared <= 227 * 1024 and blocks <= 8
+            if blocks > 0:
+                assert blocks * n_width >= n and blocks * c_width >= c
+                assert n_width % 16 == c_width % 16 == 0
     for chip in (H200, A100, RTX4090, B200):
         for m in (1, 63, 64, 65, 2**31 // 8 + 1):
             for c in range(8, 8192, 264):
@@ -207,7 +273,7 @@ def check_forward_traffic(emulator: Emulator) -> None:
     for shared, channels, rank, block_m in (
         (227, 640, 64, 64), (227, 1280, 16, 32), (99, 1280, 64, 16),
     ):  # fmt: skip
-        emulator.use_chip(90 if shared == 227 else 89, shared)
+        emulator.use_chip(90 if shared == 227 else 89, 4, shared)
         m = 4 * 64 + 5  # five blocks of 64 rows keep four processors busy
         h, w_down, w_up = draw(m, channels), draw(rank, channels), draw(channels, rank)
         with emulator.counting():
@@ -218,7 +284,26 @@ def check_forward_traffic(emulator: Emulator) -> None:
             blocks = -(-m // block_m)
             assert emulator.traffic(w_down) == (blocks, blocks, 0, 0)
             assert emulator.traffic(w_up) == (blocks, blocks, 0, 0)
-    emulator.use_chip(90, 227)
+    emulator.use_chip(90, 17, 227)
+
+
+def check_backward_traffic(emulator: Emulator) -> None:
+    """dy and h are read once, dh is written once; the weights are read once per cluster."""
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.bfloat16)  # noqa: E731
+    dy, h, a = draw(330, 520), draw(330, 520), draw(330, 64)
+    w_down, w_up = draw(64, 520), draw(520, 64)
+    arguments = (dy, h, a, w_down, w_up, None, None, 2, True, True)
+    once, never = (1, 1, 0, 0), (0, 0, 0, 0)
+    for capability, clusters in ((90, 5), (89, 0)):
+        emulator.use_chip(capability, 17, 227)
+        with emulator.counting():
+            dh = torch.ops.a3fta_native.adapter_backward(*arguments)[0]
+            # the kernels for chips without clusters do not count
+            assert emulator.traffic(dy) == emulator.traffic(h) == (once if clusters else never)
+            assert emulator.traffic(dh) == ((0, 0, 1, 1) if clusters else never)
+            for weight in (w_down, w_up):
+                assert emulator.traffic(weight) == (clusters, clusters, 0, 0)
+    emulator.use_chip(90, 17, 227)
 
 
 def main(library: str) -> int:
@@ -227,6 +312,7 @@ def main(library: str) -> int:
     emulator = Emulator(library)
     check_plans(emulator)
     check_forward_traffic(emulator)
+    check_backward_traffic(emulator)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN
     check_nan_stays()

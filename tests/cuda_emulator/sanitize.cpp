@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/adapter.h"
+#include "../../csrc/cuda/adapter_cluster.h"
 #include "../../csrc/cuda/adapter_linear.h"
 #include "../../csrc/cuda/product.h"
 #include "../../csrc/cuda/row_sums.h"
@@ -213,22 +214,57 @@ void run(const Case& c) {
 void run_one_pass(const Case& c) {
   Buffers b(c);
   const int64_t m = c.samples * c.tokens;
+  const Modulation modulation{b.vector(c.samples * c.rank).data,
+                              b.vector(c.samples * c.rank).data, c.tokens};
+  const auto whole = [](Matrix matrix) {
+    matrix.stride = matrix.cols;
+    return matrix;
+  };
   AdapterForward f{};
   f.h = b.input(m, c.channels);
-  f.w_down = b.input(c.rank, c.channels);
-  f.w_up = b.input(c.channels, c.rank);
-  f.w_down.stride = c.channels;
+  f.w_down = whole(b.input(c.rank, c.channels));
+  f.w_up = whole(b.input(c.channels, c.rank));
   f.b_down = b.vector(c.rank);
   f.b_up = b.vector(c.channels);
-  f.modulation = {b.vector(c.samples * c.rank).data, b.vector(c.samples * c.rank).data, c.tokens};
+  f.modulation = modulation;
   f.activation = 2;
-  f.a = b.output(m, c.rank);
-  f.a.stride = c.rank;
+  f.a = whole(b.output(m, c.rank));
   f.y = b.output(m, c.channels);
   emulator::require(adapter_rows_fits(c.dtype, f), "the one-pass forward does not take this case");
   adapter_rows_forward(c.dtype, f, nullptr);
   b.expect_finite("one-pass a", f.a);
   b.expect_finite("one-pass y", f.y);
+
+  const bool through = c.outputs == c.channels;
+  AdapterCluster g{};
+  g.dy = b.input(m, c.outputs);
+  g.h = f.h;
+  g.a = f.a;
+  g.w_up = whole(b.input(c.outputs, c.rank));
+  g.modulation = modulation;
+  g.activation = 4;
+  if (through) {
+    g.w_down = f.w_down;
+    g.dh = b.output(m, c.outputs);
+  } else {
+    g.da = whole(b.output(m, c.rank));
+  }
+  g.dz = b.floats(m * c.rank);
+  const ClusterSizes sizes = adapter_cluster_sizes(c.dtype, g);
+  emulator::require(sizes.clusters > 0, "the one-pass backward does not take this case");
+  g.workspace = b.floats(sizes.workspace);
+  g.g_up = b.floats(c.outputs * c.rank);
+  g.dy_sum = b.floats(c.outputs);
+  g.dw_down = b.floats(c.rank * c.channels);
+  g.da_sum = b.floats(c.rank);
+  adapter_cluster_backward(c.dtype, g, sizes.clusters, nullptr);
+  b.expect_finite("one-pass dh", g.dh);
+  b.expect_finite("one-pass da", g.da);
+  b.expect_finite("one-pass dz", g.dz, m * c.rank);
+  b.expect_finite("one-pass g_up", g.g_up, c.outputs * c.rank);
+  b.expect_finite("one-pass dy_sum", g.dy_sum, c.outputs);
+  b.expect_finite("one-pass dw_down", g.dw_down, c.rank * c.channels);
+  b.expect_finite("one-pass da_sum", g.da_sum, c.rank);
 }
 
 // Rows so far into memory that their elements have no 32-bit index: first by their stride, then
@@ -282,11 +318,14 @@ int main(int argc, char** argv) {
     }
     run({dtype, 1, 600, 16, 4, 8, 0, 8, true});
     if (dtype == DType::fp32) continue;
-    run_one_pass({dtype, 1, 1, 8, 1, 0, 0, 0, true});
-    run_one_pass({dtype, 3, 43, 136, 20, 0, 0, 0, true});
-    run_one_pass({dtype, 2, 33, 640, 64, 0, 0, 0, true});
-    run_one_pass({dtype, 1, 260, 72, 16, 0, 0, 0, true});
+    run_one_pass({dtype, 1, 1, 8, 1, 8, 0, 0, true});
+    run_one_pass({dtype, 3, 43, 136, 20, 136, 0, 0, true});
+    run_one_pass({dtype, 2, 33, 264, 64, 264, 0, 0, true});
+    run_one_pass({dtype, 2, 33, 72, 32, 280, 0, 0, true});
   }
+  // more blocks of rows than clusters
+  emulator::use_chip({90, 2, 227 * 1024, 228 * 1024});
+  run_one_pass({DType::bf16, 1, 330, 264, 33, 264, 0, 0, true});
   run_far(3, (int64_t{1} << 30) + 8, false);
   run_far((int64_t{1} << 31) / 8 + 1, 8, true);
   std::puts("clean");
