@@ -146,14 +146,14 @@ def arithmetic_ratio(w: Workload) -> float:
     return flop("adapter_linear", w, "forward+backward") / (4 * w.m * w.width * w.n)
 
 
-def table(ceilings: Mapping[str, float]) -> list[str]:
-    """Markdown, one row per bench, workload and direction."""
+def table(ceilings: Mapping[str, float], telling: bool = False) -> list[str]:
+    """Markdown, one row per bench, workload and direction; or of the most telling workloads."""
     lines = [
         "| bench | workload | direction | MiB | GFLOP | bytes, µs | arithmetic, µs | bound by |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for op in BENCHES:
-        for w, dtype in workloads(op, "cuda", quick=False):
+        for w, dtype in workloads(op, "cuda", quick=telling):
             for direction in DIRECTIONS:
                 t = terms(op, w, dtype, direction, ceilings)
                 lines.append(
@@ -169,13 +169,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="floors of the GPU workloads, computed")
     parser.add_argument("--copy", type=float, default=H200["copy_bytes_per_s"], help="bytes/s")
     parser.add_argument("--flop", type=float, default=H200["bfloat16_flop_per_s"], help="FLOP/s")
+    parser.add_argument("--telling", action="store_true", help="few workloads: NOTES.md's table")
     arguments = parser.parse_args()
     ceilings = {"copy_bytes_per_s": arguments.copy, "bfloat16_flop_per_s": arguments.flop}
     print(
         f"Computed, not measured: bf16, copies at {arguments.copy:.3g} bytes/s (read + written), "
         f"products at {arguments.flop:.3g} FLOP/s.\n"
     )
-    print("\n".join(table(ceilings)))
+    print("\n".join(table(ceilings, arguments.telling)))
     return 0
 
 

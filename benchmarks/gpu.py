@@ -1,19 +1,21 @@
 """Everything that needs a GPU, in stages that each end within 8 minutes.
 
-    python benchmarks/gpu.py                          all stages, one after the other
-    python benchmarks/gpu.py --stage build            the library, for the GPU found here only
-    python benchmarks/gpu.py --stage test-ops         the tests of the ops, on cuda too
-    python benchmarks/gpu.py --stage test-rest        all other tests, on cuda too
-    python benchmarks/gpu.py --stage sanitize         compute-sanitizer over every CUDA kernel
-    python benchmarks/gpu.py --stage bench-adapter    benchmarks: results/<device>.json
-    python benchmarks/gpu.py --stage bench-linear     adds the rows of adapter_linear with R = 64
-    python benchmarks/gpu.py --stage bench-linear-16  with R = 16
-    python benchmarks/gpu.py --stage bench-cross      of attention to text
-    python benchmarks/gpu.py --stage bench-block      of a whole transformer block
-    python benchmarks/gpu.py --stage targets          what the results met and missed, and why
+    python benchmarks/gpu.py                    all stages, one after the other
+    python benchmarks/gpu.py --stage build test-ops      some of them
 
-`--stage test` and `--stage bench` run all of their kind, each within its own 8 minutes, and end
-with the targets.
+    build            the library, for the GPU found here only
+    test-ops         the tests of the ops, on cuda too
+    test-rest        all other tests, on cuda too
+    sanitize         compute-sanitizer over every CUDA kernel
+    bench-adapter    `ops.adapter` with R = 64: results/<device>.json; its other rows stay
+    bench-adapter-16                with R = 16
+    bench-linear     `ops.adapter_linear` with R = 64
+    bench-linear-16                       with R = 16
+    bench-cross      attention to text
+    bench-block      a whole transformer block
+    targets          what the results met and missed, by how much, and what bounds it
+
+`test` and `bench` stand for all of their kind; `bench` ends with the targets.
 
 It needs PyTorch with CUDA, nvcc, a C++ compiler, pytest, hypothesis and pytest-benchmark, and no
 network. What else is missing is named at the start; its tests are skipped. Packages that were
@@ -23,6 +25,7 @@ others where the library is not there yet.
 
     --out DIR       where logs and JSON go (default benchmarks/results)
     --quick         a first look at a new machine: few cases, few workloads, few rounds
+    --minutes N     start no group of a benchmark after this (default 6)
     --without TEXT  leave variants out of the benchmarks, by a pattern ("native-fused|compile")
     --commit SHA    what the results name as commit, where there is no git repository
     --dry-run       print the commands of the stages; needs no GPU
@@ -56,7 +59,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 # what `run.py` is given
 BENCHES = {
-    "bench-adapter": ["--only", "adapter"],
+    "bench-adapter": ["--only", "adapter", "--rank", "64"],
+    "bench-adapter-16": ["--only", "adapter", "--rank", "16"],
     "bench-linear": ["--only", "adapter_linear", "--rank", "64"],
     "bench-linear-16": ["--only", "adapter_linear", "--rank", "16"],
     "bench-cross": ["--only", "cross_attention_adapter"],
@@ -102,15 +106,16 @@ class Result:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="what needs a GPU, in stages")
-    parser.add_argument("--stage", default="all", choices=(*STAGES, *GROUPS))
+    parser.add_argument("--stage", nargs="+", default=["all"], choices=(*STAGES, *GROUPS))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--site", type=Path, help="carried packages: wheels, or installed")
     parser.add_argument("--commit", default="")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--minutes", type=float, default=6)
     parser.add_argument("--without", default="")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args(arguments)
-    wanted = GROUPS.get(options.stage, (options.stage,))
+    wanted = tuple(s for name in options.stage for s in GROUPS.get(name, (name,)))
 
     if options.dry_run:
         for stage in wanted:
@@ -213,7 +218,8 @@ def steps(stage: str, options: argparse.Namespace, arch: str, folder: Path) -> l
         command += ["--quick"] * options.quick
         return [Step("targets", command, limit_s=120, read=read_targets)]
     command = [python, "benchmarks/run.py", "--device", "cuda", *BENCHES[stage]]
-    command += ["--minutes", "6", "--out", str(options.out), *(["--quick"] * options.quick)]
+    command += ["--minutes", f"{options.minutes:g}", "--out", str(options.out)]
+    command += ["--quick"] * options.quick
     command += ["--commit", options.commit] if options.commit else []
     command += ["--without", options.without] if options.without else []
     return [Step(stage.removeprefix("bench-"), command)]

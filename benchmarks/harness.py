@@ -22,7 +22,7 @@ from tests.oracle import WEIGHT_GRADS, Outcome, compare, gradient, jitter, upcas
 
 from . import floors, measure, variants
 from .variants import COPIES, MOVED, UNLIKE, CannotRun, Subject, Variant
-from .workloads import DIRECTIONS, Workload, workloads
+from .workloads import Workload, directions, workloads
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def entries(op: str, settings: Settings) -> list[Entry]:
     device = settings.device.type
     found = []
     for workload, dtype in workloads(op, device, settings.quick, settings.rank):
-        for direction in DIRECTIONS:
+        for direction in directions(op, workload, device):
             group = Group(op, workload, dtype, direction)
             for name in variants.names(op, workload, dtype, direction, device):
                 if not (settings.without and re.search(settings.without, name)):
@@ -100,10 +100,13 @@ class Runner:
         elapsed = (time.perf_counter() - settings.start) / 60
         if elapsed > settings.minutes:
             return {"": {"skip": f"not measured: the {settings.minutes:g} minutes were over"}}
-        if self.prepared is None or not self.prepared.serves(group):
-            self.prepared = None  # its memory first
-            self.prepared = Prepared(group, settings)
-        return self.prepared.measure(group.direction)
+        try:
+            if self.prepared is None or not self.prepared.serves(group):
+                self.prepared = None  # its memory first
+                self.prepared = Prepared(group, settings)
+            return self.prepared.measure(group.direction)
+        except Exception as error:  # of the whole group: out of memory, a lost device
+            return {"": {"error": f"{group}: {type(error).__name__}: {error}"}}
 
 
 class Prepared:

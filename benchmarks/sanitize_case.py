@@ -1,7 +1,8 @@
-"""Every native operator once or a few times on odd, small shapes: what compute-sanitizer watches.
+"""Every operator once or a few times on small shapes: what compute-sanitizer watches.
 
-Forward and backward by every path, in every dtype, with and without the optional tensors; results
-go to the host, where they are held to the float64 oracle, so that an element nobody wrote shows.
+Forward and backward by every path, in every dtype, with and without the optional tensors: on odd
+shapes, and on aligned ones with R = 16 and 64, which take the fast kernels. Results go to the host,
+where they are held to the float64 oracle, so that an element nobody wrote shows.
 """
 
 from __future__ import annotations
@@ -10,26 +11,97 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from torch import Tensor
 
+from a3fta_kernels import ops
 from a3fta_kernels.backends import why_not
-from tests.oracle import Case, check, with_paths
+from benchmarks.variants import EAGER, cross_inputs
+from benchmarks.workloads import Workload
+from tests.oracle import (
+    WEIGHT_GRADS,
+    Case,
+    check,
+    compare,
+    evaluate,
+    gradient,
+    jitter,
+    upcast,
+    with_paths,
+)
+
+Run = tuple[str, str, torch.dtype]
 
 
-def cases() -> Iterator[Case]:
+def cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     for n in (None, 24):
         yield Case(lead=(3, 13), c=40, r=5, n=n, modulation="gammabeta", residual=n is not None)
-        yield Case(lead=(1, 67), c=72, r=16, n=n, biases=False, activation="silu")
-    yield Case(lead=(2, 33), c=24, r=8, n=40, columns=(8, 56), layout="sliced")
+        if not quick:
+            yield Case(lead=(1, 67), c=72, r=16, n=n, biases=False, activation="silu")
+    if not quick:
+        yield Case(lead=(2, 33), c=24, r=8, n=40, columns=(8, 56), layout="sliced")
+    if dtype == torch.float32:
+        return
+    # whole tiles and a last one that is cut, in rows, columns and reduction
+    for n in (None, 320):
+        yield Case(lead=(2, 96), c=320, r=64, n=n, modulation="gammabeta")
+        if not quick:
+            yield Case(lead=(1, 300), c=640, r=16, n=n and 384, residual=n is not None)
+    if not quick:
+        yield Case(lead=(2, 64), c=128, r=16, n=256, columns=(64, 320))
+
+
+def crosses(dtype: torch.dtype, quick: bool) -> Iterator[Workload]:
+    """Whole and split head widths, and a last row block that is cut."""
+    yield Workload("", 2, 70, 80, r=16, heads=2)
+    if not quick and dtype != torch.float32:
+        yield Workload("", 1, 128, 320, heads=8)
+        yield Workload("", 2, 33, 160, r=64, heads=2, keys=120)
+        yield Workload("", 1, 65, 144, r=16, heads=2, keys=120)
+
+
+def check_cross(w: Workload, run: Run) -> None:
+    """As `tests.oracle.check`, with the truth from the CPU; keys and values have gradients too."""
+    backend, device, dtype = run
+    inputs = cross_inputs(w, dtype, torch.device("cpu"))
+    for name in ("k", "v"):
+        inputs[name].requires_grad_()
+    dy = gradient(torch.Size((w.batch, w.tokens, w.n)), dtype, "cpu", "plain", 0)
+    here = {k: _moved(v, device) for k, v in inputs.items()}
+
+    def op(**arguments: Any) -> Tensor:
+        return ops.cross_attention_adapter(**arguments, backend=backend)
+
+    ours = evaluate(op, here, dy.to(device)).to("cpu")
+    eager = EAGER["cross_attention_adapter"]
+    wide = upcast(inputs)
+    exact = evaluate(eager, wide, dy.double())
+    bars = [evaluate(eager, inputs, dy)]
+    for seed in range(4):
+        moved = jitter(wide, dtype, seed), jitter(dy.double(), dtype, seed)
+        bars.append(evaluate(eager, *moved))
+    compare("y", ours.y, [b.y for b in bars], exact.y, dtype, 2.0)
+    for name, grad in ours.grads.items():
+        factor = 3.0 if name in WEIGHT_GRADS else 2.0
+        others = [b.grads[name] for b in bars]
+        compare(f"d{name}", grad, others, exact.grads[name], dtype, factor)
+
+
+def _moved(x: Any, device: str) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    return x.detach().to(device).requires_grad_(x.requires_grad)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", default="native", choices=("native", "triton"))
+    parser.add_argument("--quick", action="store_true", help="fewer shapes")
     arguments = parser.parse_args()
     ran = 0
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -38,10 +110,16 @@ def main() -> int:
         if reason is not None:
             print(f"sanitize_case: {arguments.backend} cannot run: {reason}", file=sys.stderr)
             return 2
-        for base in cases():
+        for base in cases(dtype, arguments.quick):
             for case in with_paths(base, run):
-                check(case, run)
+                # PyTorch's own kernels on the device would only take the tool's time
+                check(case, run, truth_device="cpu")
                 print(f"{arguments.backend} {dtype} {case.path} {case}", flush=True)
+                ran += 1
+        if hasattr(ops, "cross_attention_adapter"):
+            for workload in crosses(dtype, arguments.quick):
+                check_cross(workload, run)
+                print(f"{arguments.backend} {dtype} {workload}", flush=True)
                 ran += 1
     print(f"sanitize_case: done, {ran} cases agree with the oracle")
     return 0

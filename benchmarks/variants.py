@@ -6,12 +6,12 @@
 | native, triton, native-skinny, ... | ours, by backend and path |
 | auto | ours as a user gets it, where there is something to choose |
 | sdpa+auto | PyTorch's attention, then our `adapter_linear` |
-| peft | LoRA of equal rank on the same layer, through peft, its weights in the trunk's dtype (its
-|      | quickest setting: fp32 ones make it cast all of h) |
+| peft | LoRA of equal rank on the same layer through peft, in the trunk's dtype: its quickest way |
 | frozen | the layer or block without any adapter |
 | clone, read | a copy that moves as many bytes as `floors.copied` says |
 
-The last three rows compute something else: they are timed, not checked.
+The last three rows compute something else: they are timed, not checked. peft's other
+way, weights in float32, makes it cast all of h.
 """
 
 from __future__ import annotations

@@ -120,3 +120,10 @@ def workloads(
         dtypes = (torch.bfloat16,)
         shapes = GPU[op][: 2 if quick else None]
     return [(w, d) for w in shapes for d in dtypes if rank in (None, w.r)]
+
+
+def directions(op: str, w: Workload, device: str) -> tuple[str, ...]:
+    """What is timed of a workload: all of it with R = 64, else what the targets ask for."""
+    if device == "cpu" or w.r == 64:
+        return DIRECTIONS
+    return DIRECTIONS[:2] if op == "adapter" else DIRECTIONS[2:]

@@ -148,6 +148,9 @@ class Outcome:
     y: Tensor
     grads: dict[str, Tensor] = field(default_factory=dict)
 
+    def to(self, device: str) -> Outcome:
+        return Outcome(self.y.to(device), {k: g.to(device) for k, g in self.grads.items()})
+
 
 def evaluate(op: Callable[..., Tensor], inputs: dict[str, Any], dy: Tensor) -> Outcome:
     leaves = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.requires_grad}
@@ -167,8 +170,16 @@ def gradient(y_shape: torch.Size, dtype: torch.dtype, device: str, kind: str, se
     return dy
 
 
-def check(case: Case, run: tuple[str, str, torch.dtype], dy_kind: str = "plain") -> None:
-    """Runs `case` on one backend and holds forward and gradients to the rule."""
+def check(
+    case: Case,
+    run: tuple[str, str, torch.dtype],
+    dy_kind: str = "plain",
+    truth_device: str | None = None,
+) -> None:
+    """Runs `case` on one backend and holds forward and gradients to the rule.
+
+    The truth comes from the same device, unless another is named.
+    """
     backend, device, dtype = run
     linear = case.n is not None
     reference = reference_adapter_linear if linear else reference_adapter
@@ -178,9 +189,13 @@ def check(case: Case, run: tuple[str, str, torch.dtype], dy_kind: str = "plain")
     shape = torch.Size((*case.lead, case.n if linear else case.c))
     dy = gradient(shape, dtype, device, dy_kind, case.seed)
 
+    ours = evaluate(lambda **kw: op(**kw, **options), inputs, dy)
+    assert ours.y.dtype == dtype and ours.y.shape == shape and ours.y.is_contiguous()
+    if truth_device is not None:
+        inputs = case.inputs(dtype, truth_device)
+        ours, dy = ours.to(truth_device), dy.to(truth_device)
     exact = evaluate(reference, upcast(inputs), dy.double())
     eager = evaluate(reference, inputs, dy)
-    ours = evaluate(lambda **kw: op(**kw, **options), inputs, dy)
     # see `inputs` on relu: nothing may move across the jump
     fixed = ("h", "w_down", "b_down") if case.activation == "relu" else ()
     rounded = [
@@ -190,7 +205,6 @@ def check(case: Case, run: tuple[str, str, torch.dtype], dy_kind: str = "plain")
         for seed in range(8)
     ]
 
-    assert ours.y.dtype == dtype and ours.y.shape == shape and ours.y.is_contiguous()
     others = [eager.y, *(o.y for o in rounded)]
     compare("y", ours.y, others, exact.y, dtype, 2.0)
     assert ours.grads.keys() == exact.grads.keys()

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from a3fta_kernels import ops
-from benchmarks import floors, harness, measure, run, variants
+from benchmarks import floors, harness, measure, run, targets, variants
 from benchmarks.variants import CannotRun, Subject, Variant
-from benchmarks.workloads import BENCHES, CPU, DIRECTIONS, GPU, Workload, workloads
+from benchmarks.workloads import BENCHES, CPU, DIRECTIONS, GPU, Workload, directions, workloads
 from tests.oracle import compare
 
 TINY = Workload("none", 1, 48, 24, r=4, residual=True)
@@ -190,6 +190,21 @@ def test_no_group_starts_when_the_time_is_over(settings):
         harness.Runner(settings).result(entry)
 
 
+def test_a_group_that_cannot_be_prepared_fails_once(settings, monkeypatch):
+    tried = []
+
+    def prepare(*_):
+        tried.append(1)
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(harness, "Prepared", prepare)
+    runner = harness.Runner(settings)
+    for entry in harness.entries("adapter", settings)[:2]:
+        with pytest.raises(pytest.fail.Exception, match="OutOfMemoryError: too large"):
+            runner.result(entry)
+    assert len(tried) == 1
+
+
 def test_a_workload_is_prepared_once_for_all_directions(settings):
     runner = harness.Runner(settings)
     prepared = set()
@@ -250,6 +265,12 @@ def test_the_floors_of_a_device_are_a_table(capsys, monkeypatch):
     assert len(rows) == 3 * sum(len(GPU[op]) for op in BENCHES)
 
 
+def test_the_notes_hold_the_floors_of_the_code():
+    text = (run.ROOT / "benchmarks" / "NOTES.md").read_text().splitlines()
+    rows = floors.table(floors.H200, telling=True)
+    assert len(rows) > 20 and [line for line in text if line in rows] == rows
+
+
 @pytest.mark.parametrize("op", BENCHES)
 def test_names_of_workloads_differ(op):
     for shapes in (CPU[op], GPU[op]):
@@ -260,7 +281,12 @@ def test_both_ranks_are_timed_on_a_gpu():
     for op in BENCHES:
         found = [w.r for w, _ in workloads(op, "cuda", quick=False)]
         assert found.count(64) == found.count(16) > 0
-        assert {w.r for w, _ in workloads(op, "cuda", False, rank=16)} == {16}
+        sixteen = [w for w, _ in workloads(op, "cuda", False, rank=16)]
+        assert {w.r for w in sixteen} == {16}
+        # what the targets are stated for is timed
+        for target in targets.TARGETS:
+            for w in sixteen if target.op == op else ():
+                assert target.direction in directions(op, w, "cuda")
 
 
 def test_ratios_and_file(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import shlex
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from a3fta_kernels.backends import why_not
-from benchmarks import gpu
+from benchmarks import gpu, sanitize_case, variants
 
 ROOT = Path(gpu.__file__).resolve().parents[1]
 
@@ -24,7 +25,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def options(tmp_path: Path):
-    plain = {"commit": "abc", "quick": False, "without": ""}
+    plain = {"commit": "abc", "quick": False, "without": "", "minutes": 6.0}
     return type("Options", (), plain | {"out": tmp_path})()
 
 
@@ -69,6 +70,14 @@ def test_a_quick_look_is_quick_in_every_stage_that_can_be(tmp_path):
 def test_the_benchmarks_end_with_the_targets():
     assert gpu.STAGES[-1] == gpu.GROUPS["bench"][-1] == "targets"
     assert dry_run("bench")[-1].startswith("[targets]")
+
+
+def test_some_stages():
+    done = run(
+        "benchmarks/gpu.py", "--dry-run", "--minutes", "2.5", "--stage", "build", "bench-block"
+    )
+    stages = [line[: line.index("]") + 1] for line in done.stdout.splitlines()]
+    assert stages == ["[build]", "[build]", "[bench-block]"] and "--minutes 2.5 " in done.stdout
 
 
 @pytest.mark.parametrize("stage", gpu.BENCHES)
@@ -244,9 +253,32 @@ def test_the_sanitized_case_runs():
     reason = why_not("native", torch.device("cpu"), torch.float32)
     if reason is not None:
         pytest.skip(f"native on the CPU: {reason}")
-    done = run("benchmarks/sanitize_case.py", "--device", "cpu")
+    done = run("benchmarks/sanitize_case.py", "--device", "cpu", "--quick")
     assert done.returncode == 0, done.stderr
     assert "sanitize_case: done" in done.stdout
+
+
+def test_the_sanitized_cases_reach_the_fast_kernels():
+    for dtype in (torch.bfloat16, torch.float16):
+        for quick in (False, True):
+            found = list(sanitize_case.cases(dtype, quick))
+            fast = [c for c in found if c.c % 64 == 0 and c.r % 16 == 0]
+            assert {c.n is None for c in fast} == {True, False}
+        assert {c.r for c in sanitize_case.cases(dtype, False)} >= {16, 64}
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_attention_to_text_is_held_to_the_oracle(monkeypatch, wrong):
+    plain = variants.EAGER["cross_attention_adapter"]
+
+    def op(backend: str, **inputs):
+        y = plain(**inputs)
+        return y.roll(1, 1) if wrong else y
+
+    monkeypatch.setattr(sanitize_case.ops, "cross_attention_adapter", op, raising=False)
+    (workload,) = sanitize_case.crosses(torch.bfloat16, quick=True)
+    with pytest.raises(AssertionError, match="y: error") if wrong else contextlib.nullcontext():
+        sanitize_case.check_cross(workload, ("native", "cpu", torch.bfloat16))
 
 
 def test_carried_packages(tmp_path):
