@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import ops, processors
     from .adapters import AdapterConfig
-    from .attention import set_attention
+    from .attention import fuse_qkv, set_attention, unfuse_qkv
     from .backends import BackendStatus, BackendUnavailableError, backends
     from .inject import (
         InjectionReport,
@@ -52,6 +52,7 @@ __all__ = [
     "eject",
     "enable_adapters",
     "freeze_for_inference",
+    "fuse_qkv",
     "inject",
     "load_adapter",
     "merge",
@@ -64,12 +65,13 @@ __all__ = [
     "set_trainable",
     "trainable_parameters",
     "unfreeze",
+    "unfuse_qkv",
     "unmerge",
 ]
 
 _HOMES = {
     "adapters": ("AdapterConfig",),
-    "attention": ("set_attention",),
+    "attention": ("fuse_qkv", "set_attention", "unfuse_qkv"),
     "backends": ("BackendStatus", "BackendUnavailableError", "backends"),
     "inject": (
         "InjectionReport",

@@ -1,4 +1,4 @@
-"""The attention engine of a whole model: `set_attention`."""
+"""The attention of a whole model: its engine, and q, k and v in one product."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 from . import processors
 from .backends import BackendUnavailableError, backends
 from .checks import check_choice
+from .processors import qkv
 from .processors.engines import ENGINES, check_installed
 from .projection import AdaptedProjectionMixin
 from .tree import RECORD, adapted, denoiser, records
@@ -53,6 +54,70 @@ def set_attention(model: Any, engine: str) -> dict[str, str]:
             _remember(root, layer, name, before)
             layer.set_processor(ours)  # type: ignore[operator]
     return engines_in_use(root)
+
+
+def fuse_qkv(model: Any) -> dict[str, str]:
+    """Lets one matrix product compute q, k and v in self-attention, k and v in cross-attention.
+
+    The weights of each layer move side by side into one piece of memory: parameters, names,
+    values and what saves them stay, and unlike diffusers' `fuse_qkv_projections` there is no
+    second copy. The sums are those of three products, but a library may round them otherwise:
+    that is why `inject` does not do it by itself.
+
+    Layers are joined as long as they are frozen, plain `nn.Linear` layers without hooks whose
+    weights lie so; that is seen in every forward. Else, under autocast to another dtype and
+    under torch.compile, each layer computes its own product. A move (`.to`), a deep copy and new
+    parameters part them: call this again afterwards. `unfuse_qkv` and `eject` undo it.
+
+    Returns:
+        For every adapted attention layer "", or the reason why it stays as it is.
+    """
+    adapted(model)
+    found = {}
+    for name, layer, groups in _groups(denoiser(model)):
+        processor = layer.get_processor()  # type: ignore[operator]
+        if not getattr(processor, "joins", False):
+            found[name] = f"its processor is of class {type(processor).__name__}"
+            continue
+        reasons = [_why_apart(group) for group in groups]
+        for group, reason in zip(groups, reasons, strict=True):
+            if not reason:
+                qkv.lay_side_by_side(group)
+        found[name] = next((reason for reason in reasons if reason), "")
+    return found
+
+
+def unfuse_qkv(model: Any) -> None:
+    """Undoes `fuse_qkv`: every weight in memory of its own."""
+    for _, _, groups in _groups(denoiser(model)):
+        for group in groups:
+            weights: list[Any] = [layer._parameters.get("weight") for layer in group]
+            if qkv.joint(weights) is not None:
+                qkv.lay_apart(group)
+
+
+def _groups(root: nn.Module) -> Iterator[tuple[str, nn.Module, list[tuple[nn.Module, ...]]]]:
+    """Adapted attention layers, with their projections of one input in groups."""
+    family = processors.family_of(root)
+    for name, layer, _ in _layers(root):
+        yield name, layer, family.joinable(layer) if family is not None else []
+
+
+def _why_apart(group: tuple[nn.Module, ...]) -> str:
+    """Why these layers cannot share memory; "" where they can."""
+    reason = qkv.why_not_plain(group)
+    if reason is not None:
+        return reason
+    weights: list[Any] = [layer.weight for layer in group]
+    first = weights[0]
+    if first.device.type == "meta":
+        return "a weight is on the meta device"
+    if len({id(weight) for weight in weights}) < len(weights):
+        return "two layers have one weight"
+    if any(w.is_inference() for w in weights):
+        return "a weight was made in inference mode"
+    kinds = {(w.device, w.dtype, w.shape[1]) for w in weights}
+    return "" if len(kinds) == 1 else f"their weights differ: {sorted(map(str, kinds))}"
 
 
 def engines_in_use(root: nn.Module) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def check_tensor(name: str, value: Any, *, optional: bool = False) -> None:
 
 def check_shape(name: str, value: torch.Tensor | None, shape: Sequence[int], meaning: str) -> None:
     """`meaning` names the axes, e.g. "(R, C) = (rank, channels)"."""
-    if value is not None and tuple(value.shape) != tuple(shape):
+    if value is not None and value.shape != tuple(shape):
         raise ValueError(
             f"{name}: expected shape {tuple(shape)}, {meaning}, got {tuple(value.shape)}"
         )
@@ -36,9 +36,8 @@ def check_device(name: str, value: torch.Tensor | None, device: torch.device, li
 
 
 def check_dtype(
-    name: str, value: torch.Tensor | None, allowed: Iterable[torch.dtype], why: str = ""
+    name: str, value: torch.Tensor | None, allowed: Collection[torch.dtype], why: str = ""
 ) -> None:
-    allowed = tuple(allowed)
     if value is not None and value.dtype not in allowed:
         listing = ", ".join(str(d) for d in allowed)
         raise TypeError(
@@ -46,7 +45,6 @@ def check_dtype(
         )
 
 
-def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
-    choices = tuple(choices)
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")

@@ -15,7 +15,7 @@ from torch import nn
 
 from . import processors
 from .adapters import DESIGNS, AdapterConfig
-from .attention import engines_in_use
+from .attention import engines_in_use, unfuse_qkv
 from .backends import BACKENDS, resolve
 from .checks import check_choice, describe
 from .merging import merge, unmerge
@@ -148,6 +148,8 @@ def eject(model: Any, name: str | None = None) -> None:
     check_unmerged(layers, "eject")
     for layer in layers.values():
         check_restorable(layer)
+    if name is None or all(list(layer.adapters) == [name] for layer in layers.values()):
+        unfuse_qkv(root)
     for layer in layers.values():
         for gone in list(layer.adapters) if name is None else [name]:
             if gone in layer.adapters:

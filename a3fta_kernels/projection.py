@@ -284,6 +284,8 @@ def stacks(active: list[tuple[BottleneckAdapter, float]], h: Tensor | None) -> l
 
     With h, dropout is drawn for its samples.
     """
+    if len(active) == 1:
+        return [_stack(active, active[0][0].activation, h)]
     groups: dict[str, list[tuple[BottleneckAdapter, float]]] = {}
     for adapter, weight in active:
         groups.setdefault(adapter.activation, []).append((adapter, weight))
@@ -293,11 +295,14 @@ def stacks(active: list[tuple[BottleneckAdapter, float]], h: Tensor | None) -> l
 def _stack(
     group: list[tuple[BottleneckAdapter, float]], activation: str, h: Tensor | None
 ) -> Stack:
+    if len(group) == 1 and not torch.compiler.is_compiling():
+        adapter, weight = group[0]
+        mask = None if h is None else adapter.mask(h.shape[0], h.device)
+        own: Tensors = adapter()
+        return Stack(*own, adapter.scale * weight, activation, mask)
     masks = [None if h is None else a.mask(h.shape[0], h.device) for a, _ in group]
     tensors: list[Tensors] = [a() for a, _ in group]
     factors = [a.scale * weight for a, weight in group]
-    if len(group) == 1 and not torch.compiler.is_compiling():
-        return Stack(*tensors[0], factors[0], activation, masks[0])
     # compiled, a number that an op takes is a constant: in w_up no new weight compiles anew
     b_down = b_up = gamma = None
     if any(t.b_down is not None for t in tensors):

@@ -22,11 +22,13 @@ ROOT = Path(__file__).resolve().parents[1]
 Call = Callable[[int], Any]  # runs one variant on buffer set i
 Clock = Callable[[], float]  # runs it on the next set, or on all, and says the seconds per call
 
-# dispatcher events that move no data
+# dispatcher events that move no data, or only by the events below them
 _VIEWS = re.compile(
     r"(aten::)?(detach|as_strided|(_unsafe_)?view|reshape|alias|resolve_(conj|neg)|lift_fresh|t"
-    r"|transpose|permute|slice|narrow|select|expand(_as)?|unsqueeze|squeeze)"
+    r"|transpose|permute|slice|narrow|select|expand(_as)?|unsqueeze|squeeze|(un)?flatten|chunk"
+    r"|split|to|contiguous|dropout)"
 )
+_ALLOCATES = ("aten::empty", "aten::new_empty")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -280,11 +282,11 @@ def count(call: Call, device: torch.device) -> dict[str, int]:
         kinds = [e.device_type for e in events]
         return {"kernels": kinds.count(torch.autograd.DeviceType.CUDA)}
     names = [name for e in events if e.cpu_parent is None for name in _working(e)]
-    return {"operators": sum(not name.startswith("aten::empty") for name in names)}
+    return {"operators": sum(not name.startswith(_ALLOCATES) for name in names)}
 
 
 def _working(event: Any) -> list[str]:
-    """The operators below an event that move data or allocate, allocations named aten::empty*."""
+    """The operators below an event that move data or allocate."""
     below = [name for child in event.cpu_children for name in _working(child)]
     if (
         _VIEWS.fullmatch(event.name)
@@ -292,7 +294,7 @@ def _working(event: Any) -> list[str]:
         or event.name.startswith("autograd::")
     ):
         return below
-    if all(name.startswith("aten::empty") for name in below):
+    if all(name.startswith(_ALLOCATES) for name in below):
         return [*below, event.name]
     return below
 

@@ -37,7 +37,7 @@ LAYERS = [
     ["projection"],
     ["tree"],
     ["merging", "report", "switch"],
-    ["processors.engines", "processors.family"],
+    ["processors.engines", "processors.family", "processors.qkv"],
     ["processors.*"],
     ["processors"],
     ["attention"],
@@ -243,6 +243,7 @@ PUBLIC = {
     "eject",
     "enable_adapters",
     "freeze_for_inference",
+    "fuse_qkv",
     "inject",
     "load_adapter",
     "merge",
@@ -254,6 +255,7 @@ PUBLIC = {
     "set_trainable",
     "trainable_parameters",
     "unfreeze",
+    "unfuse_qkv",
     "unmerge",
 }
 
@@ -314,7 +316,7 @@ def test_every_design_is_in_its_table():
 def test_every_family_is_in_its_table():
     from a3fta_kernels.processors import FAMILIES
 
-    shared = {"processors.engines", "processors.family"}
+    shared = {"processors.engines", "processors.family", "processors.qkv"}
     files = {name for name in FILES if name.startswith("processors.")} - shared
     rows = {row.matches.__module__.removeprefix("a3fta_kernels.") for row in FAMILIES.values()}
     assert rows == files

@@ -34,6 +34,8 @@ def check_adapter(
 ) -> None:
     """Checks the adapter's tensors and options against h and the `channels` it reads."""
     check_choice("activation", activation, ACTIVATIONS)
+    if _fits(h, channels, w_down, w_up, b_down, b_up, scale, gamma, beta):
+        return
     for name, value in (("w_down", w_down), ("w_up", w_up)):
         check_tensor(name, value)
         if value.dim() != 2:
@@ -73,3 +75,33 @@ def check_adapter(
     for name, tensor in tensors.items():
         check_dtype(name, tensor, FLOATS)
         check_device(name, tensor, h.device, "h")
+
+
+def _fits(
+    h: Tensor,
+    channels: int,
+    w_down: Tensor,
+    w_up: Tensor,
+    b_down: Tensor | None,
+    b_up: Tensor | None,
+    scale: float | Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+) -> bool:
+    """Whether the usual call is right, in one look; False leaves it to the checks one by one."""
+    if gamma is not None or beta is not None or type(scale) is not float:
+        return False
+    tensors = (w_down, w_up) if b_down is None else (w_down, w_up, b_down, b_up)
+    device = h.device
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor) or tensor.device != device or tensor.dtype not in FLOATS:
+            return False
+    rank = w_down.shape[0] if w_down.dim() == 2 else 0
+    return (
+        rank > 0
+        and w_down.shape == (rank, channels)
+        and w_up.shape == (channels, rank)
+        and (b_down is None) == (b_up is None)
+        and (b_down is None or b_down.shape == (rank,))
+        and (b_up is None or b_up.shape == (channels,))
+    )

@@ -25,6 +25,7 @@ class Family:
     sites: its attention layers.
     processor_for: our processor in the place of a stock one, None for one it does not know.
     owns: whether a processor is one of ours.
+    joinable: groups of projections of one input (q, k, v) that our processor computes together.
     """
 
     name: str
@@ -32,3 +33,4 @@ class Family:
     sites: Callable[[nn.Module], Iterator[Site]]
     processor_for: Callable[[Any], Any | None]
     owns: Callable[[Any], bool]
+    joinable: Callable[[Any], list[tuple[nn.Module, ...]]]

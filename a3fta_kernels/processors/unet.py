@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..checks import check_choice, describe
 from ..projection import AdaptedProjectionMixin
-from . import engines
+from . import engines, qkv
 from .family import Family, Site
 
 
@@ -36,6 +36,8 @@ class A3FTAAttnProcessor:
     It holds no parameters: the adapter is part of `attn.to_out[0]`. On a layer without an
     adapter it computes what the stock processor does.
     """
+
+    joins = True  # it computes projections of one input together
 
     def __init__(
         self,
@@ -110,12 +112,14 @@ class A3FTAAttnProcessor:
     def project(
         self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        query = attn.to_q(hidden_states)
         if encoder_hidden_states is None:
-            encoder_hidden_states = hidden_states
-        elif attn.norm_cross:
+            query, key, value = qkv.project((attn.to_q, attn.to_k, attn.to_v), hidden_states)
+            return query, key, value
+        query = attn.to_q(hidden_states)
+        if attn.norm_cross:
             encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
-        return query, attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        key, value = qkv.project((attn.to_k, attn.to_v), encoder_hidden_states)
+        return query, key, value
 
     def attend(
         self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
@@ -130,6 +134,8 @@ class A3FTAAttnProcessor:
 
 class A3FTAFusedAttnProcessor(A3FTAAttnProcessor):
     """Drop-in for FusedAttnProcessor2_0: one product for q, k and v (cross-attention: k and v)."""
+
+    joins = False  # diffusers keeps a second copy of the weights for it
 
     def project(
         self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None
@@ -170,12 +176,14 @@ class A3FTAAttnAddedKVProcessor(A3FTAAttnProcessor, stock.AttnAddedKVProcessor2_
             encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
         hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
-        query = attn.to_q(hidden_states)
-        key = attn.add_k_proj(encoder_hidden_states)
-        value = attn.add_v_proj(encoder_hidden_states)
-        if not attn.only_cross_attention:
-            key = torch.cat([key, attn.to_k(hidden_states)], dim=1)
-            value = torch.cat([value, attn.to_v(hidden_states)], dim=1)
+        key, value = qkv.project((attn.add_k_proj, attn.add_v_proj), encoder_hidden_states)
+        if attn.only_cross_attention:
+            query = attn.to_q(hidden_states)
+        else:
+            layers = (attn.to_q, attn.to_k, attn.to_v)
+            query, own_key, own_value = qkv.project(layers, hidden_states)
+            key = torch.cat([key, own_key], dim=1)
+            value = torch.cat([value, own_value], dim=1)
         h = self.attend(attn, query, key, value, attention_mask)
 
         y = attn.to_out[1](attn.to_out[0](h))
@@ -218,6 +226,18 @@ def processor_for(processor: Any) -> A3FTAAttnProcessor | None:
     return None if make is None else make(processor)
 
 
+def joinable(attn: Any) -> list[tuple[nn.Module, ...]]:
+    """The layer's projections that read one input, in groups."""
+    found: list[tuple[nn.Module, ...]] = []
+    if attn.is_cross_attention or attn.only_cross_attention:
+        found.append((attn.to_k, attn.to_v))
+    else:
+        found.append((attn.to_q, attn.to_k, attn.to_v))
+    if getattr(attn, "add_k_proj", None) is not None:
+        found.append((attn.add_k_proj, attn.add_v_proj))
+    return [group for group in found if all(layer is not None for layer in group)]
+
+
 def owns(processor: Any) -> bool:
     return isinstance(processor, A3FTAAttnProcessor)
 
@@ -242,7 +262,7 @@ def _has_attention(model: nn.Module) -> bool:
 
 
 def _family(name: str, matches: Callable[[nn.Module], bool]) -> Family:
-    return Family(name, matches, sites, processor_for, owns)
+    return Family(name, matches, sites, processor_for, owns, joinable)
 
 
 FAMILIES = (

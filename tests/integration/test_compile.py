@@ -141,3 +141,10 @@ def test_attention_engine(engine: str, device: torch.device, monkeypatch: pytest
     else:
         a3fta.set_attention(block, engine)
     check(block, block, aot(block), h, None, text, tolerance=0.05)
+
+
+def test_weights_side_by_side(device: torch.device):
+    """`fuse_qkv` changes nothing for the compiler: it sees three layers."""
+    block, h, text = attention(device)
+    assert set(a3fta.fuse_qkv(block).values()) == {""}
+    check(block, block, aot(block), h, None, text, tolerance=1e-3)

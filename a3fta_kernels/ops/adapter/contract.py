@@ -30,7 +30,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rule import acc_dtype, autocast_dtype, cast, is_plain, refuse_second_derivative, rows, scaled
+from ..rule import (
+    acc_dtype,
+    autocast_dtype,
+    cast,
+    is_plain,
+    refuse_second_derivative,
+    rows,
+    scaled,
+    times,
+)
 
 _SIGNATURE = (
     "Tensor h, Tensor w_down, Tensor w_up, Tensor? b_down, Tensor? b_up, Tensor? gamma, "
@@ -115,9 +124,9 @@ def backward(
     found = (
         grads.dh,
         _like(grads.dw_down, w_down),
-        _like(grads.g_up * factor, w_up) if needs[2] else None,
+        _like(times(grads.g_up, factor), w_up) if needs[2] else None,
         _like(grads.da_sum, b_down),
-        _like(grads.dy_sum * factor, b_up) if needs[4] else None,
+        _like(times(grads.dy_sum, factor), b_up) if needs[4] else None,
         _like(grads.dgamma, gamma),
         _like(grads.dbeta, beta),
         dscale,

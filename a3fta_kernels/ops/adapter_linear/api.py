@@ -155,6 +155,8 @@ def _check_linear(
     check_tensor("weight", weight)
     check_tensor("bias", bias, optional=True)
     check_tensor("residual", residual, optional=True)
+    if residual is None and _fits(h, weight, bias):
+        return
     if weight.dim() != 2:
         raise ValueError(f"weight: expected a matrix, got shape {tuple(weight.shape)}")
     n, k = weight.shape[0], h.shape[-1]
@@ -165,3 +167,14 @@ def _check_linear(
     for name, value in (("weight", weight), ("bias", bias), ("residual", residual)):
         check_device(name, value, h.device, "h")
         check_dtype(name, value, allowed, "that of h")
+
+
+def _fits(h: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the usual call is right, in one look; False leaves it to the checks one by one."""
+    kind = (h.dtype, h.device)
+    return (
+        weight.dim() == 2
+        and weight.shape[1] == h.shape[-1]
+        and (weight.dtype, weight.device) == kind
+        and (bias is None or (bias.dtype, bias.device, *bias.shape) == (*kind, weight.shape[0]))
+    )

@@ -40,7 +40,17 @@ import torch
 from torch import Tensor
 
 from ...backends import BackendUnavailableError
-from ..rule import acc_dtype, autocast_dtype, cast, is_plain, refuse_second_derivative, rows, scaled
+from ..rule import (
+    acc_dtype,
+    autocast_dtype,
+    cast,
+    cast_together,
+    is_plain,
+    refuse_second_derivative,
+    rows,
+    scaled,
+    times,
+)
 from . import choice
 
 PATHS = ("skinny", "fused", "concat")
@@ -112,13 +122,27 @@ def merged_up(
 ) -> tuple[Tensor, Tensor | None]:
     """V = s * Ws @ w_up (N, R) in `dtype`, and bias + s * Ws @ b_up (N,) in the wide dtype."""
     wide = acc_dtype(dtype)
-    weight_slice = weight[:, start : start + w_up.shape[0]].to(dtype)
-    v = weight_slice @ scaled(w_up, scale, scale_tensor, dtype)
-    total = cast(bias, wide)
-    if b_up is not None:
-        shift = (weight_slice @ scaled(b_up, scale, scale_tensor, dtype)).to(wide)
-        total = shift if total is None else total + shift
-    return v, total
+    weight_slice = cast(weight, dtype)
+    if w_up.shape[0] < weight.shape[1]:
+        weight_slice = weight_slice.narrow(1, start, w_up.shape[0])
+    if scale_tensor is not None:
+        w_up = scaled(w_up, scale, scale_tensor, dtype)
+        b_up = None if b_up is None else scaled(b_up, scale, scale_tensor, dtype)
+        scale = 1.0
+    # the products take the scale and the bias, which saves kernels of their own
+    w_up, b_up = cast(w_up, dtype), cast(b_up, dtype)
+    if scale == 1.0:
+        v = weight_slice @ w_up
+    else:
+        blank = weight_slice.new_empty(1)
+        v = torch.addmm(blank, weight_slice, w_up, beta=0, alpha=scale)
+    if b_up is None:
+        return v, cast(bias, wide)
+    if bias is None:
+        total = torch.addmv(weight_slice.new_empty(1), weight_slice, b_up, beta=0, alpha=scale)
+    else:
+        total = torch.addmv(bias.to(dtype), weight_slice, b_up, alpha=scale)
+    return v, total.to(wide)
 
 
 def forward(
@@ -145,12 +169,14 @@ def forward(
     dtype = h.dtype
     path = take_path(path, backend, h, weight, w_down.shape[0])
     if v is None:
+        if scale_tensor is None:
+            w_down, w_up, b_down, b_up = cast_together((w_down, w_up, b_down, b_up), dtype)
         v, v_bias = merged_up(weight, bias, w_up, b_up, scale_tensor, scale, start, dtype)
     y, a = backend_module(backend).forward(
         rows(h),
-        rows(weight.to(dtype)),
+        rows(cast(weight, dtype)),
         v_bias,
-        w_down.to(dtype).contiguous(),
+        cast(w_down, dtype).contiguous(),
         v,
         cast(b_down, dtype),
         cast(gamma, dtype),
@@ -188,7 +214,7 @@ def backward(
     wide = acc_dtype(dtype)
     names = ("h", "w_down", "w_up", "b_down", "b_up", "gamma", "beta", "scale_tensor")
     need = dict(zip(names, needs, strict=True))
-    weight = rows(weight.to(dtype))
+    weight = rows(cast(weight, dtype))
     grads = backend_module(backend).backward(
         rows(dy),
         rows(h),
@@ -217,11 +243,11 @@ def backward(
         weight_t = weight[:, start : start + w_up.shape[0]].t().to(narrow)
         factor = scale if scale_tensor is None else scale_tensor.to(wide) * scale
         g_up = (weight_t @ grads.g_up.to(narrow)).to(wide)
-        found["w_up"] = g_up * factor
+        found["w_up"] = times(g_up, factor)
         dscale = (g_up * w_up.to(wide)).sum() if need["scale_tensor"] else None
         if b_up is not None:
             g_bias = (weight_t @ grads.dy_sum.to(narrow)).to(wide)
-            found["b_up"] = g_bias * factor
+            found["b_up"] = times(g_bias, factor)
             dscale = None if dscale is None else dscale + g_bias @ b_up.to(wide)
         if scale_tensor is not None and dscale is not None:
             found["scale_tensor"] = (dscale * scale).view(scale_tensor.shape)
