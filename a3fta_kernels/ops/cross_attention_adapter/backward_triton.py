@@ -35,7 +35,6 @@ from .tiles_triton import (
     Blocks,
     blocks,
     cast,
-    load_down,
     load_keys,
     load_rows,
     mask_strides,
@@ -83,31 +82,26 @@ def query_grad_kernel(
         if mask_ptr is not None:
             mask_head += sample * stride_mask_b + head * stride_mask_h
         q = load_rows(q_head, offs_m, mask_m, stride_qm, D, BLOCK_D_1, BLOCK_D_2)
-        k_1, k_2 = load_keys(
-            k_head, N, stride_kn, D, BLOCK_N_1, BLOCK_N_2, BLOCK_D_1, BLOCK_D_2
-        )
-        v_1, v_2 = load_keys(
-            v_head, N, stride_vn, D, BLOCK_N_1, BLOCK_N_2, BLOCK_D_1, BLOCK_D_2
-        )
+        k = load_keys(k_head, N, stride_kn, D, BLOCK_N_1, BLOCK_N_2, BLOCK_D_1, BLOCK_D_2)
+        v = load_keys(v_head, N, stride_vn, D, BLOCK_N_1, BLOCK_N_2, BLOCK_D_1, BLOCK_D_2)
         dh = load_rows(dh_ptr + c, rows, mask_m, C, D, BLOCK_D_1, BLOCK_D_2)
-        down = load_down(w_down_ptr + c, C, R, BLOCK_R, D, BLOCK_D_1, BLOCK_D_2)
+        down = load_rows(w_down_ptr + c, offs_r, offs_r < R, C, D, BLOCK_D_1, BLOCK_D_2)
         dh = cast(times(da, down, cast(dh, tl.float32)), dtype)
 
-        p_1, p_2, top, norm = probabilities(
-            q, k_1, k_2, mask_head, offs_m, mask_m, N, stride_mask_m, stride_mask_n, SCALE,
-            PER_QUERY,
-        )  # fmt: skip
-        p_1 *= norm[:, None]
-        dp_1 = outer(dh, v_1, tl.zeros((BLOCK_M, BLOCK_N_1), dtype=tl.float32))
-        delta = tl.sum(p_1 * dp_1, axis=1)
+        p, top, norm = probabilities(
+            q, k, mask_head, offs_m, mask_m, N, stride_mask_m, stride_mask_n, SCALE, PER_QUERY
+        )
+        p = cast(p, tl.float32, norm[:, None])
+        dp = (outer(dh, v[0], tl.zeros((BLOCK_M, BLOCK_N_1), dtype=tl.float32)),)
+        delta = tl.sum(p[0] * dp[0], axis=1)
         if BLOCK_N_2 > 0:
-            p_2 *= norm[:, None]
-            dp_2 = outer(dh, v_2, tl.zeros((BLOCK_M, BLOCK_N_2), dtype=tl.float32))
-            delta += tl.sum(p_2 * dp_2, axis=1)
-        ds_1 = (p_1 * (dp_1 - delta[:, None])).to(dtype)
-        dq = times(ds_1, k_1, zeros(BLOCK_M, BLOCK_D_1, BLOCK_D_2))
+            dp = (dp[0], outer(dh, v[1], tl.zeros((BLOCK_M, BLOCK_N_2), dtype=tl.float32)))
+            delta += tl.sum(p[1] * dp[1], axis=1)
+        ds = (p[0] * (dp[0] - delta[:, None])).to(dtype)
+        dq = times(ds, k[0], zeros(BLOCK_M, BLOCK_D_1, BLOCK_D_2))
         if BLOCK_N_2 > 0:
-            dq = times((p_2 * (dp_2 - delta[:, None])).to(dtype), k_2, dq)
+            ds_2 = (p[1] * (dp[1] - delta[:, None])).to(dtype)
+            dq = times(ds_2, k[1], dq)
         dq = cast(dq, dtype, SCALE)
         store_rows(dq_ptr + c, dq, rows, mask_m, C, D, BLOCK_D_1, BLOCK_D_2)
         if stats_ptr is not None:
@@ -149,7 +143,7 @@ def key_grad_kernel(
     v_head = v_ptr + sample * stride_vb + c
     k = load_rows(k_head, offs_n, mask_n, stride_kn, D, BLOCK_D_1, BLOCK_D_2)
     v = load_rows(v_head, offs_n, mask_n, stride_vn, D, BLOCK_D_1, BLOCK_D_2)
-    down = load_down(w_down_ptr + c, C, R, BLOCK_R, D, BLOCK_D_1, BLOCK_D_2)
+    down = load_rows(w_down_ptr + c, offs_r, offs_r < R, C, D, BLOCK_D_1, BLOCK_D_2)
     dk = zeros(BLOCK_N, BLOCK_D_1, BLOCK_D_2)
     dv = zeros(BLOCK_N, BLOCK_D_1, BLOCK_D_2)
     first = split * rows_per_split

@@ -2,9 +2,8 @@
 """Tiles of short-key attention: what its forward and backward kernels share.
 
 Tensor cores take powers of two, but a head has 40 dimensions and a text 77 tokens: an axis is split
-into two blocks, 32 + 16 and 64 + 16, where these pad it less than one block would. A pair
-(x_1, x_2) holds the tiles of the two blocks of a head's dimensions; what belongs to the second
-block is None where there is none.
+into two blocks, 32 + 16 and 64 + 16, where these pad it less than one block would. A matrix is then
+a tuple of tiles, of one or two, by the blocks of the head's dimensions.
 """
 
 from __future__ import annotations
@@ -55,12 +54,11 @@ def load_block(ptr, offs, mask, stride, START: tl.constexpr, D: tl.constexpr, BL
 def load_rows(
     ptr, offs, mask, stride, D: tl.constexpr, BLOCK_D_1: tl.constexpr, BLOCK_D_2: tl.constexpr
 ):
-    """The rows `offs` of one head, at ptr: a pair (rows, BLOCK_D), zeros past D."""
-    x_1 = load_block(ptr, offs, mask, stride, 0, D, BLOCK_D_1)
-    x_2 = None
+    """The rows `offs` of one head, which starts at ptr, zeros past D: tiles (rows, BLOCK_D)."""
+    x = (load_block(ptr, offs, mask, stride, 0, D, BLOCK_D_1),)
     if BLOCK_D_2 > 0:
-        x_2 = load_block(ptr, offs, mask, stride, BLOCK_D_1, D, BLOCK_D_2)
-    return x_1, x_2
+        x = (x[0], load_block(ptr, offs, mask, stride, BLOCK_D_1, D, BLOCK_D_2))
+    return x
 
 
 @triton.jit
@@ -68,77 +66,67 @@ def load_keys(
     ptr, N, stride, D: tl.constexpr, BLOCK_N_1: tl.constexpr, BLOCK_N_2: tl.constexpr,
     BLOCK_D_1: tl.constexpr, BLOCK_D_2: tl.constexpr,
 ):  # fmt: skip
-    """All keys, or values, of one head: a pair for each block of keys, the second may be None."""
+    """All keys, or values, of one head: for each block of them the tiles (BLOCK_N, BLOCK_D)."""
     offs = tl.arange(0, BLOCK_N_1)
-    x_1 = load_rows(ptr, offs, offs < N, stride, D, BLOCK_D_1, BLOCK_D_2)
-    x_2 = None
+    x = (load_rows(ptr, offs, offs < N, stride, D, BLOCK_D_1, BLOCK_D_2),)
     if BLOCK_N_2 > 0:
-        more = BLOCK_N_1 + tl.arange(0, BLOCK_N_2)
-        x_2 = load_rows(ptr, more, more < N, stride, D, BLOCK_D_1, BLOCK_D_2)
-    return x_1, x_2
+        offs = BLOCK_N_1 + tl.arange(0, BLOCK_N_2)
+        x = (x[0], load_rows(ptr, offs, offs < N, stride, D, BLOCK_D_1, BLOCK_D_2))
+    return x
 
 
 @triton.jit
-def load_down(
-    ptr, C, R, BLOCK_R: tl.constexpr, D: tl.constexpr,
-    BLOCK_D_1: tl.constexpr, BLOCK_D_2: tl.constexpr,
-):  # fmt: skip
-    """w_down (R, C) at one head, at ptr: a pair (BLOCK_R, BLOCK_D)."""
-    offs_r = tl.arange(0, BLOCK_R)
-    return load_rows(ptr, offs_r, offs_r < R, C, D, BLOCK_D_1, BLOCK_D_2)
+def store_block(
+    ptr, x, offs, mask, stride, START: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    offs_d = START + tl.arange(0, BLOCK)
+    inside = mask[:, None] & (offs_d < D)[None, :]
+    tl.store(ptr + offs[:, None] * stride + offs_d[None, :], x, mask=inside)
 
 
 @triton.jit
 def store_rows(
     ptr, x, offs, mask, stride, D: tl.constexpr, BLOCK_D_1: tl.constexpr, BLOCK_D_2: tl.constexpr
 ):
-    offs_d = tl.arange(0, BLOCK_D_1)
-    ptrs = ptr + offs[:, None] * stride + offs_d[None, :]
-    inside = mask[:, None] & (offs_d < D)[None, :]
-    tl.store(ptrs, x[0].to(ptr.dtype.element_ty), mask=inside)
+    store_block(ptr, x[0], offs, mask, stride, 0, D, BLOCK_D_1)
     if BLOCK_D_2 > 0:
-        more = BLOCK_D_1 + tl.arange(0, BLOCK_D_2)
-        ptrs = ptr + offs[:, None] * stride + more[None, :]
-        tl.store(ptrs, x[1].to(ptr.dtype.element_ty), mask=mask[:, None] & (more < D)[None, :])
+        store_block(ptr, x[1], offs, mask, stride, BLOCK_D_1, D, BLOCK_D_2)
+
+
+@triton.jit
+def zeros(BLOCK: tl.constexpr, BLOCK_D_1: tl.constexpr, BLOCK_D_2: tl.constexpr):
+    """Accumulators (BLOCK, BLOCK_D)."""
+    x = (tl.zeros((BLOCK, BLOCK_D_1), dtype=tl.float32),)
+    if BLOCK_D_2 > 0:
+        x = (x[0], tl.zeros((BLOCK, BLOCK_D_2), dtype=tl.float32))
+    return x
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr, factor=1.0):
+    """x * factor in dtype."""
+    y = ((x[0] * factor).to(dtype),)
+    if len(x) > 1:
+        y = (y[0], (x[1] * factor).to(dtype))
+    return y
 
 
 @triton.jit
 def outer(x, y, acc):
-    """acc + x @ y.T for pairs x (rows, D) and y (columns, D)."""
+    """acc + x @ y.T for x (rows, D) and y (columns, D)."""
     acc = dot(x[0], tl.trans(y[0]), acc)
-    if x[1] is not None:
+    if len(x) > 1:
         acc = dot(x[1], tl.trans(y[1]), acc)
     return acc
 
 
 @triton.jit
 def times(p, x, acc):
-    """acc + p @ x for a matrix p (rows, columns) and pairs x (columns, D), acc (rows, D)."""
-    acc_1 = dot(p, x[0], acc[0])
-    acc_2 = None
-    if x[1] is not None:
-        acc_2 = dot(p, x[1], acc[1])
-    return acc_1, acc_2
-
-
-@triton.jit
-def zeros(BLOCK: tl.constexpr, BLOCK_D_1: tl.constexpr, BLOCK_D_2: tl.constexpr):
-    """A pair of accumulators (BLOCK, BLOCK_D)."""
-    x_1 = tl.zeros((BLOCK, BLOCK_D_1), dtype=tl.float32)
-    x_2 = None
-    if BLOCK_D_2 > 0:
-        x_2 = tl.zeros((BLOCK, BLOCK_D_2), dtype=tl.float32)
-    return x_1, x_2
-
-
-@triton.jit
-def cast(x, dtype: tl.constexpr, FACTOR=1.0):
-    """x * FACTOR as a pair of dtype."""
-    x_1 = (x[0] * FACTOR).to(dtype)
-    x_2 = None
-    if x[1] is not None:
-        x_2 = (x[1] * FACTOR).to(dtype)
-    return x_1, x_2
+    """acc + p @ x for one tile p (rows, columns), x (columns, D) and acc (rows, D)."""
+    y = (dot(p, x[0], acc[0]),)
+    if len(x) > 1:
+        y = (y[0], dot(p, x[1], acc[1]))
+    return y
 
 
 @triton.jit
@@ -165,32 +153,33 @@ def masked_scores(
 
 @triton.jit
 def probabilities(
-    q, k_1, k_2, mask_ptr, offs_m, mask_m, N, stride_mask_m, stride_mask_n,
+    q, k, mask_ptr, offs_m, mask_m, N, stride_mask_m, stride_mask_n,
     SCALE: tl.constexpr, PER_QUERY: tl.constexpr,
 ):  # fmt: skip
-    """For both blocks of keys p = exp(s - top); then top and 1 / sum(p), by row.
+    """p = exp(s - top) for each block of keys; top, and 1 / sum(p), by row.
 
     A row of nothing but -inf has p = 0: it attends to no key.
     """
-    offs_n = tl.arange(0, k_1[0].shape[0])
-    s_1 = masked_scores(
-        q, k_1, mask_ptr, offs_m, mask_m, offs_n, N, stride_mask_m, stride_mask_n, SCALE,
-        PER_QUERY,
+    offs_n = tl.arange(0, k[0][0].shape[0])
+    s = (
+        masked_scores(
+            q, k[0], mask_ptr, offs_m, mask_m, offs_n, N, stride_mask_m, stride_mask_n, SCALE,
+            PER_QUERY,
+        ),
     )  # fmt: skip
-    top = tl.max(s_1, axis=1)
-    s_2 = None
-    if k_2 is not None:
-        offs_n_2 = k_1[0].shape[0] + tl.arange(0, k_2[0].shape[0])
+    top = tl.max(s[0], axis=1)
+    if len(k) > 1:
+        offs_n_2 = k[0][0].shape[0] + tl.arange(0, k[1][0].shape[0])
         s_2 = masked_scores(
-            q, k_2, mask_ptr, offs_m, mask_m, offs_n_2, N, stride_mask_m, stride_mask_n, SCALE,
+            q, k[1], mask_ptr, offs_m, mask_m, offs_n_2, N, stride_mask_m, stride_mask_n, SCALE,
             PER_QUERY,
         )  # fmt: skip
+        s = (s[0], s_2)
         top = tl.maximum(top, tl.max(s_2, axis=1))
     top = tl.where(top == float("-inf"), 0.0, top)
-    p_1 = tl.exp(s_1 - top[:, None])
-    total = tl.sum(p_1, axis=1)
-    p_2 = None
-    if k_2 is not None:
-        p_2 = tl.exp(s_2 - top[:, None])
-        total += tl.sum(p_2, axis=1)
-    return p_1, p_2, top, 1.0 / tl.where(total == 0.0, 1.0, total)
+    p = (tl.exp(s[0] - top[:, None]),)
+    total = tl.sum(p[0], axis=1)
+    if len(k) > 1:
+        p = (p[0], tl.exp(s[1] - top[:, None]))
+        total += tl.sum(p[1], axis=1)
+    return p, top, 1.0 / tl.where(total == 0.0, 1.0, total)

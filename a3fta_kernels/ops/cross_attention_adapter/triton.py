@@ -39,7 +39,6 @@ from .tiles_triton import (
     Blocks,
     blocks,
     cast,
-    load_down,
     load_keys,
     load_rows,
     mask_strides,
@@ -72,6 +71,9 @@ def attention_down_kernel(
     offs_m = offs_m.to(tl.int64)
     rows = sample * M + offs_m
     C = H * D
+    dtype: tl.constexpr = hz_ptr.dtype.element_ty
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_r = offs_r < R
 
     acc_a = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for head in range(H):
@@ -83,27 +85,19 @@ def attention_down_kernel(
         if mask_ptr is not None:
             mask_head += sample * stride_mask_b + head * stride_mask_h
         q = load_rows(q_head, offs_m, mask_m, stride_qm, D, BLOCK_D_1, BLOCK_D_2)
-        k_1, k_2 = load_keys(
-            k_head, N, stride_kn, D, BLOCK_N_1, BLOCK_N_2, BLOCK_D_1, BLOCK_D_2
+        k = load_keys(k_head, N, stride_kn, D, BLOCK_N_1, BLOCK_N_2, BLOCK_D_1, BLOCK_D_2)
+        v = load_keys(v_head, N, stride_vn, D, BLOCK_N_1, BLOCK_N_2, BLOCK_D_1, BLOCK_D_2)
+        p, _, norm = probabilities(
+            q, k, mask_head, offs_m, mask_m, N, stride_mask_m, stride_mask_n, SCALE, PER_QUERY
         )
-        v_1, v_2 = load_keys(
-            v_head, N, stride_vn, D, BLOCK_N_1, BLOCK_N_2, BLOCK_D_1, BLOCK_D_2
-        )
-        p_1, p_2, _, norm = probabilities(
-            q, k_1, k_2, mask_head, offs_m, mask_m, N, stride_mask_m, stride_mask_n, SCALE,
-            PER_QUERY,
-        )  # fmt: skip
-        dtype: tl.constexpr = hz_ptr.dtype.element_ty
-        h = times(p_1.to(dtype), v_1, zeros(BLOCK_M, BLOCK_D_1, BLOCK_D_2))
-        if p_2 is not None:
-            h = times(p_2.to(dtype), v_2, h)
+        h = times(p[0].to(dtype), v[0], zeros(BLOCK_M, BLOCK_D_1, BLOCK_D_2))
+        if BLOCK_N_2 > 0:
+            h = times(p[1].to(dtype), v[1], h)
         h = cast(h, dtype, norm[:, None])
         store_rows(hz_ptr + c, h, rows, mask_m, stride_hz, D, BLOCK_D_1, BLOCK_D_2)
-        down = load_down(w_down_ptr + c, C, R, BLOCK_R, D, BLOCK_D_1, BLOCK_D_2)
+        down = load_rows(w_down_ptr + c, offs_r, mask_r, C, D, BLOCK_D_1, BLOCK_D_2)
         acc_a = outer(h, down, acc_a)
 
-    offs_r = tl.arange(0, BLOCK_R)
-    mask_r = offs_r < R
     if b_down_ptr is not None:
         acc_a += tl.load(b_down_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)[None, :]
     a_ptrs = a_ptr + rows[:, None] * R + offs_r[None, :]
