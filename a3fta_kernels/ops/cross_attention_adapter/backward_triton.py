@@ -32,16 +32,17 @@ from ...triton_support import (
 )
 from .layout import RANK_LIMIT
 from .tiles_triton import (
-    Blocks,
-    blocks,
     cast,
+    head_meta,
+    key_meta,
     load_keys,
     load_rows,
-    mask_strides,
+    mask_arguments,
     masked_scores,
     outer,
-    probabilities,
+    softmax,
     store_rows,
+    strides,
     times,
     zeros,
 )
@@ -53,8 +54,8 @@ def query_grad_kernel(
     M, N, H, R, stride_qb, stride_qm, stride_kb, stride_kn, stride_vb, stride_vn,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
     D: tl.constexpr, SCALE: tl.constexpr, PER_QUERY: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N_1: tl.constexpr, BLOCK_N_2: tl.constexpr,
-    BLOCK_D_1: tl.constexpr, BLOCK_D_2: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, COUNT_N: tl.constexpr, TAIL_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """q (B, M, C), k and v (B, N, C); dh (B * M, C) without its part from da (B * M, R);
     dq (B * M, C). stats (B, H, 3, M): top and norm of `probabilities`, and delta.
@@ -63,49 +64,76 @@ def query_grad_kernel(
     """
     tiles = tl.cdiv(M, BLOCK_M)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
-    offs_m = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < M
-    offs_m = offs_m.to(tl.int64)
-    rows = sample * M + offs_m
-    offs_r = tl.arange(0, BLOCK_R)
+    first = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_M
     C = H * D
+    # the tile's place is part of its pointers: offsets inside it need no 64 bits
+    q_ptr += sample * stride_qb + first * stride_qm
+    k_ptr += sample * stride_kb
+    v_ptr += sample * stride_vb
+    dh_ptr += (sample * M + first) * C
+    da_ptr += (sample * M + first) * R
+    dq_ptr += (sample * M + first) * C
+    if mask_ptr is not None:
+        mask_ptr += sample * stride_mask_b + first * stride_mask_m
+    if stats_ptr is not None:
+        stats_ptr += sample * H * 3 * M + first
+    offs_m = tl.arange(0, BLOCK_M)
+    mask_m = offs_m < M - first
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_r = offs_r < R
     dtype: tl.constexpr = dq_ptr.dtype.element_ty
 
-    da_ptrs = da_ptr + rows[:, None] * R + offs_r[None, :]
-    da = tl.load(da_ptrs, mask=mask_m[:, None] & (offs_r < R)[None, :], other=0.0)
+    da_ptrs = da_ptr + offs_m[:, None] * R + offs_r[None, :]
+    da = tl.load(da_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
     for head in range(H):
         c = head * D
-        q_head = q_ptr + sample * stride_qb + c
-        k_head = k_ptr + sample * stride_kb + c
-        v_head = v_ptr + sample * stride_vb + c
         mask_head = mask_ptr
         if mask_ptr is not None:
-            mask_head += sample * stride_mask_b + head * stride_mask_h
-        q = load_rows(q_head, offs_m, mask_m, stride_qm, D, BLOCK_D_1, BLOCK_D_2)
-        k = load_keys(k_head, N, stride_kn, D, BLOCK_N_1, BLOCK_N_2, BLOCK_D_1, BLOCK_D_2)
-        v = load_keys(v_head, N, stride_vn, D, BLOCK_N_1, BLOCK_N_2, BLOCK_D_1, BLOCK_D_2)
-        dh = load_rows(dh_ptr + c, rows, mask_m, C, D, BLOCK_D_1, BLOCK_D_2)
-        down = load_rows(w_down_ptr + c, offs_r, offs_r < R, C, D, BLOCK_D_1, BLOCK_D_2)
+            mask_head += head * stride_mask_h
+        # dh and its products come first: their tiles are gone when the scores' come
+        dh = load_rows(dh_ptr + c, offs_m, mask_m, C, D, BLOCK_D, TAIL_D)
+        down = load_rows(w_down_ptr + c, offs_r, mask_r, C, D, BLOCK_D, TAIL_D)
         dh = cast(times(da, down, cast(dh, tl.float32)), dtype)
+        dp = ()
+        for i in tl.static_range(COUNT_N + (TAIL_N > 0)):
+            v = load_keys(
+                v_ptr + c, N, stride_vn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, TAIL_D
+            )
+            dp = dp + (outer(dh, v, tl.zeros((BLOCK_M, v[0].shape[0]), dtype=tl.float32)),)
 
-        p, top, norm = probabilities(
-            q, k, mask_head, offs_m, mask_m, N, stride_mask_m, stride_mask_n, SCALE, PER_QUERY
-        )
+        q = load_rows(q_ptr + c, offs_m, mask_m, stride_qm, D, BLOCK_D, TAIL_D)
+        keys = ()
+        s = ()
+        for i in tl.static_range(COUNT_N + (TAIL_N > 0)):
+            k = load_keys(
+                k_ptr + c, N, stride_kn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, TAIL_D
+            )
+            offs_n = i * BLOCK_N + tl.arange(0, k[0].shape[0])
+            one = masked_scores(
+                q, k, mask_head, offs_m, mask_m, offs_n, N, stride_mask_m, stride_mask_n, SCALE,
+                PER_QUERY,
+            )  # fmt: skip
+            keys = keys + (k,)
+            s = s + (one,)
+        p, top, norm = softmax(s)
         p = cast(p, tl.float32, norm[:, None])
-        dp = (outer(dh, v[0], tl.zeros((BLOCK_M, BLOCK_N_1), dtype=tl.float32)),)
-        delta = tl.sum(p[0] * dp[0], axis=1)
-        if BLOCK_N_2 > 0:
-            dp = (dp[0], outer(dh, v[1], tl.zeros((BLOCK_M, BLOCK_N_2), dtype=tl.float32)))
-            delta += tl.sum(p[1] * dp[1], axis=1)
-        ds = (p[0] * (dp[0] - delta[:, None])).to(dtype)
-        dq = times(ds, k[0], zeros(BLOCK_M, BLOCK_D_1, BLOCK_D_2))
-        if BLOCK_N_2 > 0:
-            ds_2 = (p[1] * (dp[1] - delta[:, None])).to(dtype)
-            dq = times(ds_2, k[1], dq)
+        delta = tl.zeros_like(top)
+        for i in tl.static_range(len(p)):
+            delta += tl.sum(p[i] * dp[i], axis=1)
+        dq = zeros(BLOCK_M, BLOCK_D, TAIL_D)
+        for i in tl.static_range(len(p)):
+            ds = (p[i] * (dp[i] - delta[:, None])).to(dtype)
+            if COUNT_N > 1:  # too many to keep
+                k = load_keys(
+                    k_ptr + c, N, stride_kn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, TAIL_D
+                )
+            else:
+                k = keys[i]
+            dq = times(ds, k, dq)
         dq = cast(dq, dtype, SCALE)
-        store_rows(dq_ptr + c, dq, rows, mask_m, C, D, BLOCK_D_1, BLOCK_D_2)
+        store_rows(dq_ptr + c, dq, offs_m, mask_m, C, D, BLOCK_D, TAIL_D)
         if stats_ptr is not None:
-            stats = stats_ptr + (sample * H + head) * 3 * M + offs_m
+            stats = stats_ptr + head * 3 * M + offs_m
             tl.store(stats, top, mask=mask_m)
             tl.store(stats + M, norm, mask=mask_m)
             tl.store(stats + 2 * M, delta, mask=mask_m)
@@ -118,8 +146,8 @@ def key_grad_kernel(
     stride_qb, stride_qm, stride_kb, stride_kn, stride_vb, stride_vn,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
     D: tl.constexpr, SCALE: tl.constexpr, PER_QUERY: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D_1: tl.constexpr, BLOCK_D_2: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Partial sums over rows_per_split rows of a sample: dk, dv (splits, B, N, C).
 
@@ -132,39 +160,45 @@ def key_grad_kernel(
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     offs_r = tl.arange(0, BLOCK_R)
+    mask_r = offs_r < R
     c = head * D
     C = H * D
     dtype: tl.constexpr = q_ptr.dtype.element_ty
-    mask_head = mask_ptr
+    q_ptr += sample * stride_qb + c
+    k_ptr += sample * stride_kb + c
+    v_ptr += sample * stride_vb + c
+    dh_ptr += sample * M * C + c
+    da_ptr += sample * M * R
+    stats_ptr += (sample * H + head) * 3 * M
     if mask_ptr is not None:
-        mask_head += sample * stride_mask_b + head * stride_mask_h
+        mask_ptr += sample * stride_mask_b + head * stride_mask_h
 
-    k_head = k_ptr + sample * stride_kb + c
-    v_head = v_ptr + sample * stride_vb + c
-    k = load_rows(k_head, offs_n, mask_n, stride_kn, D, BLOCK_D_1, BLOCK_D_2)
-    v = load_rows(v_head, offs_n, mask_n, stride_vn, D, BLOCK_D_1, BLOCK_D_2)
-    down = load_rows(w_down_ptr + c, offs_r, offs_r < R, C, D, BLOCK_D_1, BLOCK_D_2)
-    dk = zeros(BLOCK_N, BLOCK_D_1, BLOCK_D_2)
-    dv = zeros(BLOCK_N, BLOCK_D_1, BLOCK_D_2)
-    first = split * rows_per_split
-    last = tl.minimum(first + rows_per_split, M)
-    for m in range(first, last, BLOCK_M):
-        offs_m = m + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < last
-        rows = sample * M + offs_m
-        q_head = q_ptr + sample * stride_qb + c
-        q = load_rows(q_head, offs_m, mask_m, stride_qm, D, BLOCK_D_1, BLOCK_D_2)
-        dh = load_rows(dh_ptr + c, rows, mask_m, C, D, BLOCK_D_1, BLOCK_D_2)
-        da_ptrs = da_ptr + rows[:, None] * R + offs_r[None, :]
-        da = tl.load(da_ptrs, mask=mask_m[:, None] & (offs_r < R)[None, :], other=0.0)
+    k = load_rows(k_ptr, offs_n, mask_n, stride_kn, D, BLOCK_D, TAIL_D)
+    v = load_rows(v_ptr, offs_n, mask_n, stride_vn, D, BLOCK_D, TAIL_D)
+    down = load_rows(w_down_ptr + c, offs_r, mask_r, C, D, BLOCK_D, TAIL_D)
+    dk = zeros(BLOCK_N, BLOCK_D, TAIL_D)
+    dv = zeros(BLOCK_N, BLOCK_D, TAIL_D)
+    offs_m = tl.arange(0, BLOCK_M)
+    last = tl.minimum((split + 1) * rows_per_split, M)
+    for first in range(split * rows_per_split, last, BLOCK_M):
+        mask_m = offs_m < last - first
+        q = load_rows(
+            q_ptr + first * stride_qm, offs_m, mask_m, stride_qm, D, BLOCK_D, TAIL_D
+        )
+        dh = load_rows(dh_ptr + first * C, offs_m, mask_m, C, D, BLOCK_D, TAIL_D)
+        da_ptrs = da_ptr + first * R + offs_m[:, None] * R + offs_r[None, :]
+        da = tl.load(da_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         dh = cast(times(da, down, cast(dh, tl.float32)), dtype)
-        stats = stats_ptr + (sample * H + head) * 3 * M + offs_m
+        stats = stats_ptr + first + offs_m
         top = tl.load(stats, mask=mask_m, other=0.0)
         norm = tl.load(stats + M, mask=mask_m, other=0.0)
         delta = tl.load(stats + 2 * M, mask=mask_m, other=0.0)
+        mask_rows = mask_ptr
+        if mask_ptr is not None:
+            mask_rows += first * stride_mask_m
 
         s = masked_scores(
-            q, k, mask_head, offs_m, mask_m, offs_n, N, stride_mask_m, stride_mask_n, SCALE,
+            q, k, mask_rows, offs_m, mask_m, offs_n, N, stride_mask_m, stride_mask_n, SCALE,
             PER_QUERY,
         )  # fmt: skip
         p = tl.exp(s - top[:, None]) * norm[:, None]
@@ -175,37 +209,30 @@ def key_grad_kernel(
 
     out = (split * batch + sample) * N * C + c
     dk = cast(dk, tl.float32, SCALE)
-    store_rows(dk_ptr + out, dk, offs_n, mask_n, C, D, BLOCK_D_1, BLOCK_D_2)
-    store_rows(dv_ptr + out, dv, offs_n, mask_n, C, D, BLOCK_D_1, BLOCK_D_2)
+    store_rows(dk_ptr + out, dk, offs_n, mask_n, C, D, BLOCK_D, TAIL_D)
+    store_rows(dv_ptr + out, dv, offs_n, mask_n, C, D, BLOCK_D, TAIL_D)
 
 
 def query_grad_configs(
-    head: Blocks, keys: Blocks, itemsize: int, block_r: int, capability: int
+    head_dim: int, keys: int, itemsize: int, block_r: int, capability: int
 ) -> list[Config]:
-    fixed = dict(
-        BLOCK_N_1=keys.first, BLOCK_N_2=keys.second, BLOCK_D_1=head.first, BLOCK_D_2=head.second,
-        BLOCK_R=block_r,
-    )  # fmt: skip
     sizes = ((32, 4, 1), (16, 4, 1)) if itemsize == 4 else ((64, 4, 2), (32, 4, 2), (16, 4, 1))
-    return [config(w, s, BLOCK_M=m, **fixed) for m, w, s in sizes]
+    return [config(w, s, BLOCK_M=m, BLOCK_R=block_r) for m, w, s in sizes]
 
 
-def key_grad_configs(
-    head: Blocks, itemsize: int, block_r: int, capability: int
-) -> list[Config]:
-    fixed = dict(BLOCK_D_1=head.first, BLOCK_D_2=head.second, BLOCK_R=block_r)
+def key_grad_configs(head_dim: int, itemsize: int, block_r: int, capability: int) -> list[Config]:
     sizes = ((16, 16, 4, 1),) if itemsize == 4 else ((64, 64, 4, 1), (32, 32, 4, 1))
-    return [config(w, s, BLOCK_M=m, BLOCK_N=n, **fixed) for m, n, w, s in sizes]
+    return [config(w, s, BLOCK_M=m, BLOCK_N=n, BLOCK_R=block_r) for m, n, w, s in sizes]
 
 
 @functools.cache
-def launch_query_grad(head: Blocks, keys: Blocks) -> Launcher:
-    return Launcher(query_grad_kernel, functools.partial(query_grad_configs, head, keys))
+def launch_query_grad(head_dim: int, keys: int) -> Launcher:
+    return Launcher(query_grad_kernel, functools.partial(query_grad_configs, head_dim, keys))
 
 
 @functools.cache
-def launch_key_grad(head: Blocks) -> Launcher:
-    return Launcher(key_grad_kernel, functools.partial(key_grad_configs, head))
+def launch_key_grad(head_dim: int) -> Launcher:
+    return Launcher(key_grad_kernel, functools.partial(key_grad_configs, head_dim))
 
 
 AOT_KERNELS = ()
@@ -231,7 +258,7 @@ def attention_grads(
     keys = k.shape[1]
     rank = da.shape[1]
     block_r = rank_block(rank, RANK_LIMIT)
-    head = blocks(channels // heads)
+    head_dim = channels // heads
     dq = q.new_empty(q.shape)
     stats = None
     if need_kv:
@@ -240,19 +267,18 @@ def attention_grads(
         blank = q.new_zeros(k.shape, dtype=torch.float32) if need_kv else None
         return dq, blank, blank
     shared = dict(
-        q_ptr=q, k_ptr=k, v_ptr=v, mask_ptr=mask, dh_ptr=dh, da_ptr=da, w_down_ptr=w_down,
-        stats_ptr=stats, M=length, N=keys, H=heads, R=rank,
-        stride_qb=q.stride(0), stride_qm=q.stride(1), stride_kb=k.stride(0),
-        stride_kn=k.stride(1), stride_vb=v.stride(0), stride_vn=v.stride(1),
-        **mask_strides(mask), D=channels // heads, SCALE=attention_scale,
-        PER_QUERY=mask is not None and mask.stride(2) != 0,
+        q_ptr=q, k_ptr=k, v_ptr=v, dh_ptr=dh, da_ptr=da, w_down_ptr=w_down, stats_ptr=stats,
+        M=length, N=keys, H=heads, R=rank, **strides(q=q, k=k, v=v), **mask_arguments(mask),
+        D=head_dim, SCALE=attention_scale, **head_meta(head_dim),
     )  # fmt: skip
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
-        return (triton.cdiv(length, meta["BLOCK_M"]) * batch,), dict(shared, dq_ptr=dq)
+        return (triton.cdiv(length, meta["BLOCK_M"]) * batch,), dict(
+            shared, dq_ptr=dq, **key_meta(keys)
+        )
 
     key = (rows_bucket(length), batch, heads)
-    launch_query_grad(head, blocks(keys))(plan, q, block_r, *key)
+    launch_query_grad(head_dim, keys)(plan, q, block_r, *key)
     if not need_kv:
         return dq, None, None
     partial: dict[str, Tensor] = {}
@@ -269,5 +295,5 @@ def attention_grads(
         grid = (triton.cdiv(keys, meta["BLOCK_N"]), heads, batch * splits)
         return grid, dict(shared, **partial, rows_per_split=rows, splits=splits)
 
-    launch_key_grad(head)(plan_keys, q, block_r, *key, keys)
+    launch_key_grad(head_dim)(plan_keys, q, block_r, *key, keys)
     return dq, partial["dk_ptr"].sum(0), partial["dv_ptr"].sum(0)

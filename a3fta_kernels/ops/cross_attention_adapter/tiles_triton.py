@@ -1,14 +1,15 @@
 # mypy: allow-untyped-defs
 """Tiles of short-key attention: what its forward and backward kernels share.
 
-Tensor cores take powers of two, but a head has 40 dimensions and a text 77 tokens: an axis is split
-into two blocks, 32 + 16 and 64 + 16, where these pad it less than one block would. A matrix is then
-a tuple of tiles, of one or two, by the blocks of the head's dimensions.
+Tensor cores take powers of two, but a head has 40 dimensions and a text 77 tokens. So an axis is cut
+into blocks of one size and a smaller tail, 32 + 16 and 64 + 16, where these pad it less than one
+block would; a matrix is then a tuple of tiles, one for each block of the head's dimensions, and all
+keys of a head are a tuple of such tuples.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -16,116 +17,147 @@ from torch import Tensor
 
 from ...triton_support import dot
 
+KEY_BLOCK = 128  # more keys are several blocks of this many
+
 
 class Blocks(NamedTuple):
-    """Two blocks that cover an axis; `second` is 0 where one does."""
+    """`count` blocks and a tail, 0 where there is none, cover an axis."""
 
-    first: int
-    second: int
-
-    @property
-    def total(self) -> int:
-        return self.first + self.second
+    block: int
+    count: int
+    tail: int
 
 
 def blocks(length: int) -> Blocks:
-    whole = max(16, triton.next_power_of_2(length))
-    first = whole // 2
-    if first < 16:
-        return Blocks(whole, 0)
-    second = max(16, triton.next_power_of_2(length - first))
-    return Blocks(first, second) if first + second < whole else Blocks(whole, 0)
+    if length > KEY_BLOCK:
+        count, rest = divmod(length, KEY_BLOCK)
+        tail = _power_of_two(rest) if rest else 0
+        return Blocks(KEY_BLOCK, count + 1, 0) if tail == KEY_BLOCK else Blocks(KEY_BLOCK, count, tail)
+    whole = _power_of_two(length)
+    half = whole // 2
+    tail = _power_of_two(length - half)
+    return Blocks(half, 1, tail) if 16 <= half and tail < half else Blocks(whole, 1, 0)
 
 
-def mask_strides(mask: Tensor | None) -> dict[str, int]:
-    """Of a mask seen as (B, H, M, N)."""
-    strides = (0, 0, 0, 0) if mask is None else mask.stride()
-    return dict(zip((f"stride_mask_{x}" for x in "bhmn"), strides, strict=True))
+def _power_of_two(length: int) -> int:
+    return max(16, triton.next_power_of_2(length))
+
+
+def head_meta(head_dim: int) -> dict[str, int]:
+    """The sizes of the tiles of one head; head_dim is at most 2 * KEY_BLOCK."""
+    cut = blocks(head_dim)
+    return dict(BLOCK_D=cut.block, TAIL_D=cut.tail)
+
+
+def key_meta(keys: int) -> dict[str, int]:
+    cut = blocks(keys)
+    return dict(BLOCK_N=cut.block, COUNT_N=cut.count, TAIL_N=cut.tail)
+
+
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """stride_qb and stride_qm for q=q, of (B, M, C) and (B, N, C) tensors."""
+    found = {}
+    for name, x in tensors.items():
+        found[f"stride_{name}b"] = x.stride(0)
+        found[f"stride_{name}{'m' if name == 'q' else 'n'}"] = x.stride(1)
+    return found
+
+
+def mask_arguments(mask: Tensor | None) -> dict[str, Any]:
+    """For a mask seen as (B, H, M, N)."""
+    sizes = (0, 0, 0, 0) if mask is None else mask.stride()
+    found = dict(zip((f"stride_mask_{x}" for x in "bhmn"), sizes, strict=True))
+    return dict(mask_ptr=mask, PER_QUERY=sizes[2] != 0, **found)
 
 
 @triton.jit
 def load_block(ptr, offs, mask, stride, START: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns from START of the rows `offs`, of all where mask is None, zeros past D."""
     offs_d = START + tl.arange(0, BLOCK)
-    inside = mask[:, None] & (offs_d < D)[None, :]
-    return tl.load(ptr + offs[:, None] * stride + offs_d[None, :], mask=inside, other=0.0)
+    ptrs = ptr + offs[:, None] * stride + offs_d[None, :]
+    if START + BLOCK > D:
+        inside = (offs_d < D)[None, :]
+        if mask is not None:
+            inside &= mask[:, None]
+        return tl.load(ptrs, mask=inside, other=0.0)
+    elif mask is not None:
+        return tl.load(ptrs, mask=mask[:, None], other=0.0)
+    else:
+        return tl.load(ptrs)
 
 
 @triton.jit
 def load_rows(
-    ptr, offs, mask, stride, D: tl.constexpr, BLOCK_D_1: tl.constexpr, BLOCK_D_2: tl.constexpr
+    ptr, offs, mask, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr
 ):
-    """The rows `offs` of one head, which starts at ptr, zeros past D: tiles (rows, BLOCK_D)."""
-    x = (load_block(ptr, offs, mask, stride, 0, D, BLOCK_D_1),)
-    if BLOCK_D_2 > 0:
-        x = (x[0], load_block(ptr, offs, mask, stride, BLOCK_D_1, D, BLOCK_D_2))
+    """The rows `offs` of one head, which starts at ptr: tiles (rows, BLOCK_D), (rows, TAIL_D)."""
+    x = (load_block(ptr, offs, mask, stride, 0, D, BLOCK_D),)
+    if TAIL_D > 0:
+        x = x + (load_block(ptr, offs, mask, stride, BLOCK_D, D, TAIL_D),)
     return x
-
-
-@triton.jit
-def load_keys(
-    ptr, N, stride, D: tl.constexpr, BLOCK_N_1: tl.constexpr, BLOCK_N_2: tl.constexpr,
-    BLOCK_D_1: tl.constexpr, BLOCK_D_2: tl.constexpr,
-):  # fmt: skip
-    """All keys, or values, of one head: for each block of them the tiles (BLOCK_N, BLOCK_D)."""
-    offs = tl.arange(0, BLOCK_N_1)
-    x = (load_rows(ptr, offs, offs < N, stride, D, BLOCK_D_1, BLOCK_D_2),)
-    if BLOCK_N_2 > 0:
-        offs = BLOCK_N_1 + tl.arange(0, BLOCK_N_2)
-        x = (x[0], load_rows(ptr, offs, offs < N, stride, D, BLOCK_D_1, BLOCK_D_2))
-    return x
-
-
-@triton.jit
-def store_block(
-    ptr, x, offs, mask, stride, START: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
-):
-    offs_d = START + tl.arange(0, BLOCK)
-    inside = mask[:, None] & (offs_d < D)[None, :]
-    tl.store(ptr + offs[:, None] * stride + offs_d[None, :], x, mask=inside)
 
 
 @triton.jit
 def store_rows(
-    ptr, x, offs, mask, stride, D: tl.constexpr, BLOCK_D_1: tl.constexpr, BLOCK_D_2: tl.constexpr
+    ptr, x, offs, mask, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr
 ):
-    store_block(ptr, x[0], offs, mask, stride, 0, D, BLOCK_D_1)
-    if BLOCK_D_2 > 0:
-        store_block(ptr, x[1], offs, mask, stride, BLOCK_D_1, D, BLOCK_D_2)
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + offs[:, None] * stride + offs_d[None, :]
+    tl.store(ptrs, x[0], mask=mask[:, None] & (offs_d < D)[None, :])
+    if TAIL_D > 0:
+        offs_d = BLOCK_D + tl.arange(0, TAIL_D)
+        ptrs = ptr + offs[:, None] * stride + offs_d[None, :]
+        tl.store(ptrs, x[1], mask=mask[:, None] & (offs_d < D)[None, :])
 
 
 @triton.jit
-def zeros(BLOCK: tl.constexpr, BLOCK_D_1: tl.constexpr, BLOCK_D_2: tl.constexpr):
-    """Accumulators (BLOCK, BLOCK_D)."""
-    x = (tl.zeros((BLOCK, BLOCK_D_1), dtype=tl.float32),)
-    if BLOCK_D_2 > 0:
-        x = (x[0], tl.zeros((BLOCK, BLOCK_D_2), dtype=tl.float32))
+def load_keys(
+    ptr, N, stride, I: tl.constexpr, BLOCK_N: tl.constexpr, COUNT_N: tl.constexpr,
+    TAIL_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr,
+):  # fmt: skip
+    """The keys, or values, of block I of one head, which starts at ptr: tiles (keys, dims)."""
+    if I < COUNT_N:
+        offs = I * BLOCK_N + tl.arange(0, BLOCK_N)
+    else:
+        offs = I * BLOCK_N + tl.arange(0, TAIL_N)
+    if (TAIL_N > 0 and I < COUNT_N) or I < COUNT_N - 1:
+        return load_rows(ptr, offs, None, stride, D, BLOCK_D, TAIL_D)
+    else:
+        return load_rows(ptr, offs, offs < N, stride, D, BLOCK_D, TAIL_D)
+
+
+@triton.jit
+def zeros(BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr):
+    """Accumulators (BLOCK, BLOCK_D), (BLOCK, TAIL_D)."""
+    x = (tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32),)
+    if TAIL_D > 0:
+        x = x + (tl.zeros((BLOCK, TAIL_D), dtype=tl.float32),)
     return x
 
 
 @triton.jit
 def cast(x, dtype: tl.constexpr, factor=1.0):
     """x * factor in dtype."""
-    y = ((x[0] * factor).to(dtype),)
-    if len(x) > 1:
-        y = (y[0], (x[1] * factor).to(dtype))
+    y = ()
+    for i in tl.static_range(len(x)):
+        y = y + ((x[i] * factor).to(dtype),)
     return y
 
 
 @triton.jit
 def outer(x, y, acc):
-    """acc + x @ y.T for x (rows, D) and y (columns, D)."""
-    acc = dot(x[0], tl.trans(y[0]), acc)
-    if len(x) > 1:
-        acc = dot(x[1], tl.trans(y[1]), acc)
+    """acc + x @ y.T for x (rows, D), y (columns, D), acc (rows, columns)."""
+    for i in tl.static_range(len(x)):
+        acc = dot(x[i], tl.trans(y[i]), acc)
     return acc
 
 
 @triton.jit
 def times(p, x, acc):
-    """acc + p @ x for one tile p (rows, columns), x (columns, D) and acc (rows, D)."""
-    y = (dot(p, x[0], acc[0]),)
-    if len(x) > 1:
-        y = (y[0], dot(p, x[1], acc[1]))
+    """acc + p @ x for one tile p (rows, columns), x (columns, D), acc (rows, D)."""
+    y = ()
+    for i in tl.static_range(len(x)):
+        y = y + (dot(p, x[i], acc[i]),)
     return y
 
 
@@ -135,8 +167,7 @@ def masked_scores(
     SCALE: tl.constexpr, PER_QUERY: tl.constexpr,
 ):  # fmt: skip
     """q @ k.T * SCALE + mask, -inf past the last key. mask_ptr, at the head, may be None."""
-    s = tl.zeros((offs_m.shape[0], offs_n.shape[0]), dtype=tl.float32)
-    s = outer(q, k, s) * SCALE
+    s = outer(q, k, tl.zeros((q[0].shape[0], k[0].shape[0]), dtype=tl.float32)) * SCALE
     mask_n = offs_n < N
     if mask_ptr is not None:
         if PER_QUERY:
@@ -152,34 +183,18 @@ def masked_scores(
 
 
 @triton.jit
-def probabilities(
-    q, k, mask_ptr, offs_m, mask_m, N, stride_mask_m, stride_mask_n,
-    SCALE: tl.constexpr, PER_QUERY: tl.constexpr,
-):  # fmt: skip
-    """p = exp(s - top) for each block of keys; top, and 1 / sum(p), by row.
+def softmax(s):
+    """p = exp(s - top) for the scores s by blocks of keys; top, and 1 / sum(p), by row.
 
     A row of nothing but -inf has p = 0: it attends to no key.
     """
-    offs_n = tl.arange(0, k[0][0].shape[0])
-    s = (
-        masked_scores(
-            q, k[0], mask_ptr, offs_m, mask_m, offs_n, N, stride_mask_m, stride_mask_n, SCALE,
-            PER_QUERY,
-        ),
-    )  # fmt: skip
     top = tl.max(s[0], axis=1)
-    if len(k) > 1:
-        offs_n_2 = k[0][0].shape[0] + tl.arange(0, k[1][0].shape[0])
-        s_2 = masked_scores(
-            q, k[1], mask_ptr, offs_m, mask_m, offs_n_2, N, stride_mask_m, stride_mask_n, SCALE,
-            PER_QUERY,
-        )  # fmt: skip
-        s = (s[0], s_2)
-        top = tl.maximum(top, tl.max(s_2, axis=1))
+    for i in tl.static_range(1, len(s)):
+        top = tl.maximum(top, tl.max(s[i], axis=1))
     top = tl.where(top == float("-inf"), 0.0, top)
-    p = (tl.exp(s[0] - top[:, None]),)
-    total = tl.sum(p[0], axis=1)
-    if len(k) > 1:
-        p = (p[0], tl.exp(s[1] - top[:, None]))
-        total += tl.sum(p[1], axis=1)
+    p = ()
+    total = tl.zeros_like(top)
+    for i in tl.static_range(len(s)):
+        p = p + (tl.exp(s[i] - top[:, None]),)
+        total += tl.sum(p[i], axis=1)
     return p, top, 1.0 / tl.where(total == 0.0, 1.0, total)

@@ -36,15 +36,17 @@ from ..skinny_triton import rows_backward
 from .backward_triton import attention_grads
 from .layout import RANK_LIMIT, hz_widths
 from .tiles_triton import (
-    Blocks,
-    blocks,
     cast,
+    head_meta,
+    key_meta,
     load_keys,
     load_rows,
-    mask_strides,
+    mask_arguments,
+    masked_scores,
     outer,
-    probabilities,
+    softmax,
     store_rows,
+    strides,
     times,
     zeros,
 )
@@ -56,8 +58,8 @@ def attention_down_kernel(
     M, N, H, R, Z, stride_qb, stride_qm, stride_kb, stride_kn, stride_vb, stride_vn,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, stride_hz,
     D: tl.constexpr, SCALE: tl.constexpr, PER_QUERY: tl.constexpr, ACT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N_1: tl.constexpr, BLOCK_N_2: tl.constexpr,
-    BLOCK_D_1: tl.constexpr, BLOCK_D_2: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, COUNT_N: tl.constexpr, TAIL_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """q (B, M, C), k and v (B, N, C), C = H * D; w_down (R, C); a (B * M, R).
 
@@ -66,10 +68,17 @@ def attention_down_kernel(
     """
     tiles = tl.cdiv(M, BLOCK_M)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
-    offs_m = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < M
-    offs_m = offs_m.to(tl.int64)
-    rows = sample * M + offs_m
+    first = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_M
+    # the tile's place is part of its pointers: offsets inside it need no 64 bits
+    q_ptr += sample * stride_qb + first * stride_qm
+    k_ptr += sample * stride_kb
+    v_ptr += sample * stride_vb
+    hz_ptr += (sample * M + first) * stride_hz
+    a_ptr += (sample * M + first) * R
+    if mask_ptr is not None:
+        mask_ptr += sample * stride_mask_b + first * stride_mask_m
+    offs_m = tl.arange(0, BLOCK_M)
+    mask_m = offs_m < M - first
     C = H * D
     dtype: tl.constexpr = hz_ptr.dtype.element_ty
     offs_r = tl.arange(0, BLOCK_R)
@@ -78,47 +87,49 @@ def attention_down_kernel(
     acc_a = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for head in range(H):
         c = head * D
-        q_head = q_ptr + sample * stride_qb + c
-        k_head = k_ptr + sample * stride_kb + c
-        v_head = v_ptr + sample * stride_vb + c
         mask_head = mask_ptr
         if mask_ptr is not None:
-            mask_head += sample * stride_mask_b + head * stride_mask_h
-        q = load_rows(q_head, offs_m, mask_m, stride_qm, D, BLOCK_D_1, BLOCK_D_2)
-        k = load_keys(k_head, N, stride_kn, D, BLOCK_N_1, BLOCK_N_2, BLOCK_D_1, BLOCK_D_2)
-        v = load_keys(v_head, N, stride_vn, D, BLOCK_N_1, BLOCK_N_2, BLOCK_D_1, BLOCK_D_2)
-        p, _, norm = probabilities(
-            q, k, mask_head, offs_m, mask_m, N, stride_mask_m, stride_mask_n, SCALE, PER_QUERY
-        )
-        h = times(p[0].to(dtype), v[0], zeros(BLOCK_M, BLOCK_D_1, BLOCK_D_2))
-        if BLOCK_N_2 > 0:
-            h = times(p[1].to(dtype), v[1], h)
+            mask_head += head * stride_mask_h
+        q = load_rows(q_ptr + c, offs_m, mask_m, stride_qm, D, BLOCK_D, TAIL_D)
+        s = ()
+        for i in tl.static_range(COUNT_N + (TAIL_N > 0)):
+            k = load_keys(
+                k_ptr + c, N, stride_kn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, TAIL_D
+            )
+            offs_n = i * BLOCK_N + tl.arange(0, k[0].shape[0])
+            one = masked_scores(
+                q, k, mask_head, offs_m, mask_m, offs_n, N, stride_mask_m, stride_mask_n, SCALE,
+                PER_QUERY,
+            )  # fmt: skip
+            s = s + (one,)
+        p, _, norm = softmax(s)
+        h = zeros(BLOCK_M, BLOCK_D, TAIL_D)
+        for i in tl.static_range(COUNT_N + (TAIL_N > 0)):
+            v = load_keys(
+                v_ptr + c, N, stride_vn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, TAIL_D
+            )
+            h = times(p[i].to(dtype), v, h)
         h = cast(h, dtype, norm[:, None])
-        store_rows(hz_ptr + c, h, rows, mask_m, stride_hz, D, BLOCK_D_1, BLOCK_D_2)
-        down = load_rows(w_down_ptr + c, offs_r, mask_r, C, D, BLOCK_D_1, BLOCK_D_2)
+        store_rows(hz_ptr + c, h, offs_m, mask_m, stride_hz, D, BLOCK_D, TAIL_D)
+        down = load_rows(w_down_ptr + c, offs_r, mask_r, C, D, BLOCK_D, TAIL_D)
         acc_a = outer(h, down, acc_a)
 
     if b_down_ptr is not None:
         acc_a += tl.load(b_down_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)[None, :]
-    a_ptrs = a_ptr + rows[:, None] * R + offs_r[None, :]
-    tl.store(a_ptrs, acc_a.to(a_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
+    mask_a = mask_m[:, None] & mask_r[None, :]
+    a_ptrs = a_ptr + offs_m[:, None] * R + offs_r[None, :]
+    tl.store(a_ptrs, acc_a.to(a_ptr.dtype.element_ty), mask=mask_a)
+    rows = sample * M + first + offs_m
     z = modulated(acc_a, gamma_ptr, beta_ptr, rows, mask_m, offs_r, mask_r, M, R, ACT)
-    z_ptrs = hz_ptr + rows[:, None] * stride_hz + (C + offs_r)[None, :]
-    mask_z = mask_m[:, None] & (offs_r < Z)[None, :]
-    tl.store(z_ptrs, z.to(hz_ptr.dtype.element_ty), mask=mask_z)
+    z_ptrs = hz_ptr + offs_m[:, None] * stride_hz + (C + offs_r)[None, :]
+    tl.store(z_ptrs, z.to(dtype), mask=mask_m[:, None] & (offs_r < Z)[None, :])
 
 
 def attention_down_configs(
-    head: Blocks, keys: Blocks, itemsize: int, block_r: int, capability: int
+    head_dim: int, keys: int, itemsize: int, block_r: int, capability: int
 ) -> list[Config]:
-    fixed = dict(
-        BLOCK_N_1=keys.first, BLOCK_N_2=keys.second, BLOCK_D_1=head.first, BLOCK_D_2=head.second,
-        BLOCK_R=block_r,
-    )  # fmt: skip
-    found = []
-    for block_m, num_warps, num_stages in _FP32 if itemsize == 4 else _HALF:
-        found.append(config(num_warps, num_stages, BLOCK_M=block_m, **fixed))
-    return found
+    sizes = _FP32 if itemsize == 4 else _HALF
+    return [config(w, s, BLOCK_M=m, BLOCK_R=block_r) for m, w, s in sizes]
 
 
 _HALF = ((64, 4, 2), (128, 8, 2), (32, 4, 2), (16, 4, 1))
@@ -126,10 +137,9 @@ _FP32 = ((32, 4, 1), (16, 4, 1))
 
 
 @functools.cache
-def launch_attention_down(head: Blocks, keys: Blocks) -> Launcher:
-    """The launcher for heads and keys of these blocks."""
+def launch_attention_down(head_dim: int, keys: int) -> Launcher:
     return Launcher(
-        attention_down_kernel, functools.partial(attention_down_configs, head, keys)
+        attention_down_kernel, functools.partial(attention_down_configs, head_dim, keys)
     )
 
 
@@ -160,22 +170,20 @@ def forward(
     hz, a = q.new_empty(batch * length, width), q.new_empty(batch * length, rank)
     if batch * length == 0:
         return q.new_empty(0, n), hz, a
-    head, keys = blocks(channels // heads), blocks(k.shape[1])
+    head_dim, keys = channels // heads, k.shape[1]
     block_r = rank_block(rank, RANK_LIMIT)
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
-        grid = (triton.cdiv(length, meta["BLOCK_M"]) * batch,)
-        return grid, dict(
-            q_ptr=q, k_ptr=k, v_ptr=v, mask_ptr=mask, w_down_ptr=w_down,
-            b_down_ptr=dense(b_down), gamma_ptr=dense(gamma), beta_ptr=dense(beta), hz_ptr=hz,
-            a_ptr=a, M=length, N=k.shape[1], H=heads, R=rank, Z=columns - channels,
-            stride_qb=q.stride(0), stride_qm=q.stride(1), stride_kb=k.stride(0),
-            stride_kn=k.stride(1), stride_vb=v.stride(0), stride_vn=v.stride(1),
-            **mask_strides(mask), stride_hz=width, D=channels // heads, SCALE=attention_scale,
-            PER_QUERY=mask is not None and mask.stride(2) != 0, ACT=activation_code(activation),
+        return (triton.cdiv(length, meta["BLOCK_M"]) * batch,), dict(
+            q_ptr=q, k_ptr=k, v_ptr=v, w_down_ptr=w_down, b_down_ptr=dense(b_down),
+            gamma_ptr=dense(gamma), beta_ptr=dense(beta), hz_ptr=hz, a_ptr=a, M=length, N=keys,
+            H=heads, R=rank, Z=columns - channels, **strides(q=q, k=k, v=v),
+            **mask_arguments(mask), stride_hz=width, D=head_dim, SCALE=attention_scale,
+            ACT=activation_code(activation), **head_meta(head_dim), **key_meta(keys),
         )  # fmt: skip
 
-    launch_attention_down(head, keys)(plan, q, block_r, rows_bucket(length), batch, heads)
+    key = (rows_bucket(length), batch, heads)
+    launch_attention_down(head_dim, keys)(plan, q, block_r, *key)
     # beside V the columns that meet z's zeros
     blank = v_up.new_zeros(n, columns - channels - rank)
     merged = torch.cat((weight, v_up, blank), dim=1).t()
