@@ -55,7 +55,7 @@ def query_grad_kernel(
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
     D: tl.constexpr, SCALE: tl.constexpr, PER_QUERY: tl.constexpr,
     BLOCK_N: tl.constexpr, COUNT_N: tl.constexpr, TAIL_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr, COUNT_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """q (B, M, C), k and v (B, N, C); dh (B * M, C) without its part from da (B * M, R);
     dq (B * M, C). stats (B, H, 3, M): top and norm of `probabilities`, and delta.
@@ -91,22 +91,22 @@ def query_grad_kernel(
         if mask_ptr is not None:
             mask_head += head * stride_mask_h
         # dh and its products come first: their tiles are gone when the scores' come
-        dh = load_rows(dh_ptr + c, offs_m, mask_m, C, D, BLOCK_D, TAIL_D)
-        down = load_rows(w_down_ptr + c, offs_r, mask_r, C, D, BLOCK_D, TAIL_D)
+        dh = load_rows(dh_ptr + c, offs_m, mask_m, C, D, BLOCK_D, COUNT_D, TAIL_D)
+        down = load_rows(w_down_ptr + c, offs_r, mask_r, C, D, BLOCK_D, COUNT_D, TAIL_D)
         dh = cast(times(da, down, cast(dh, tl.float32)), dtype)
         dp = ()
         for i in tl.static_range(COUNT_N + (TAIL_N > 0)):
             v = load_keys(
-                v_ptr + c, N, stride_vn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, TAIL_D
+                v_ptr + c, N, stride_vn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, COUNT_D, TAIL_D
             )
             dp = dp + (outer(dh, v, tl.zeros((BLOCK_M, v[0].shape[0]), dtype=tl.float32)),)
 
-        q = load_rows(q_ptr + c, offs_m, mask_m, stride_qm, D, BLOCK_D, TAIL_D)
+        q = load_rows(q_ptr + c, offs_m, mask_m, stride_qm, D, BLOCK_D, COUNT_D, TAIL_D)
         keys = ()
         s = ()
         for i in tl.static_range(COUNT_N + (TAIL_N > 0)):
             k = load_keys(
-                k_ptr + c, N, stride_kn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, TAIL_D
+                k_ptr + c, N, stride_kn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, COUNT_D, TAIL_D
             )
             offs_n = i * BLOCK_N + tl.arange(0, k[0].shape[0])
             one = masked_scores(
@@ -120,18 +120,18 @@ def query_grad_kernel(
         delta = tl.zeros_like(top)
         for i in tl.static_range(len(p)):
             delta += tl.sum(p[i] * dp[i], axis=1)
-        dq = zeros(BLOCK_M, BLOCK_D, TAIL_D)
+        dq = zeros(BLOCK_M, BLOCK_D, COUNT_D, TAIL_D)
         for i in tl.static_range(len(p)):
             ds = (p[i] * (dp[i] - delta[:, None])).to(dtype)
             if COUNT_N > 1:  # too many to keep
                 k = load_keys(
-                    k_ptr + c, N, stride_kn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, TAIL_D
+                    k_ptr + c, N, stride_kn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, COUNT_D, TAIL_D
                 )
             else:
                 k = keys[i]
             dq = times(ds, k, dq)
         dq = cast(dq, dtype, SCALE)
-        store_rows(dq_ptr + c, dq, offs_m, mask_m, C, D, BLOCK_D, TAIL_D)
+        store_rows(dq_ptr + c, dq, offs_m, mask_m, C, D, BLOCK_D)
         if stats_ptr is not None:
             stats = stats_ptr + head * 3 * M + offs_m
             tl.store(stats, top, mask=mask_m)
@@ -146,7 +146,7 @@ def key_grad_kernel(
     stride_qb, stride_qm, stride_kb, stride_kn, stride_vb, stride_vn,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
     D: tl.constexpr, SCALE: tl.constexpr, PER_QUERY: tl.constexpr,
-    BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, COUNT_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Partial sums over rows_per_split rows of a sample: dk, dv (splits, B, N, C).
@@ -173,19 +173,19 @@ def key_grad_kernel(
     if mask_ptr is not None:
         mask_ptr += sample * stride_mask_b + head * stride_mask_h
 
-    k = load_rows(k_ptr, offs_n, mask_n, stride_kn, D, BLOCK_D, TAIL_D)
-    v = load_rows(v_ptr, offs_n, mask_n, stride_vn, D, BLOCK_D, TAIL_D)
-    down = load_rows(w_down_ptr + c, offs_r, mask_r, C, D, BLOCK_D, TAIL_D)
-    dk = zeros(BLOCK_N, BLOCK_D, TAIL_D)
-    dv = zeros(BLOCK_N, BLOCK_D, TAIL_D)
+    k = load_rows(k_ptr, offs_n, mask_n, stride_kn, D, BLOCK_D, COUNT_D, TAIL_D)
+    v = load_rows(v_ptr, offs_n, mask_n, stride_vn, D, BLOCK_D, COUNT_D, TAIL_D)
+    down = load_rows(w_down_ptr + c, offs_r, mask_r, C, D, BLOCK_D, COUNT_D, TAIL_D)
+    dk = zeros(BLOCK_N, BLOCK_D, COUNT_D, TAIL_D)
+    dv = zeros(BLOCK_N, BLOCK_D, COUNT_D, TAIL_D)
     offs_m = tl.arange(0, BLOCK_M)
     last = tl.minimum((split + 1) * rows_per_split, M)
     for first in range(split * rows_per_split, last, BLOCK_M):
         mask_m = offs_m < last - first
         q = load_rows(
-            q_ptr + first * stride_qm, offs_m, mask_m, stride_qm, D, BLOCK_D, TAIL_D
+            q_ptr + first * stride_qm, offs_m, mask_m, stride_qm, D, BLOCK_D, COUNT_D, TAIL_D
         )
-        dh = load_rows(dh_ptr + first * C, offs_m, mask_m, C, D, BLOCK_D, TAIL_D)
+        dh = load_rows(dh_ptr + first * C, offs_m, mask_m, C, D, BLOCK_D, COUNT_D, TAIL_D)
         da_ptrs = da_ptr + first * R + offs_m[:, None] * R + offs_r[None, :]
         da = tl.load(da_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         dh = cast(times(da, down, cast(dh, tl.float32)), dtype)
@@ -209,8 +209,8 @@ def key_grad_kernel(
 
     out = (split * batch + sample) * N * C + c
     dk = cast(dk, tl.float32, SCALE)
-    store_rows(dk_ptr + out, dk, offs_n, mask_n, C, D, BLOCK_D, TAIL_D)
-    store_rows(dv_ptr + out, dv, offs_n, mask_n, C, D, BLOCK_D, TAIL_D)
+    store_rows(dk_ptr + out, dk, offs_n, mask_n, C, D, BLOCK_D)
+    store_rows(dv_ptr + out, dv, offs_n, mask_n, C, D, BLOCK_D)
 
 
 def query_grad_configs(

@@ -28,11 +28,11 @@ class Blocks(NamedTuple):
     tail: int
 
 
-def blocks(length: int) -> Blocks:
-    if length > KEY_BLOCK:
-        count, rest = divmod(length, KEY_BLOCK)
+def blocks(length: int, largest: int = KEY_BLOCK) -> Blocks:
+    if length > largest:
+        count, rest = divmod(length, largest)
         tail = _power_of_two(rest) if rest else 0
-        return Blocks(KEY_BLOCK, count + 1, 0) if tail == KEY_BLOCK else Blocks(KEY_BLOCK, count, tail)
+        return Blocks(largest, count + 1, 0) if tail == largest else Blocks(largest, count, tail)
     whole = _power_of_two(length)
     half = whole // 2
     tail = _power_of_two(length - half)
@@ -45,8 +45,8 @@ def _power_of_two(length: int) -> int:
 
 def head_meta(head_dim: int) -> dict[str, int]:
     """The sizes of the tiles of one head; head_dim is at most 2 * KEY_BLOCK."""
-    cut = blocks(head_dim)
-    return dict(BLOCK_D=cut.block, TAIL_D=cut.tail)
+    cut = blocks(head_dim, 64)
+    return dict(BLOCK_D=cut.block, COUNT_D=cut.count, TAIL_D=cut.tail)
 
 
 def key_meta(keys: int) -> dict[str, int]:
@@ -88,32 +88,29 @@ def load_block(ptr, offs, mask, stride, START: tl.constexpr, D: tl.constexpr, BL
 
 @triton.jit
 def load_rows(
-    ptr, offs, mask, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr
+    ptr, offs, mask, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, COUNT_D: tl.constexpr, TAIL_D: tl.constexpr
 ):
     """The rows `offs` of one head, which starts at ptr: tiles (rows, BLOCK_D), (rows, TAIL_D)."""
-    x = (load_block(ptr, offs, mask, stride, 0, D, BLOCK_D),)
+    x = ()
+    for i in tl.static_range(COUNT_D):
+        x = x + (load_block(ptr, offs, mask, stride, i * BLOCK_D, D, BLOCK_D),)
     if TAIL_D > 0:
-        x = x + (load_block(ptr, offs, mask, stride, BLOCK_D, D, TAIL_D),)
+        x = x + (load_block(ptr, offs, mask, stride, COUNT_D * BLOCK_D, D, TAIL_D),)
     return x
 
 
 @triton.jit
-def store_rows(
-    ptr, x, offs, mask, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr
-):
-    offs_d = tl.arange(0, BLOCK_D)
-    ptrs = ptr + offs[:, None] * stride + offs_d[None, :]
-    tl.store(ptrs, x[0], mask=mask[:, None] & (offs_d < D)[None, :])
-    if TAIL_D > 0:
-        offs_d = BLOCK_D + tl.arange(0, TAIL_D)
+def store_rows(ptr, x, offs, mask, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    for i in tl.static_range(len(x)):
+        offs_d = i * BLOCK_D + tl.arange(0, x[i].shape[1])
         ptrs = ptr + offs[:, None] * stride + offs_d[None, :]
-        tl.store(ptrs, x[1], mask=mask[:, None] & (offs_d < D)[None, :])
+        tl.store(ptrs, x[i], mask=mask[:, None] & (offs_d < D)[None, :])
 
 
 @triton.jit
 def load_keys(
     ptr, N, stride, I: tl.constexpr, BLOCK_N: tl.constexpr, COUNT_N: tl.constexpr,
-    TAIL_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr,
+    TAIL_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COUNT_D: tl.constexpr, TAIL_D: tl.constexpr,
 ):  # fmt: skip
     """The keys, or values, of block I of one head, which starts at ptr: tiles (keys, dims)."""
     if I < COUNT_N:
@@ -121,15 +118,17 @@ def load_keys(
     else:
         offs = I * BLOCK_N + tl.arange(0, TAIL_N)
     if (TAIL_N > 0 and I < COUNT_N) or I < COUNT_N - 1:
-        return load_rows(ptr, offs, None, stride, D, BLOCK_D, TAIL_D)
+        return load_rows(ptr, offs, None, stride, D, BLOCK_D, COUNT_D, TAIL_D)
     else:
-        return load_rows(ptr, offs, offs < N, stride, D, BLOCK_D, TAIL_D)
+        return load_rows(ptr, offs, offs < N, stride, D, BLOCK_D, COUNT_D, TAIL_D)
 
 
 @triton.jit
-def zeros(BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr):
+def zeros(BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, COUNT_D: tl.constexpr, TAIL_D: tl.constexpr):
     """Accumulators (BLOCK, BLOCK_D), (BLOCK, TAIL_D)."""
-    x = (tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32),)
+    x = ()
+    for _ in tl.static_range(COUNT_D):
+        x = x + (tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32),)
     if TAIL_D > 0:
         x = x + (tl.zeros((BLOCK, TAIL_D), dtype=tl.float32),)
     return x

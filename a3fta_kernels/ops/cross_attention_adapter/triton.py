@@ -59,7 +59,7 @@ def attention_down_kernel(
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, stride_hz,
     D: tl.constexpr, SCALE: tl.constexpr, PER_QUERY: tl.constexpr, ACT: tl.constexpr,
     BLOCK_N: tl.constexpr, COUNT_N: tl.constexpr, TAIL_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr, COUNT_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """q (B, M, C), k and v (B, N, C), C = H * D; w_down (R, C); a (B * M, R).
 
@@ -90,11 +90,11 @@ def attention_down_kernel(
         mask_head = mask_ptr
         if mask_ptr is not None:
             mask_head += head * stride_mask_h
-        q = load_rows(q_ptr + c, offs_m, mask_m, stride_qm, D, BLOCK_D, TAIL_D)
+        q = load_rows(q_ptr + c, offs_m, mask_m, stride_qm, D, BLOCK_D, COUNT_D, TAIL_D)
         s = ()
         for i in tl.static_range(COUNT_N + (TAIL_N > 0)):
             k = load_keys(
-                k_ptr + c, N, stride_kn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, TAIL_D
+                k_ptr + c, N, stride_kn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, COUNT_D, TAIL_D
             )
             offs_n = i * BLOCK_N + tl.arange(0, k[0].shape[0])
             one = masked_scores(
@@ -103,15 +103,15 @@ def attention_down_kernel(
             )  # fmt: skip
             s = s + (one,)
         p, _, norm = softmax(s)
-        h = zeros(BLOCK_M, BLOCK_D, TAIL_D)
+        h = zeros(BLOCK_M, BLOCK_D, COUNT_D, TAIL_D)
         for i in tl.static_range(COUNT_N + (TAIL_N > 0)):
             v = load_keys(
-                v_ptr + c, N, stride_vn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, TAIL_D
+                v_ptr + c, N, stride_vn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, COUNT_D, TAIL_D
             )
             h = times(p[i].to(dtype), v, h)
         h = cast(h, dtype, norm[:, None])
-        store_rows(hz_ptr + c, h, offs_m, mask_m, stride_hz, D, BLOCK_D, TAIL_D)
-        down = load_rows(w_down_ptr + c, offs_r, mask_r, C, D, BLOCK_D, TAIL_D)
+        store_rows(hz_ptr + c, h, offs_m, mask_m, stride_hz, D, BLOCK_D)
+        down = load_rows(w_down_ptr + c, offs_r, mask_r, C, D, BLOCK_D, COUNT_D, TAIL_D)
         acc_a = outer(h, down, acc_a)
 
     if b_down_ptr is not None:
