@@ -42,7 +42,7 @@ from .tiles_triton import (
     outer,
     softmax,
     store_rows,
-    strides,
+    text_arguments,
     times,
     zeros,
 )
@@ -51,7 +51,7 @@ from .tiles_triton import (
 @triton.jit(do_not_specialize=["M"])
 def query_grad_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, dh_ptr, da_ptr, w_down_ptr, dq_ptr, stats_ptr,
-    M, N, H, R, stride_qb, stride_qm, stride_kb, stride_kn, stride_vb, stride_vn,
+    M, N, H, R, stride_qb, stride_qm, stride_kb, stride_kn,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
     D: tl.constexpr, SCALE: tl.constexpr, PER_QUERY: tl.constexpr,
     BLOCK_N: tl.constexpr, COUNT_N: tl.constexpr, TAIL_N: tl.constexpr,
@@ -69,7 +69,7 @@ def query_grad_kernel(
     # the tile's place is part of its pointers: offsets inside it need no 64 bits
     q_ptr += sample * stride_qb + first * stride_qm
     k_ptr += sample * stride_kb
-    v_ptr += sample * stride_vb
+    v_ptr += sample * stride_kb
     dh_ptr += (sample * M + first) * C
     da_ptr += (sample * M + first) * R
     dq_ptr += (sample * M + first) * C
@@ -97,7 +97,7 @@ def query_grad_kernel(
         dp = ()
         for i in tl.static_range(COUNT_N + (TAIL_N > 0)):
             v = load_keys(
-                v_ptr + c, N, stride_vn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, COUNT_D, TAIL_D
+                v_ptr + c, N, stride_kn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, COUNT_D, TAIL_D
             )
             dp = dp + (outer(dh, v, tl.zeros((BLOCK_M, v[0].shape[0]), dtype=tl.float32)),)
 
@@ -143,7 +143,7 @@ def query_grad_kernel(
 def key_grad_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, dh_ptr, da_ptr, w_down_ptr, stats_ptr, dk_ptr, dv_ptr,
     M, N, H, R, rows_per_split, splits,
-    stride_qb, stride_qm, stride_kb, stride_kn, stride_vb, stride_vn,
+    stride_qb, stride_qm, stride_kb, stride_kn,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
     D: tl.constexpr, SCALE: tl.constexpr, PER_QUERY: tl.constexpr,
     BLOCK_D: tl.constexpr, COUNT_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -166,7 +166,7 @@ def key_grad_kernel(
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     q_ptr += sample * stride_qb + c
     k_ptr += sample * stride_kb + c
-    v_ptr += sample * stride_vb + c
+    v_ptr += sample * stride_kb + c
     dh_ptr += sample * M * C + c
     da_ptr += sample * M * R
     stats_ptr += (sample * H + head) * 3 * M
@@ -174,7 +174,7 @@ def key_grad_kernel(
         mask_ptr += sample * stride_mask_b + head * stride_mask_h
 
     k = load_rows(k_ptr, offs_n, mask_n, stride_kn, D, BLOCK_D, COUNT_D, TAIL_D)
-    v = load_rows(v_ptr, offs_n, mask_n, stride_vn, D, BLOCK_D, COUNT_D, TAIL_D)
+    v = load_rows(v_ptr, offs_n, mask_n, stride_kn, D, BLOCK_D, COUNT_D, TAIL_D)
     down = load_rows(w_down_ptr + c, offs_r, mask_r, C, D, BLOCK_D, COUNT_D, TAIL_D)
     dk = zeros(BLOCK_N, BLOCK_D, COUNT_D, TAIL_D)
     dv = zeros(BLOCK_N, BLOCK_D, COUNT_D, TAIL_D)
@@ -267,8 +267,8 @@ def attention_grads(
         blank = q.new_zeros(k.shape, dtype=torch.float32) if need_kv else None
         return dq, blank, blank
     shared = dict(
-        q_ptr=q, k_ptr=k, v_ptr=v, dh_ptr=dh, da_ptr=da, w_down_ptr=w_down, stats_ptr=stats,
-        M=length, N=keys, H=heads, R=rank, **strides(q=q, k=k, v=v), **mask_arguments(mask),
+        dh_ptr=dh, da_ptr=da, w_down_ptr=w_down, stats_ptr=stats,
+        M=length, H=heads, R=rank, **text_arguments(q, k, v), **mask_arguments(mask),
         D=head_dim, SCALE=attention_scale, **head_meta(head_dim),
     )  # fmt: skip
 

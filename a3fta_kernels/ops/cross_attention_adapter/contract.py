@@ -99,7 +99,7 @@ def forward(
         attention_scale,
         activation,
     )
-    return y.view(*q.shape[:2], -1), hz, a, v_up
+    return y.view(*q.shape[:2], weight.shape[0]), hz, a, v_up
 
 
 def backward(

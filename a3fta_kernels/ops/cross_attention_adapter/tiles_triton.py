@@ -54,13 +54,14 @@ def key_meta(keys: int) -> dict[str, int]:
     return dict(BLOCK_N=cut.block, COUNT_N=cut.count, TAIL_N=cut.tail)
 
 
-def strides(**tensors: Tensor) -> dict[str, int]:
-    """stride_qb and stride_qm for q=q, of (B, M, C) and (B, N, C) tensors."""
-    found = {}
-    for name, x in tensors.items():
-        found[f"stride_{name}b"] = x.stride(0)
-        found[f"stride_{name}{'m' if name == 'q' else 'n'}"] = x.stride(1)
-    return found
+def text_arguments(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
+    """q (B, M, C), k and v (B, N, C) and their strides; those of k and v are the same."""
+    if k.stride() != v.stride():
+        k, v = k.contiguous(), v.contiguous()
+    return dict(
+        q_ptr=q, k_ptr=k, v_ptr=v, N=k.shape[1], stride_qb=q.stride(0), stride_qm=q.stride(1),
+        stride_kb=k.stride(0), stride_kn=k.stride(1),
+    )  # fmt: skip
 
 
 def mask_arguments(mask: Tensor | None) -> dict[str, Any]:
@@ -73,10 +74,11 @@ def mask_arguments(mask: Tensor | None) -> dict[str, Any]:
 @triton.jit
 def load_block(ptr, offs, mask, stride, START: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     """Columns from START of the rows `offs`, of all where mask is None, zeros past D."""
-    offs_d = START + tl.arange(0, BLOCK)
-    ptrs = ptr + offs[:, None] * stride + offs_d[None, :]
+    offs_d = tl.arange(0, BLOCK)
+    # START in the scalar: offsets are then the same for all blocks, which saves registers
+    ptrs = ptr + START + offs[:, None] * stride + offs_d[None, :]
     if START + BLOCK > D:
-        inside = (offs_d < D)[None, :]
+        inside = (offs_d < D - START)[None, :]
         if mask is not None:
             inside &= mask[:, None]
         return tl.load(ptrs, mask=inside, other=0.0)
@@ -102,9 +104,9 @@ def load_rows(
 @triton.jit
 def store_rows(ptr, x, offs, mask, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
     for i in tl.static_range(len(x)):
-        offs_d = i * BLOCK_D + tl.arange(0, x[i].shape[1])
-        ptrs = ptr + offs[:, None] * stride + offs_d[None, :]
-        tl.store(ptrs, x[i], mask=mask[:, None] & (offs_d < D)[None, :])
+        offs_d = tl.arange(0, x[i].shape[1])
+        ptrs = ptr + i * BLOCK_D + offs[:, None] * stride + offs_d[None, :]
+        tl.store(ptrs, x[i], mask=mask[:, None] & (offs_d < D - i * BLOCK_D)[None, :])
 
 
 @triton.jit
@@ -113,14 +115,15 @@ def load_keys(
     TAIL_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COUNT_D: tl.constexpr, TAIL_D: tl.constexpr,
 ):  # fmt: skip
     """The keys, or values, of block I of one head, which starts at ptr: tiles (keys, dims)."""
+    ptr += I * BLOCK_N * stride
     if I < COUNT_N:
-        offs = I * BLOCK_N + tl.arange(0, BLOCK_N)
+        offs = tl.arange(0, BLOCK_N)
     else:
-        offs = I * BLOCK_N + tl.arange(0, TAIL_N)
+        offs = tl.arange(0, TAIL_N)
     if (TAIL_N > 0 and I < COUNT_N) or I < COUNT_N - 1:
         return load_rows(ptr, offs, None, stride, D, BLOCK_D, COUNT_D, TAIL_D)
     else:
-        return load_rows(ptr, offs, offs < N, stride, D, BLOCK_D, COUNT_D, TAIL_D)
+        return load_rows(ptr, offs, offs < N - I * BLOCK_N, stride, D, BLOCK_D, COUNT_D, TAIL_D)
 
 
 @triton.jit
@@ -139,7 +142,7 @@ def cast(x, dtype: tl.constexpr, factor=1.0):
     """x * factor in dtype."""
     y = ()
     for i in tl.static_range(len(x)):
-        y = y + ((x[i] * factor).to(dtype),)
+        y = y + ((x[i].to(tl.float32) * factor).to(dtype),)
     return y
 
 

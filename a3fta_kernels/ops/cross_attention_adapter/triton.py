@@ -46,7 +46,7 @@ from .tiles_triton import (
     outer,
     softmax,
     store_rows,
-    strides,
+    text_arguments,
     times,
     zeros,
 )
@@ -55,7 +55,7 @@ from .tiles_triton import (
 @triton.jit(do_not_specialize=["M"])
 def attention_down_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, w_down_ptr, b_down_ptr, gamma_ptr, beta_ptr, hz_ptr, a_ptr,
-    M, N, H, R, Z, stride_qb, stride_qm, stride_kb, stride_kn, stride_vb, stride_vn,
+    M, N, H, R, Z, stride_qb, stride_qm, stride_kb, stride_kn,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, stride_hz,
     D: tl.constexpr, SCALE: tl.constexpr, PER_QUERY: tl.constexpr, ACT: tl.constexpr,
     BLOCK_N: tl.constexpr, COUNT_N: tl.constexpr, TAIL_N: tl.constexpr,
@@ -72,7 +72,7 @@ def attention_down_kernel(
     # the tile's place is part of its pointers: offsets inside it need no 64 bits
     q_ptr += sample * stride_qb + first * stride_qm
     k_ptr += sample * stride_kb
-    v_ptr += sample * stride_vb
+    v_ptr += sample * stride_kb
     hz_ptr += (sample * M + first) * stride_hz
     a_ptr += (sample * M + first) * R
     if mask_ptr is not None:
@@ -106,7 +106,7 @@ def attention_down_kernel(
         h = zeros(BLOCK_M, BLOCK_D, COUNT_D, TAIL_D)
         for i in tl.static_range(COUNT_N + (TAIL_N > 0)):
             v = load_keys(
-                v_ptr + c, N, stride_vn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, COUNT_D, TAIL_D
+                v_ptr + c, N, stride_kn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, COUNT_D, TAIL_D
             )
             h = times(p[i].to(dtype), v, h)
         h = cast(h, dtype, norm[:, None])
@@ -175,10 +175,10 @@ def forward(
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
         return (triton.cdiv(length, meta["BLOCK_M"]) * batch,), dict(
-            q_ptr=q, k_ptr=k, v_ptr=v, w_down_ptr=w_down, b_down_ptr=dense(b_down),
-            gamma_ptr=dense(gamma), beta_ptr=dense(beta), hz_ptr=hz, a_ptr=a, M=length, N=keys,
-            H=heads, R=rank, Z=columns - channels, **strides(q=q, k=k, v=v),
-            **mask_arguments(mask), stride_hz=width, D=head_dim, SCALE=attention_scale,
+            w_down_ptr=w_down, b_down_ptr=dense(b_down),
+            gamma_ptr=dense(gamma), beta_ptr=dense(beta), hz_ptr=hz, a_ptr=a, M=length, H=heads,
+            R=rank, Z=columns - channels, **text_arguments(q, k, v), **mask_arguments(mask),
+            stride_hz=width, D=head_dim, SCALE=attention_scale,
             ACT=activation_code(activation), **head_meta(head_dim), **key_meta(keys),
         )  # fmt: skip
 
