@@ -23,13 +23,14 @@ from .backends import resolve
 from .ops.activations import activate
 from .ops.adapter_linear import api as adapter_linear_api
 from .ops.adapter_linear import contract as adapter_linear_contract
+from .ops.cross_attention_adapter import api as cross_attention_api
 from .ops.rule import autocast_dtype
 from .ops.validate import FLOATS
 
 logger = logging.getLogger("a3fta_kernels")
 
 _PLAIN_WEIGHTS = (Tensor, nn.Parameter, FakeTensor)
-_logged: set[str] = set()
+_logged: set[tuple[str, str]] = set()
 
 
 class Stack(NamedTuple):
@@ -87,8 +88,8 @@ class AdaptedProjectionMixin(_Linear):
             return _add(super().forward(h), residual)
         if residual is not None and residual.dtype != h.dtype:
             return _add(AdaptedProjectionMixin.forward(self, h), residual)
-        frozen = self.frozen
-        if frozen is not None and not self.training and frozen.v.dtype == autocast_dtype(h):
+        frozen = self._frozen_for(h)
+        if frozen is not None:
             return self._forward_frozen(h, residual, frozen)
         first, *others = stacks(active, h)
         reason = self.unfused_reason()
@@ -98,7 +99,7 @@ class AdaptedProjectionMixin(_Linear):
                 residual=residual, scale=first.scale, activation=first.activation,
                 gamma=first.gamma, backend=self.backend,
             )  # fmt: skip
-        _log_once(reason or "its adapters differ in activation")
+        _log_once("its adapter apart from the layer", reason or "its adapters differ in activation")
         adapted = ops.adapter(
             h, first.w_down, first.w_up, first.b_down, first.b_up, scale=first.scale,
             activation=first.activation, gamma=first.gamma, backend=self.backend,
@@ -115,6 +116,60 @@ class AdaptedProjectionMixin(_Linear):
             stack.b_up, residual, 0, stack.scale, stack.activation, None, None, "auto",
             resolve(self.backend, h.device, dtype), frozen.v, frozen.v_bias,
         )  # fmt: skip
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, heads: int, mask: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor | None:  # fmt: skip
+        """`forward` of softmax(q k^T / sqrt(head_dim) + mask) v, attention included, in one op.
+
+        q (B, Lq, C), k and v (B, Lk, C), heads side by side, mask as in `cross_attention_adapter`.
+        None where that op cannot be: then the caller computes attention, and `forward` the rest.
+        """
+        active = self.active()
+        if not active:
+            return None
+        reason = self.unattended_reason(q, k, heads, mask, active)
+        if reason is not None:
+            _log_once("attention to few keys apart from the layer", reason)
+            return None
+        frozen = self._frozen_for(q)
+        if frozen is None:
+            stack, v_up, v_bias = stacks(active, q)[0], None, None
+        else:
+            stack, v_up, v_bias = frozen
+        dtype = autocast_dtype(q)
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(dtype)
+        return cross_attention_api.apply_prepared(
+            q.to(dtype), k.to(dtype), v.to(dtype), stack.w_down, stack.w_up, self.weight,
+            self.bias, stack.b_down, stack.b_up, heads, mask, None, residual, stack.scale,
+            stack.activation, stack.gamma, None, v_up, v_bias,
+        )  # fmt: skip
+
+    def unattended_reason(
+        self, q: Tensor, k: Tensor, heads: int, mask: Tensor | None,
+        active: list[tuple[BottleneckAdapter, float]],
+    ) -> str | None:  # fmt: skip
+        """Why `attend` cannot compute attention with this layer now; None where it can."""
+        reason = self.unfused_reason()
+        if reason is None and len({adapter.activation for adapter, _ in active}) > 1:
+            reason = "its adapters differ in activation"
+        if reason is None and _has_hooks(self):
+            reason = "the layer carries hooks, which want its input"
+        if reason is None and q.dtype != k.dtype:
+            reason = f"the queries are {q.dtype}, the keys {k.dtype}"
+        if reason is not None:
+            return reason
+        rank = sum(adapter.rank for adapter, _ in active)
+        return cross_attention_api.unfused_reason(q, k, heads, rank, mask, self.backend)
+
+    def _frozen_for(self, h: Tensor) -> Frozen | None:
+        """What `freeze` kept, where it holds for h."""
+        frozen = self.frozen
+        if frozen is None or self.training or frozen.v.dtype != autocast_dtype(h):
+            return None
+        return frozen
 
     def active(self) -> list[tuple[BottleneckAdapter, float]]:
         """The adapters that act in the next forward, with their weights."""
@@ -343,8 +398,16 @@ def _add(y: Tensor, residual: Tensor | None) -> Tensor:
     return y if residual is None else y + residual
 
 
-def _log_once(reason: str) -> None:
-    if torch.compiler.is_compiling() or reason in _logged:
+def _has_hooks(module: nn.Module) -> bool:
+    hooks: tuple[Any, ...] = (
+        module._forward_hooks, module._forward_pre_hooks,
+        module._backward_hooks, module._backward_pre_hooks,
+    )  # fmt: skip
+    return any(hooks) or "forward" in module.__dict__
+
+
+def _log_once(what: str, reason: str) -> None:
+    if torch.compiler.is_compiling() or (what, reason) in _logged:
         return
-    _logged.add(reason)
-    logger.info("a projection computes its adapter apart from the layer: %s", reason)
+    _logged.add((what, reason))
+    logger.info("a projection computes %s: %s", what, reason)

@@ -20,6 +20,9 @@ from a3fta_kernels import ops
 from a3fta_kernels.backends import why_not
 from a3fta_kernels.ops.adapter.reference import adapter as reference_adapter
 from a3fta_kernels.ops.adapter_linear.reference import adapter_linear as reference_adapter_linear
+from a3fta_kernels.ops.cross_attention_adapter.reference import (
+    cross_attention_adapter as reference_cross_attention_adapter,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WEIGHT_GRADS = ("w_down", "w_up", "b_down", "b_up", "gamma", "beta", "scale")
@@ -43,7 +46,9 @@ def run_id(run: tuple[str, str, torch.dtype]) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an op. `n` is None for `adapter`, the projection's width for `adapter_linear`."""
+    """One call of an op. `n` is None for `adapter`, the projection's width for the others; with
+    `heads` it is `cross_attention_adapter`, and h becomes q.
+    """
 
     lead: tuple[int, ...] = (2, 5)
     c: int = 16
@@ -59,6 +64,10 @@ class Case:
     adapter_dtype: torch.dtype | None = None
     path: str = "auto"
     seed: int = 0
+    heads: int = 0
+    keys: int = 0
+    mask: str = ""  # "bool" or "add", then the axes it has of b, h, m, n: "bool b n"
+    text: bool = True  # whether k and v require gradients
 
     def __str__(self) -> str:
         plain = Case()
@@ -108,7 +117,25 @@ class Case:
             else self.scale
         )
         found["activation"] = self.activation
+        if self.heads:
+            found["q"] = found.pop("h")
+            for name in ("k", "v"):
+                x = draw(self.lead[0], self.keys, self.c)
+                found[name] = x.requires_grad_(self.text)
+            found |= {"heads": self.heads, "mask": self._mask(draw)}
         return found
+
+    def _mask(self, draw: Callable[..., Tensor]) -> Tensor | None:
+        if not self.mask:
+            return None
+        kind, *axes = self.mask.split()
+        sizes = dict(b=self.lead[0], h=self.heads, m=self.lead[1], n=self.keys)
+        x = draw(*(size if name in axes else 1 for name, size in sizes.items())).detach()
+        # half a query's keys, and in a mask by query all keys of the first
+        hidden = x < 0
+        if "m" in axes:
+            hidden[:, :, :1] = True
+        return ~hidden if kind == "bool" else x.masked_fill(hidden, -torch.inf)
 
     def _h(self, draw: Callable[..., Tensor], width: int) -> Tensor:
         if self.layout == "sliced":
@@ -136,9 +163,13 @@ def on_grid(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def upcast(inputs: dict[str, Any], dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     """The same values as fresh leaves in another dtype."""
     return {
-        k: v.detach().to(dtype).requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v
+        k: v.detach().to(dtype).requires_grad_(v.requires_grad) if is_float(v) else v
         for k, v in inputs.items()
     }
+
+
+def is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 @dataclass
@@ -181,12 +212,12 @@ def check(
     The truth comes from the same device, unless another is named.
     """
     backend, device, dtype = run
-    linear = case.n is not None
-    reference = reference_adapter_linear if linear else reference_adapter
-    op = ops.adapter_linear if linear else ops.adapter
-    options: dict[str, Any] = {"backend": backend} | ({"path": case.path} if linear else {})
+    op, reference = op_of(case)
+    options: dict[str, Any] = {"backend": backend}
+    if op is ops.adapter_linear:
+        options["path"] = case.path
     inputs = case.inputs(dtype, device)
-    shape = torch.Size((*case.lead, case.n if linear else case.c))
+    shape = torch.Size((*case.lead, case.c if case.n is None else case.n))
     dy = gradient(shape, dtype, device, dy_kind, case.seed)
 
     ours = evaluate(lambda **kw: op(**kw, **options), inputs, dy)
@@ -217,13 +248,22 @@ def check(
         compare(f"d{name}", grad, others, exact.grads[name], dtype, factor, unit)
 
 
+def op_of(case: Case) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """The op of a case, and its specification."""
+    if case.heads:
+        return ops.cross_attention_adapter, reference_cross_attention_adapter
+    if case.n is not None:
+        return ops.adapter_linear, reference_adapter_linear
+    return ops.adapter, reference_adapter
+
+
 def jitter(x: Any, dtype: torch.dtype, seed: int, fixed: tuple[str, ...] = ()) -> Any:
     """Tensors with each value moved by up to one unit in the last place, as fresh leaves."""
     if isinstance(x, dict):
         return {
             k: v if k in fixed else jitter(v, dtype, seed + i) for i, (k, v) in enumerate(x.items())
         }
-    if not isinstance(x, Tensor):
+    if not is_float(x):
         return x
     g = torch.Generator().manual_seed(seed)
     noise = 2 * torch.rand(x.shape, generator=g, dtype=torch.float64).to(x.device) - 1
@@ -258,8 +298,8 @@ def compare(
 
 
 def with_paths(case: Case, run: tuple[str, str, torch.dtype]) -> list[Case]:
-    """`case` by every path its backend has for it on the device; [case] for `adapter`."""
-    if case.n is None:
+    """`case` by every path its backend has for it on the device; [case] without paths."""
+    if case.n is None or case.heads:
         return [case]
     from a3fta_kernels.ops.adapter_linear.contract import paths_for
 

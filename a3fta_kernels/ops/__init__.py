@@ -1,6 +1,7 @@
-"""The ops: `adapter` and `adapter_linear`. One op, one folder, one test, one bench."""
+"""The ops. One op, one folder, one test, one bench."""
 
 from .adapter import adapter
 from .adapter_linear import adapter_linear
+from .cross_attention_adapter import cross_attention_adapter
 
-__all__ = ["adapter", "adapter_linear"]
+__all__ = ["adapter", "adapter_linear", "cross_attention_adapter"]

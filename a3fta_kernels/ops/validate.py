@@ -1,4 +1,4 @@
-"""The checks that `adapter` and `adapter_linear` share."""
+"""The checks that the ops share."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .activations import ACTIVATIONS
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_input(h: Tensor) -> None:
-    check_tensor("h", h)
+def check_input(h: Tensor, name: str = "h") -> None:
+    check_tensor(name, h)
     if h.dim() < 1:
-        raise ValueError(f"h: expected shape (..., C), got {tuple(h.shape)}")
+        raise ValueError(f"{name}: expected shape (..., C), got {tuple(h.shape)}")
     if h.shape[-1] == 0:
-        raise ValueError(f"h: expected at least one channel, got shape {tuple(h.shape)}")
-    check_dtype("h", h, FLOATS)
+        raise ValueError(f"{name}: expected at least one channel, got shape {tuple(h.shape)}")
+    check_dtype(name, h, FLOATS)
 
 
 def check_adapter(
@@ -31,8 +31,12 @@ def check_adapter(
     activation: str,
     gamma: Tensor | None,
     beta: Tensor | None,
+    like: str = "h",
 ) -> None:
-    """Checks the adapter's tensors and options against h and the `channels` it reads."""
+    """Checks the adapter's tensors and options against h and the `channels` it reads.
+
+    `like` is the name of h in messages.
+    """
     check_choice("activation", activation, ACTIVATIONS)
     if _fits(h, channels, w_down, w_up, b_down, b_up, scale, gamma, beta):
         return
@@ -52,9 +56,9 @@ def check_adapter(
     if gamma is not None or beta is not None:
         if h.dim() < 2:
             raise ValueError(
-                f"h: expected shape (B, ..., C) beside gamma or beta, got {tuple(h.shape)}"
+                f"{like}: expected shape (B, ..., C) beside gamma or beta, got {tuple(h.shape)}"
             )
-        meaning = "(B, R) = (h.shape[0], rank)"
+        meaning = f"(B, R) = ({like}.shape[0], rank)"
         optional["gamma"] = (gamma, (h.shape[0], rank), meaning)
         optional["beta"] = (beta, (h.shape[0], rank), meaning)
     for name, (tensor, shape, meaning) in optional.items():
@@ -74,7 +78,7 @@ def check_adapter(
         )
     for name, tensor in tensors.items():
         check_dtype(name, tensor, FLOATS)
-        check_device(name, tensor, h.device, "h")
+        check_device(name, tensor, h.device, like)
 
 
 def _fits(

@@ -20,6 +20,9 @@ from ..projection import AdaptedProjectionMixin
 from . import engines, qkv
 from .family import Family, Site
 
+# engines that leave the kernel open: attention to few keys may then be part of the projection's op
+FUSABLE = ("auto", "sdpa")
+
 
 class A3FTAAttnProcessor:
     """Drop-in for AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor and XFormersAttnProcessor.
@@ -96,13 +99,13 @@ class A3FTAAttnProcessor:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
         query, key, value = self.project(attn, hidden_states, encoder_hidden_states)
-        h = self.attend(attn, query, key, value, attention_mask)
+        cross = encoder_hidden_states is not None
 
         # the last division is skipped at 1: it changes nothing
         if attn.residual_connection and len(shape) == 3 and not _drops(attn.to_out[1]):
-            y = project_out(attn.to_out[0], h, residual)
+            y = self.output(attn, query, key, value, attention_mask, cross, residual)
         else:
-            y = attn.to_out[1](attn.to_out[0](h))
+            y = attn.to_out[1](self.output(attn, query, key, value, attention_mask, cross))
             if len(shape) == 4:
                 y = y.transpose(-1, -2).reshape(shape)  # a view
             if attn.residual_connection:
@@ -120,6 +123,26 @@ class A3FTAAttnProcessor:
             encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
         key, value = qkv.project((attn.to_k, attn.to_v), encoder_hidden_states)
         return query, key, value
+
+    def output(
+        self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+        cross: bool, residual: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """to_out[0] of the attention [+ residual]: for a text's keys in one op where that can be."""
+        layer = attn.to_out[0]
+        plain = attn.norm_q is None and attn.norm_k is None and key.shape[-1] == query.shape[-1]
+        if cross and plain and self.attention in FUSABLE:
+            if isinstance(layer, AdaptedProjectionMixin):
+                by_head = mask
+                if mask is not None:
+                    by_head = mask.view(key.shape[0], attn.heads, -1, mask.shape[-1])
+                y = layer.attend(
+                    query, key, value, heads=attn.heads, mask=by_head, residual=residual
+                )
+                if y is not None:
+                    return y
+        h = self.attend(attn, query, key, value, mask)
+        return layer(h) if residual is None else project_out(layer, h, residual)
 
     def attend(
         self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None

@@ -68,7 +68,7 @@ def adapter_linear(
     start, length = _columns(columns, width)
     check_adapter(h, length, w_down, w_up, b_down, b_up, scale, activation, gamma, beta)
     dtype = autocast_dtype(h)
-    _check_linear(h, weight, bias, residual, dtype)
+    check_linear(h, weight, bias, residual)
     check_choice("path", path, ("auto", *contract.PATHS))
     chosen = resolve(backend, h.device, dtype)
     h = h.to(dtype)
@@ -149,9 +149,10 @@ def _columns(columns: tuple[int, int] | None, width: int) -> tuple[int, int]:
     return columns[0], columns[1]
 
 
-def _check_linear(
-    h: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype
+def check_linear(
+    h: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, like: str = "h"
 ) -> None:
+    """Checks the projection's tensors against its input h, called `like` in messages."""
     check_tensor("weight", weight)
     check_tensor("bias", bias, optional=True)
     check_tensor("residual", residual, optional=True)
@@ -160,13 +161,13 @@ def _check_linear(
     if weight.dim() != 2:
         raise ValueError(f"weight: expected a matrix, got shape {tuple(weight.shape)}")
     n, k = weight.shape[0], h.shape[-1]
-    check_shape("weight", weight, (n, k), "(N, K) = (out_features, h.shape[-1])")
+    check_shape("weight", weight, (n, k), f"(N, K) = (out_features, {like}.shape[-1])")
     check_shape("bias", bias, (n,), "(N,) = (weight.shape[0],)")
-    check_shape("residual", residual, (*h.shape[:-1], n), "(..., N) beside h (..., K)")
+    check_shape("residual", residual, (*h.shape[:-1], n), f"(..., N) beside {like} (..., K)")
     allowed = FLOATS if autocasts(h) else (h.dtype,)
     for name, value in (("weight", weight), ("bias", bias), ("residual", residual)):
-        check_device(name, value, h.device, "h")
-        check_dtype(name, value, allowed, "that of h")
+        check_device(name, value, h.device, like)
+        check_dtype(name, value, allowed, f"that of {like}")
 
 
 def _fits(h: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

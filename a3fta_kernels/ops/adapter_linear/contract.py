@@ -41,6 +41,7 @@ from torch import Tensor
 
 from ...backends import BackendUnavailableError
 from ..rule import (
+    AdapterGrads,
     acc_dtype,
     autocast_dtype,
     cast,
@@ -211,7 +212,6 @@ def backward(
 ) -> list[Tensor]:
     """Gradients for h, w_down ... scale_tensor; an empty tensor where none is needed."""
     dtype = h.dtype
-    wide = acc_dtype(dtype)
     names = ("h", "w_down", "w_up", "b_down", "b_up", "gamma", "beta", "scale_tensor")
     need = dict(zip(names, needs, strict=True))
     weight = rows(cast(weight, dtype))
@@ -230,17 +230,44 @@ def backward(
         need["h"],
         any(needs[1:]),
     )
-    found: dict[str, Tensor | None] = {
-        "h": grads.dh,
+    found = parameter_grads(
+        grads, weight[:, start : start + w_up.shape[0]], w_up, b_up, scale_tensor, scale, need
+    )
+    found["h"] = grads.dh
+    results = []
+    like = (h, w_down, w_up, b_down, b_up, gamma, beta, scale_tensor)
+    for name, tensor in zip(names, like, strict=True):
+        grad = found.get(name)
+        if need[name] and grad is not None and tensor is not None:
+            results.append(grad.to(tensor.dtype))
+        else:
+            results.append(h.new_empty(0))
+    return results
+
+
+def parameter_grads(
+    grads: AdapterGrads,
+    weight_slice: Tensor,
+    w_up: Tensor,
+    b_up: Tensor | None,
+    scale_tensor: Tensor | None,
+    scale: float,
+    need: dict[str, bool],
+) -> dict[str, Tensor | None]:
+    """The adapter's gradients by name, in the wide dtype; `weight_slice` (N, C) is Ws."""
+    dtype = weight_slice.dtype
+    wide = acc_dtype(dtype)
+    found = {
         "w_down": grads.dw_down,
         "b_down": grads.da_sum,
         "gamma": grads.dgamma,
         "beta": grads.dbeta,
     }
     if need["w_up"] or need["b_up"] or need["scale_tensor"]:
+        assert grads.g_up is not None and grads.dy_sum is not None
         # in fp16 a sum over rows may leave the range: stay wide there
         narrow = wide if dtype == torch.float16 else dtype
-        weight_t = weight[:, start : start + w_up.shape[0]].t().to(narrow)
+        weight_t = weight_slice.t().to(narrow)
         factor = scale if scale_tensor is None else scale_tensor.to(wide) * scale
         g_up = (weight_t @ grads.g_up.to(narrow)).to(wide)
         found["w_up"] = times(g_up, factor)
@@ -251,15 +278,7 @@ def backward(
             dscale = None if dscale is None else dscale + g_bias @ b_up.to(wide)
         if scale_tensor is not None and dscale is not None:
             found["scale_tensor"] = (dscale * scale).view(scale_tensor.shape)
-    results = []
-    like = (h, w_down, w_up, b_down, b_up, gamma, beta, scale_tensor)
-    for name, tensor in zip(names, like, strict=True):
-        grad = found.get(name)
-        if need[name] and grad is not None and tensor is not None:
-            results.append(grad.to(tensor.dtype))
-        else:
-            results.append(h.new_empty(0))
-    return results
+    return found
 
 
 def save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:

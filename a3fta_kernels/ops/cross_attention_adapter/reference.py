@@ -1,0 +1,57 @@
+"""The specification of `cross_attention_adapter` in eager PyTorch. Gradients come from PyTorch."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..adapter_linear.reference import adapter_linear
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    heads: int,
+    mask: Tensor | None = None,
+    attention_scale: float | None = None,
+) -> Tensor:
+    """softmax(q k^T * attention_scale + mask) v, heads side by side: (B, Lq, C).
+
+    A row whose keys are all masked by -inf or False attends to nothing: its result is zero, as
+    PyTorch defines it.
+    """
+    if mask is not None:
+        mask = mask.reshape(*[1] * (4 - mask.dim()), *mask.shape)
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attention_scale)
+    return h.transpose(1, 2).flatten(2)
+
+
+def cross_attention_adapter(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w_down: Tensor,
+    w_up: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    b_down: Tensor | None = None,
+    b_up: Tensor | None = None,
+    *,
+    heads: int,
+    mask: Tensor | None = None,
+    attention_scale: float | None = None,
+    residual: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    activation: str = "gelu",
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+) -> Tensor:
+    """adapter_linear(attention(q, k, v), ...)."""
+    h = attention(q, k, v, heads=heads, mask=mask, attention_scale=attention_scale)
+    return adapter_linear(
+        h, w_down, w_up, weight, bias, b_down, b_up, residual=residual, scale=scale,
+        activation=activation, gamma=gamma, beta=beta,
+    )  # fmt: skip
