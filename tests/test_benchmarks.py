@@ -26,6 +26,7 @@ TINIES = {
 @pytest.fixture
 def settings(device, monkeypatch):
     monkeypatch.setattr(harness, "workloads", lambda op, *_: [(TINIES[op], torch.float32)])
+    monkeypatch.setattr(harness, "directions", lambda *_: DIRECTIONS)
     return harness.Settings(device, quick=True, minutes=5.0, seconds=0.0)
 
 
