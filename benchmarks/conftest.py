@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-threads", type=int, help="of the CPU")
     group.addoption("--bench-rank", type=int, help="workloads of this rank alone")
     group.addoption("--bench-without", default="", help="a pattern of variants to leave out")
+    group.addoption("--bench-rows", type=Path, help="a file that each row is added to")
     group.addoption("--bench-minutes", type=float, default=1e9, help="no new group after this")
 
 
@@ -32,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
         seconds,
         config.getoption("--bench-rank"),
         config.getoption("--bench-without"),
+        config.getoption("--bench-rows"),
     )
 
 

@@ -8,13 +8,16 @@ tests hand the samples to pytest-benchmark through its timer.
 from __future__ import annotations
 
 import gc
+import json
 import re
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 from a3fta_kernels.backends import BackendUnavailableError
@@ -56,6 +59,7 @@ class Settings:
     seconds: float  # of sampling for each group
     rank: int | None = None
     without: str = ""  # a pattern of variants to leave out
+    rows: Path | None = None  # a file that each row is added to as soon as it is there
     start: float = field(default_factory=time.perf_counter)
     ceilings: dict[str, float] | None = None
 
@@ -304,30 +308,28 @@ clock = Clock()
 
 
 def report(entry: Entry, benchmark: Any, runner: Runner) -> None:
-    """One test: hands the samples to pytest-benchmark and the rest to its extra_info."""
+    """One test: hands the samples to pytest-benchmark and the row to the file of rows."""
     result = runner.result(entry)
     group, workload = entry.group, entry.group.workload
     settings = runner.settings
     if settings.ceilings is None:
         settings.ceilings = measure.ceilings(settings.device)
-    dtype = str(group.dtype).removeprefix("torch.")
-    work = _work(group, result, settings.ceilings)
     samples = sorted(result["samples"])
-    benchmark.group = str(group)
-    benchmark.extra_info |= {
-        "row": {
-            "op": group.op,
-            "workload": workload.name(group.op),
-            "model": workload.model,
-            "dtype": dtype,
-            "direction": group.direction,
-            "variant": entry.variant,
-            "rounds": len(samples),
-            **{f"q{q}_us": 1e6 * samples[int(q / 100 * (len(samples) - 1))] for q in (20, 50, 80)},
-            **({} if entry.variant in UNLIKE else work),
-            **{k: v for k, v in result.items() if k != "samples"},
-        },
-        "ceilings": settings.ceilings,
+    row = {
+        "op": group.op,
+        "workload": workload.name(group.op),
+        "model": workload.model,
+        "dtype": str(group.dtype).removeprefix("torch."),
+        "direction": group.direction,
+        "variant": entry.variant,
+        "rounds": len(samples),
+        **{f"q{q}_us": 1e6 * samples[int(q / 100 * (len(samples) - 1))] for q in (20, 50, 80)},
+        **({} if entry.variant in UNLIKE else _work(group, result, settings.ceilings)),
+        **{k: v for k, v in result.items() if k != "samples"},
     }
+    if settings.rows is not None:
+        with settings.rows.open("a") as file:
+            file.write(json.dumps({"row": row, "ceilings": settings.ceilings}) + "\n")
+    benchmark.group = str(group)
     clock.samples = list(samples)
     benchmark.pedantic(clock.tick, rounds=len(samples))

@@ -3,7 +3,9 @@
 Runs the pytest-benchmark files, writes results/<device>.json (environment, ceilings, one row per
 bench, workload, dtype, direction and variant) and prints a table; --quick writes
 results/<device>-quick.json. Rows of the file that were not measured again stay, if they are of the
-same commit and device. Exit status is not zero when a variant was wrong or did not run.
+same commit and device. Rows of a run that was killed lie in results/<device>.rows: the next run
+takes them over, or `--collect` alone. Exit status is not zero when a variant was wrong or did not
+run.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def main() -> int:
     parser.add_argument("--only", choices=BENCHES, help="this bench alone")
     parser.add_argument("--rank", type=int, help="workloads of this rank alone")
     parser.add_argument("--without", default="", help="a pattern of variants to leave out")
+    parser.add_argument("--collect", action="store_true", help="only take over a killed run's rows")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no group after this")
     parser.add_argument("--threads", type=int, help="of the CPU (default: PyTorch's)")
     parser.add_argument("--commit", default="", help="named in the results where git is not there")
@@ -46,44 +48,60 @@ def main() -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     about = measure.environment(device) | {"quick": arguments.quick}
+    about |= {"commit": arguments.commit} if arguments.commit else {}
     if about["load"] > 0.5 and device.type == "cpu":
         print(f"benchmarks: other work runs here (load {about['load']}): expect noise, run again")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    report, status = run_pytest(arguments, device)
-    rows = ratios([b["extra_info"]["row"] for b in report.get("benchmarks", [])])
-    if not rows:
+    path = arguments.out / f"{measure.file_stem(device)}{'-quick' * arguments.quick}.json"
+    if collect(path) is not None:
+        print(f"{path.name}: took over the rows of a run that did not end")
+    if arguments.collect:
+        return 0
+    rows = path.with_suffix(".rows").resolve()
+    rows.write_text(json.dumps({"environment": about}) + "\n")
+    status = run_pytest(arguments, device, rows)
+    found = collect(path)
+    if found is None:
         print("benchmarks: nothing was measured", file=sys.stderr)
         return status or 1
-    found = {
-        "environment": about | ({"commit": arguments.commit} if arguments.commit else {}),
-        "ceilings": report["benchmarks"][0]["extra_info"]["ceilings"],
-        "rows": rows,
-    }
-    path = arguments.out / f"{measure.file_stem(device)}{'-quick' * arguments.quick}.json"
-    write(path, merged(path, found))
     print_table(found)
     print(f"\nwritten: {path}")
     return status
 
 
-def run_pytest(arguments: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], int]:
+def run_pytest(arguments: argparse.Namespace, device: torch.device, rows: Path) -> int:
     only = (arguments.only,) if arguments.only else BENCHES
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder, "pytest.json")
-        command = [
-            sys.executable, "-m", "pytest", "-q", "--no-header", "-o", "addopts=", "-rs",
-            "-p", "no:cacheprovider", "--tb=short", "--benchmark-columns=median,iqr,rounds",
-            f"--benchmark-json={target}", f"--bench-device={device.type}",
-            f"--bench-minutes={arguments.minutes}", f"--bench-without={arguments.without}",
-            *([f"--bench-rank={arguments.rank}"] if arguments.rank else []),
-            *(["--bench-quick"] * arguments.quick),
-            f"--bench-threads={torch.get_num_threads()}",
-            *(f"benchmarks/bench_{op}.py" for op in only),
-        ]  # fmt: skip
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-        status = subprocess.run(command, cwd=ROOT, env=environment).returncode
-        text = target.read_text() if target.exists() else ""
-    return (json.loads(text) if text else {}), status
+    command = [
+        sys.executable, "-m", "pytest", "-q", "--no-header", "-o", "addopts=", "-rs",
+        "-p", "no:cacheprovider", "--tb=short", "--benchmark-columns=median,iqr,rounds",
+        f"--bench-device={device.type}", f"--bench-rows={rows}",
+        f"--bench-minutes={arguments.minutes}", f"--bench-without={arguments.without}",
+        *([f"--bench-rank={arguments.rank}"] if arguments.rank else []),
+        *(["--bench-quick"] * arguments.quick), f"--bench-threads={torch.get_num_threads()}",
+        *(f"benchmarks/bench_{op}.py" for op in only),
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment).returncode
+
+
+def collect(path: Path) -> dict[str, Any] | None:
+    """Moves the rows of a run from its file into the results; None where there are none."""
+    rows = path.with_suffix(".rows")
+    if not rows.exists():
+        return None
+    # the last line of a run that was killed may be cut
+    head, *lines = [line for line in rows.read_text().splitlines() if line.endswith("}")]
+    found = None
+    if lines:
+        parts = [json.loads(line) for line in lines]
+        found = {
+            **json.loads(head),
+            "ceilings": parts[0]["ceilings"],
+            "rows": ratios([part["row"] for part in parts]),
+        }
+        write(path, merged(path, found))
+    rows.unlink()
+    return found
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

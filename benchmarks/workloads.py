@@ -124,6 +124,8 @@ def workloads(
 
 def directions(op: str, w: Workload, device: str) -> tuple[str, ...]:
     """What is timed of a workload: all of it with R = 64, else what the targets ask for."""
-    if device == "cpu" or w.r == 64:
+    if w.r == 64:
         return DIRECTIONS
+    if device == "cpu":
+        return DIRECTIONS[::2]
     return DIRECTIONS[:2] if op == "adapter" else DIRECTIONS[2:]

@@ -26,6 +26,7 @@ TINIES = {
 @pytest.fixture
 def settings(device, monkeypatch):
     monkeypatch.setattr(harness, "workloads", lambda op, *_: [(TINIES[op], torch.float32)])
+    monkeypatch.setattr(harness, "directions", lambda *_: DIRECTIONS)
     return harness.Settings(device, quick=True, minutes=5.0, seconds=0.0)
 
 
@@ -214,6 +215,19 @@ def test_a_workload_is_prepared_once_for_all_directions(settings):
     assert len(prepared) == 1
 
 
+@pytest.mark.parametrize(("seconds", "spent", "rounds"), [(0, 1, 7), (1, 0.001, 200), (1, 0.1, 11),
+                                                          (1, 1.5, 7), (0.1, 2, 3)])  # fmt: skip
+def test_rounds_that_take_long_are_few(monkeypatch, seconds, spent, rounds):
+    now = [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+
+    def clock() -> float:
+        now[0] += spent
+        return spent
+
+    assert len(measure.interleave({"one": clock}, seconds)["one"]) == rounds
+
+
 def test_counts_see_operators_and_not_views():
     x = torch.randn(8, 8)
     assert measure.count(lambda i: x.t() @ x, torch.device("cpu")) == {"operators": 1}
@@ -314,3 +328,48 @@ def test_ratios_and_file(tmp_path):
     assert [r["q50_us"] for r in run.merged(path, again)["rows"]] == [10.0, 4.0, 1.0]
     other = linear | {"environment": environment | {"commit": "another"}}
     assert run.merged(path, other) == other
+
+
+def test_rows_of_a_killed_run_are_kept(tmp_path):
+    environment = {"device": "d", "commit": "c", "torch": "t", "quick": False}
+    row = {"op": "adapter", "workload": "w", "dtype": "float32", "direction": "forward"}
+    lines = [
+        {"environment": environment},
+        *(
+            {"row": row | {"variant": v, "q50_us": us}, "ceilings": {"copy_bytes_per_s": 1e9}}
+            for v, us in (("eager", 4.0), ("native", 2.0))
+        ),
+    ]
+    path, rows = tmp_path / "d.json", tmp_path / "d.rows"
+    rows.write_text("\n".join(map(json.dumps, lines)) + '\n{"row": {"op": "ad')
+    found = run.collect(path)
+    assert found["environment"] == environment
+    assert [(r["variant"], r["x_eager"]) for r in found["rows"]] == [
+        ("eager", 1.0),
+        ("native", 2.0),
+    ]
+    assert json.loads(path.read_text()) == found and not rows.exists()
+    assert run.collect(path) is None and path.exists()
+    rows.write_text(json.dumps(lines[0]) + "\n")
+    assert run.collect(path) is None and json.loads(path.read_text()) == found
+
+
+def test_each_row_is_written_as_soon_as_it_is_there(settings, tmp_path):
+    settings.rows, settings.ceilings = tmp_path / "rows", measure.ceilings(settings.device)
+    runner = harness.Runner(settings)
+
+    class Benchmark:
+        def pedantic(self, function, rounds):
+            for _ in range(rounds):
+                function()
+
+    for entry in harness.entries("adapter", settings)[:2]:
+        harness.report(entry, Benchmark(), runner)
+    first, second = map(json.loads, settings.rows.read_text().splitlines())
+    assert (first["row"]["variant"], first["row"]["direction"]) == ("eager", "forward")
+    assert 0 < first["row"]["q20_us"] <= first["row"]["q50_us"] <= first["row"]["q80_us"]
+    terms = first["row"]["terms_us"]
+    assert first["row"]["floor_us"] == max(terms["bytes"], terms["arithmetic"])
+    assert second["row"]["variant"] != "eager" and second["ceilings"] == first["ceilings"]
+    (launches,) = first["row"]["counts"].values()
+    assert terms["launches"] == pytest.approx(1e6 * launches * first["ceilings"]["launch_s"])
