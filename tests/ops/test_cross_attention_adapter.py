@@ -208,9 +208,7 @@ def test_the_least_finite_mask_is_no_minus_infinity(run):
 def test_what_the_kernels_refuse(change, reason, run):
     one = case((1, 2), **change)
     inputs = one.inputs(run[2], run[1])
-    found = api.unfused_reason(
-        inputs["q"], inputs["k"], one.heads, one.r, inputs["mask"], "triton"
-    )
+    found = api.unfused_reason(inputs["q"], inputs["k"], one.heads, one.r, inputs["mask"], "triton")
     assert reason in found
     with pytest.raises(BackendUnavailableError, match=f"cross_attention_adapter: {reason}"):
         ops.cross_attention_adapter(**inputs, backend="triton")
@@ -219,7 +217,7 @@ def test_what_the_kernels_refuse(change, reason, run):
 @KERNELS
 def test_the_composition_where_the_kernels_refuse(run, monkeypatch):
     """`auto` computes attention, and then adapter_linear on the backend it chose."""
-    backend, device, dtype = run
+    _, device, dtype = run
     monkeypatch.setattr(api, "resolve", lambda *_: "triton")
     inputs = case((1, 3), r=65).inputs(dtype, device)
     y = ops.cross_attention_adapter(**inputs)
@@ -244,7 +242,9 @@ def test_a_mask_and_a_weight_that_train(backend):
     torch.testing.assert_close(y, expected)
     wanted = leaves(inputs)
     for one, other in zip(
-        torch.autograd.grad(y.sum(), wanted), torch.autograd.grad(expected.sum(), wanted), strict=True
+        torch.autograd.grad(y.sum(), wanted),
+        torch.autograd.grad(expected.sum(), wanted),
+        strict=True,
     ):
         torch.testing.assert_close(one, other)
 
