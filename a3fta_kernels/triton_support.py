@@ -182,12 +182,18 @@ class AotKernel:
 
     `pointers` names each pointer argument's dtype: "data" for the op's own, else a Triton type.
     `variants` are the sets of pointers that are None and of constants beside the tile sizes.
+    `launchers` are those of variants whose configurations are not `launcher`'s.
     """
 
     launcher: Launcher
     pointers: dict[str, str]
     variants: dict[str, dict[str, Any]] = field(default_factory=lambda: {"all": {}})
     ranks: tuple[int, ...] = (16, 64, 128)
+    dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")
+    launchers: dict[str, Launcher] = field(default_factory=dict)
+
+    def launcher_of(self, variant: str) -> Launcher:
+        return self.launchers.get(variant, self.launcher)
 
 
 class Launcher:

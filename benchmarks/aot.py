@@ -83,12 +83,13 @@ def builds(defaults_only: bool = False) -> Iterator[Build]:
     """All builds, or each kernel's default: bf16, rank 64, first variant, first configuration."""
     for module in modules():
         for index, entry in enumerate(getattr(module, "AOT_KERNELS", ())):
-            dtypes = {"bf16": 2} if defaults_only else DTYPES
+            dtypes = ("bf16",) if defaults_only else entry.dtypes
             ranks = (64,) if defaults_only else entry.ranks
             variants = list(entry.variants)[: 1 if defaults_only else None]
             options = itertools.product(TARGETS, variants, dtypes, ranks)
             for capability, variant, dtype, rank in options:
-                choices = entry.launcher.configs(dtypes[dtype], rank, capability)
+                launcher = entry.launcher_of(variant)
+                choices = launcher.configs(DTYPES[dtype], rank, capability)
                 for choice in choices[: 1 if defaults_only else None]:
                     yield Build(module.__name__, index, variant, dtype, capability, choice)
 

@@ -128,19 +128,17 @@ class A3FTAAttnProcessor:
         self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
         cross: bool, residual: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """to_out[0] of the attention [+ residual]: for a text's keys in one op where that can be."""
+        """to_out[0] of attention [+ residual]: in one op where the layer takes a text's keys."""
         layer = attn.to_out[0]
         plain = attn.norm_q is None and attn.norm_k is None and key.shape[-1] == query.shape[-1]
-        if cross and plain and self.attention in FUSABLE:
-            if isinstance(layer, AdaptedProjectionMixin):
-                by_head = mask
-                if mask is not None:
-                    by_head = mask.view(key.shape[0], attn.heads, -1, mask.shape[-1])
-                y = layer.attend(
-                    query, key, value, heads=attn.heads, mask=by_head, residual=residual
-                )
-                if y is not None:
-                    return y
+        fusable = cross and plain and self.attention in FUSABLE
+        if fusable and isinstance(layer, AdaptedProjectionMixin):
+            by_head = mask
+            if mask is not None:
+                by_head = mask.view(key.shape[0], attn.heads, -1, mask.shape[-1])
+            y = layer.attend(query, key, value, heads=attn.heads, mask=by_head, residual=residual)
+            if y is not None:
+                return y
         h = self.attend(attn, query, key, value, mask)
         return layer(h) if residual is None else project_out(layer, h, residual)
 

@@ -11,8 +11,7 @@ from ..adapter_linear import adapter_linear
 from ..adapter_linear.api import check_linear
 from ..rule import autocast_dtype, autocasts, without_autocast
 from ..validate import FLOATS, check_adapter, check_input
-from . import contract
-from .layout import HEAD_DIM_LIMIT, KEY_LIMIT, RANK_LIMIT
+from . import contract, layout
 from .reference import attention
 from .reference import cross_attention_adapter as reference
 
@@ -53,9 +52,10 @@ def cross_attention_adapter(
         attention_scale: default head_dim ** -0.5.
         w_down, w_up, weight, bias, b_down, b_up, residual, scale, activation, gamma, beta: as in
             `adapter_linear` for h (B, Lq, C).
-        backend: triton has the fused kernels, for at most 512 keys, head_dim 160 and rank 64.
-            Where they cannot run (`unfused_reason` says why), auto and the other backends compute
-            `F.scaled_dot_product_attention` and `adapter_linear` one after the other.
+        backend: triton has the fused kernels, in fp16 and bf16, for up to 512 keys (fewer above
+            head_dim 80), head_dim 160 and rank 64. Where they cannot run (`unfused_reason` says
+            why), auto and the other backends compute `F.scaled_dot_product_attention` and
+            `adapter_linear` one after the other.
 
     Returns:
         y (B, Lq, N), contiguous, in q's (under autocast: the autocast) dtype, promoted with
@@ -110,16 +110,13 @@ def unfused_reason(
     q: Tensor, k: Tensor, heads: int, rank: int, mask: Tensor | None, backend: str
 ) -> str | None:
     """Why the fused kernels cannot take such a call; None where they can."""
-    chosen = resolve(backend, q.device, autocast_dtype(q))
-    head_dim = q.shape[-1] // heads
+    dtype = autocast_dtype(q)
+    chosen = resolve(backend, q.device, dtype)
     if chosen != "triton":
         return f"backend {chosen!r} has no kernel for it"
-    if k.shape[1] > KEY_LIMIT:
-        return f"{k.shape[1]} keys are more than the {KEY_LIMIT} that stay on chip"
-    if head_dim > HEAD_DIM_LIMIT:
-        return f"head_dim {head_dim} is more than {HEAD_DIM_LIMIT}"
-    if rank > RANK_LIMIT:
-        return f"rank {rank} is more than {RANK_LIMIT}"
+    reason = layout.refusal(dtype, q.shape[-1] // heads, k.shape[1], rank)
+    if reason is not None:
+        return reason
     if mask is not None and mask.requires_grad and torch.is_grad_enabled():
         return "its mask requires a gradient"
     return None

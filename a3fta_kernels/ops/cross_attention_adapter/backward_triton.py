@@ -32,6 +32,10 @@ from ...triton_support import (
 )
 from .layout import RANK_LIMIT
 from .tiles_triton import (
+    HEAD_BLOCK,
+    KEY_BLOCK,
+    SHAPES,
+    append,
     cast,
     head_meta,
     key_meta,
@@ -40,6 +44,7 @@ from .tiles_triton import (
     mask_arguments,
     masked_scores,
     outer,
+    shape_constants,
     softmax,
     store_rows,
     text_arguments,
@@ -55,7 +60,8 @@ def query_grad_kernel(
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
     D: tl.constexpr, SCALE: tl.constexpr, PER_QUERY: tl.constexpr,
     BLOCK_N: tl.constexpr, COUNT_N: tl.constexpr, TAIL_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, COUNT_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr, COUNT_D: tl.constexpr, TAIL_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """q (B, M, C), k and v (B, N, C); dh (B * M, C) without its part from da (B * M, R);
     dq (B * M, C). stats (B, H, 3, M): top and norm of `probabilities`, and delta.
@@ -99,7 +105,7 @@ def query_grad_kernel(
             v = load_keys(
                 v_ptr + c, N, stride_kn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, COUNT_D, TAIL_D
             )
-            dp = dp + (outer(dh, v, tl.zeros((BLOCK_M, v[0].shape[0]), dtype=tl.float32)),)
+            dp = append(dp, outer(dh, v, tl.zeros((BLOCK_M, v[0].shape[0]), dtype=tl.float32)))
 
         q = load_rows(q_ptr + c, offs_m, mask_m, stride_qm, D, BLOCK_D, COUNT_D, TAIL_D)
         keys = ()
@@ -113,8 +119,8 @@ def query_grad_kernel(
                 q, k, mask_head, offs_m, mask_m, offs_n, N, stride_mask_m, stride_mask_n, SCALE,
                 PER_QUERY,
             )  # fmt: skip
-            keys = keys + (k,)
-            s = s + (one,)
+            keys = append(keys, k)
+            s = append(s, one)
         p, top, norm = softmax(s)
         p = cast(p, tl.float32, norm[:, None])
         delta = tl.zeros_like(top)
@@ -125,7 +131,17 @@ def query_grad_kernel(
             ds = (p[i] * (dp[i] - delta[:, None])).to(dtype)
             if COUNT_N > 1:  # too many to keep
                 k = load_keys(
-                    k_ptr + c, N, stride_kn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, COUNT_D, TAIL_D
+                    k_ptr + c,
+                    N,
+                    stride_kn,
+                    i,
+                    BLOCK_N,
+                    COUNT_N,
+                    TAIL_N,
+                    D,
+                    BLOCK_D,
+                    COUNT_D,
+                    TAIL_D,
                 )
             else:
                 k = keys[i]
@@ -146,8 +162,8 @@ def key_grad_kernel(
     stride_qb, stride_qm, stride_kb, stride_kn,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
     D: tl.constexpr, SCALE: tl.constexpr, PER_QUERY: tl.constexpr,
-    BLOCK_D: tl.constexpr, COUNT_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr, COUNT_D: tl.constexpr, TAIL_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Partial sums over rows_per_split rows of a sample: dk, dv (splits, B, N, C).
 
@@ -216,12 +232,26 @@ def key_grad_kernel(
 def query_grad_configs(
     head_dim: int, keys: int, itemsize: int, block_r: int, capability: int
 ) -> list[Config]:
-    sizes = ((32, 4, 1), (16, 4, 1)) if itemsize == 4 else ((64, 4, 2), (32, 4, 2), (16, 4, 1))
+    if keys > KEY_BLOCK:
+        sizes = [(16, 8, 1)]
+    elif head_dim <= HEAD_BLOCK:
+        sizes = [(64, 4, 2), (32, 4, 2), (16, 4, 2)]
+    elif capability in (90, 100, 103) or 96 < head_dim <= 128:
+        sizes = [(64, 8, 2), (16, 4, 2)]
+    elif head_dim <= 96:  # without wgmma a product's operands stand in registers too
+        sizes = [(16, 4, 2)]
+    else:
+        sizes = [(16, 4, 1), (16, 8, 1)]
     return [config(w, s, BLOCK_M=m, BLOCK_R=block_r) for m, w, s in sizes]
 
 
 def key_grad_configs(head_dim: int, itemsize: int, block_r: int, capability: int) -> list[Config]:
-    sizes = ((16, 16, 4, 1),) if itemsize == 4 else ((64, 64, 4, 1), (32, 32, 4, 1))
+    if head_dim <= HEAD_BLOCK:
+        sizes = [(64, 64, 4, 1), (32, 32, 4, 1)]
+    elif head_dim <= 128:
+        sizes = [(32, 32, 8, 1)]
+    else:
+        sizes = [(16, 16, 4, 1)]
     return [config(w, s, BLOCK_M=m, BLOCK_N=n, BLOCK_R=block_r) for m, n, w, s in sizes]
 
 
@@ -235,7 +265,25 @@ def launch_key_grad(head_dim: int) -> Launcher:
     return Launcher(key_grad_kernel, functools.partial(key_grad_configs, head_dim))
 
 
-AOT_KERNELS = ()
+_HEADS = tuple(dict.fromkeys(d for d, _ in SHAPES))
+AOT_KERNELS = (
+    AotKernel(
+        launch_query_grad(*SHAPES[0]),
+        pointers={"stats_ptr": "fp32"},
+        variants={f"D{d} N{n}": dict(shape_constants(d), **key_meta(n)) for d, n in SHAPES},
+        ranks=(64,),
+        dtypes=("bf16", "fp16"),
+        launchers={f"D{d} N{n}": launch_query_grad(d, n) for d, n in SHAPES},
+    ),
+    AotKernel(
+        launch_key_grad(_HEADS[0]),
+        pointers={"stats_ptr": "fp32", "dk_ptr": "fp32", "dv_ptr": "fp32"},
+        variants={f"D{d}": shape_constants(d) for d in _HEADS},
+        ranks=(64,),
+        dtypes=("bf16", "fp16"),
+        launchers={f"D{d}": launch_key_grad(d) for d in _HEADS},
+    ),
+)
 
 
 def attention_grads(

@@ -78,7 +78,7 @@ def forward(
     heads: int,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y (B, Lq, N), hz, a (M, R) and V (N, R). `v_up`, `v_bias` as in adapter_linear: `v`, `v_bias`."""
+    """y (B, Lq, N), hz, a (M, R) and V (N, R). `v_up`, `v_bias`: what `merged_up` made, or None."""
     dtype = q.dtype
     if v_up is None:
         v_up, v_bias = merged_up(weight, bias, w_up, b_up, scale_tensor, scale, 0, dtype)
@@ -181,7 +181,9 @@ def rule(ctx: Any, *grad_outputs: Any) -> tuple:
     needs = [need[name] for name in _WANTED]
     found: dict[str, Tensor] = {}
     if any(needs):
-        run: Callable = backward if is_plain(dy) else torch.ops.a3fta.cross_attention_adapter_backward
+        run: Callable = (
+            backward if is_plain(dy) else torch.ops.a3fta.cross_attention_adapter_backward
+        )
         grads = run(dy, *ctx.saved_tensors, *ctx.options, needs)
         found = {name: g for name, g in zip(_WANTED, grads, strict=True) if need[name]}
     if need["residual"]:

@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
-KEY_LIMIT = 512  # all scores of a block of rows stand on chip at once
+import torch
+
+DTYPES = (torch.float16, torch.bfloat16)  # fp32 products have no tensor cores
+KEY_LIMIT = 512
 HEAD_DIM_LIMIT = 160
+ON_CHIP = 512 * 80  # keys times head_dim: all keys of a head stand on chip at once
 RANK_LIMIT = 64  # the pre-activation of a block of rows stays in registers
+
+
+def refusal(dtype: torch.dtype, head_dim: int, keys: int, rank: int) -> str | None:
+    """Why the kernels cannot take such sizes; None where they can."""
+    if dtype not in DTYPES:
+        return f"{dtype} has no tensor cores that keep its precision"
+    if head_dim > HEAD_DIM_LIMIT:
+        return f"head_dim {head_dim} is more than {HEAD_DIM_LIMIT}"
+    limit = min(KEY_LIMIT, ON_CHIP // head_dim)
+    if keys > limit:
+        return f"{keys} keys of head_dim {head_dim} are more than the {limit} that fit on chip"
+    if rank > RANK_LIMIT:
+        return f"rank {rank} is more than {RANK_LIMIT}"
+    return None
+
 
 _STEP = 16
 

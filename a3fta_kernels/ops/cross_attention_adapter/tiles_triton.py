@@ -1,10 +1,9 @@
 # mypy: allow-untyped-defs
 """Tiles of short-key attention: what its forward and backward kernels share.
 
-Tensor cores take powers of two, but a head has 40 dimensions and a text 77 tokens. So an axis is cut
-into blocks of one size and a smaller tail, 32 + 16 and 64 + 16, where these pad it less than one
-block would; a matrix is then a tuple of tiles, one for each block of the head's dimensions, and all
-keys of a head are a tuple of such tuples.
+Tensor cores take powers of two, but a head has 40 dimensions and a text 77 tokens. So an axis is
+cut into blocks of one size and a smaller tail, 32 + 16 and 64 + 16, where these pad it less than
+one block would; a matrix is then a tuple of tiles, one for each block of the head's dimensions.
 """
 
 from __future__ import annotations
@@ -17,26 +16,31 @@ from torch import Tensor
 
 from ...triton_support import dot
 
-KEY_BLOCK = 128  # more keys are several blocks of this many
+# larger axes are several blocks of this size: larger tiles take registers until some spill
+KEY_BLOCK = 128
+HEAD_BLOCK = 64
+
+# head_dim, keys: what is compiled ahead of time
+SHAPES = ((64, 77), (40, 77), (80, 77), (128, 77), (160, 77), (64, 512), (160, 256))
 
 
 class Blocks(NamedTuple):
-    """`count` blocks and a tail, 0 where there is none, cover an axis."""
+    """`full` blocks and a tail, 0 where there is none, cover an axis."""
 
     block: int
-    count: int
+    full: int
     tail: int
 
 
-def blocks(length: int, largest: int = KEY_BLOCK) -> Blocks:
+def blocks(length: int, largest: int) -> Blocks:
     if length > largest:
-        count, rest = divmod(length, largest)
+        full, rest = divmod(length, largest)
         tail = _power_of_two(rest) if rest else 0
-        return Blocks(largest, count + 1, 0) if tail == largest else Blocks(largest, count, tail)
+        return Blocks(largest, full, tail) if tail < largest else Blocks(largest, full + 1, 0)
     whole = _power_of_two(length)
     half = whole // 2
     tail = _power_of_two(length - half)
-    return Blocks(half, 1, tail) if 16 <= half and tail < half else Blocks(whole, 1, 0)
+    return Blocks(half, 1, tail) if half >= 16 and tail < half else Blocks(whole, 1, 0)
 
 
 def _power_of_two(length: int) -> int:
@@ -44,14 +48,21 @@ def _power_of_two(length: int) -> int:
 
 
 def head_meta(head_dim: int) -> dict[str, int]:
-    """The sizes of the tiles of one head; head_dim is at most 2 * KEY_BLOCK."""
-    cut = blocks(head_dim, 64)
-    return dict(BLOCK_D=cut.block, COUNT_D=cut.count, TAIL_D=cut.tail)
+    """Block sizes for the dimensions of a head."""
+    cut = blocks(head_dim, HEAD_BLOCK)
+    return dict(BLOCK_D=cut.block, COUNT_D=cut.full, TAIL_D=cut.tail)
 
 
 def key_meta(keys: int) -> dict[str, int]:
-    cut = blocks(keys)
-    return dict(BLOCK_N=cut.block, COUNT_N=cut.count, TAIL_N=cut.tail)
+    """Block sizes for the keys."""
+    cut = blocks(keys, KEY_BLOCK)
+    return dict(BLOCK_N=cut.block, COUNT_N=cut.full, TAIL_N=cut.tail)
+
+
+def shape_constants(head_dim: int) -> dict[str, Any]:
+    """What every build for such heads has in common, ahead of time."""
+    scale = head_dim**-0.5
+    return dict(D=head_dim, SCALE=scale, PER_QUERY=False, mask_ptr=None, **head_meta(head_dim))
 
 
 def text_arguments(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
@@ -69,6 +80,12 @@ def mask_arguments(mask: Tensor | None) -> dict[str, Any]:
     sizes = (0, 0, 0, 0) if mask is None else mask.stride()
     found = dict(zip((f"stride_mask_{x}" for x in "bhmn"), sizes, strict=True))
     return dict(mask_ptr=mask, PER_QUERY=sizes[2] != 0, **found)
+
+
+@triton.jit
+def append(x, y):
+    """The tuple x with y at its end; Triton has no starred expressions."""
+    return x + (y,)  # noqa: RUF005
 
 
 @triton.jit
@@ -90,14 +107,21 @@ def load_block(ptr, offs, mask, stride, START: tl.constexpr, D: tl.constexpr, BL
 
 @triton.jit
 def load_rows(
-    ptr, offs, mask, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, COUNT_D: tl.constexpr, TAIL_D: tl.constexpr
+    ptr,
+    offs,
+    mask,
+    stride,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COUNT_D: tl.constexpr,
+    TAIL_D: tl.constexpr,
 ):
     """The rows `offs` of one head, which starts at ptr: tiles (rows, BLOCK_D), (rows, TAIL_D)."""
     x = ()
     for i in tl.static_range(COUNT_D):
-        x = x + (load_block(ptr, offs, mask, stride, i * BLOCK_D, D, BLOCK_D),)
+        x = append(x, load_block(ptr, offs, mask, stride, i * BLOCK_D, D, BLOCK_D))
     if TAIL_D > 0:
-        x = x + (load_block(ptr, offs, mask, stride, COUNT_D * BLOCK_D, D, TAIL_D),)
+        x = append(x, load_block(ptr, offs, mask, stride, COUNT_D * BLOCK_D, D, TAIL_D))
     return x
 
 
@@ -111,19 +135,17 @@ def store_rows(ptr, x, offs, mask, stride, D: tl.constexpr, BLOCK_D: tl.constexp
 
 @triton.jit
 def load_keys(
-    ptr, N, stride, I: tl.constexpr, BLOCK_N: tl.constexpr, COUNT_N: tl.constexpr,
-    TAIL_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COUNT_D: tl.constexpr, TAIL_D: tl.constexpr,
+    ptr, N, stride, INDEX: tl.constexpr, BLOCK_N: tl.constexpr, COUNT_N: tl.constexpr,
+    TAIL_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COUNT_D: tl.constexpr,
+    TAIL_D: tl.constexpr,
 ):  # fmt: skip
-    """The keys, or values, of block I of one head, which starts at ptr: tiles (keys, dims)."""
-    ptr += I * BLOCK_N * stride
-    if I < COUNT_N:
-        offs = tl.arange(0, BLOCK_N)
-    else:
-        offs = tl.arange(0, TAIL_N)
-    if (TAIL_N > 0 and I < COUNT_N) or I < COUNT_N - 1:
+    """The keys, or values, of block INDEX of one head, which starts at ptr: tiles (keys, dims)."""
+    ptr += INDEX * BLOCK_N * stride
+    offs = tl.arange(0, BLOCK_N if INDEX < COUNT_N else TAIL_N)
+    if (TAIL_N > 0 and INDEX < COUNT_N) or INDEX < COUNT_N - 1:  # a full block
         return load_rows(ptr, offs, None, stride, D, BLOCK_D, COUNT_D, TAIL_D)
     else:
-        return load_rows(ptr, offs, offs < N - I * BLOCK_N, stride, D, BLOCK_D, COUNT_D, TAIL_D)
+        return load_rows(ptr, offs, offs < N - INDEX * BLOCK_N, stride, D, BLOCK_D, COUNT_D, TAIL_D)
 
 
 @triton.jit
@@ -131,9 +153,9 @@ def zeros(BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, COUNT_D: tl.constexpr, TAI
     """Accumulators (BLOCK, BLOCK_D), (BLOCK, TAIL_D)."""
     x = ()
     for _ in tl.static_range(COUNT_D):
-        x = x + (tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32),)
+        x = append(x, tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32))
     if TAIL_D > 0:
-        x = x + (tl.zeros((BLOCK, TAIL_D), dtype=tl.float32),)
+        x = append(x, tl.zeros((BLOCK, TAIL_D), dtype=tl.float32))
     return x
 
 
@@ -142,7 +164,7 @@ def cast(x, dtype: tl.constexpr, factor=1.0):
     """x * factor in dtype."""
     y = ()
     for i in tl.static_range(len(x)):
-        y = y + ((x[i].to(tl.float32) * factor).to(dtype),)
+        y = append(y, (x[i].to(tl.float32) * factor).to(dtype))
     return y
 
 
@@ -159,7 +181,7 @@ def times(p, x, acc):
     """acc + p @ x for one tile p (rows, columns), x (columns, D), acc (rows, D)."""
     y = ()
     for i in tl.static_range(len(x)):
-        y = y + (dot(p, x[i], acc[i]),)
+        y = append(y, dot(p, x[i], acc[i]))
     return y
 
 
@@ -197,6 +219,6 @@ def softmax(s):
     p = ()
     total = tl.zeros_like(top)
     for i in tl.static_range(len(s)):
-        p = p + (tl.exp(s[i] - top[:, None]),)
+        p = append(p, tl.exp(s[i] - top[:, None]))
         total += tl.sum(p[i], axis=1)
     return p, top, 1.0 / tl.where(total == 0.0, 1.0, total)

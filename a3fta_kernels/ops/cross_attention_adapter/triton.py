@@ -36,6 +36,10 @@ from ..skinny_triton import rows_backward
 from .backward_triton import attention_grads
 from .layout import RANK_LIMIT, hz_widths
 from .tiles_triton import (
+    HEAD_BLOCK,
+    KEY_BLOCK,
+    SHAPES,
+    append,
     cast,
     head_meta,
     key_meta,
@@ -44,6 +48,7 @@ from .tiles_triton import (
     mask_arguments,
     masked_scores,
     outer,
+    shape_constants,
     softmax,
     store_rows,
     text_arguments,
@@ -59,7 +64,8 @@ def attention_down_kernel(
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, stride_hz,
     D: tl.constexpr, SCALE: tl.constexpr, PER_QUERY: tl.constexpr, ACT: tl.constexpr,
     BLOCK_N: tl.constexpr, COUNT_N: tl.constexpr, TAIL_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, COUNT_D: tl.constexpr, TAIL_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr, COUNT_D: tl.constexpr, TAIL_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """q (B, M, C), k and v (B, N, C), C = H * D; w_down (R, C); a (B * M, R).
 
@@ -101,7 +107,7 @@ def attention_down_kernel(
                 q, k, mask_head, offs_m, mask_m, offs_n, N, stride_mask_m, stride_mask_n, SCALE,
                 PER_QUERY,
             )  # fmt: skip
-            s = s + (one,)
+            s = append(s, one)
         p, _, norm = softmax(s)
         h = zeros(BLOCK_M, BLOCK_D, COUNT_D, TAIL_D)
         for i in tl.static_range(COUNT_N + (TAIL_N > 0)):
@@ -128,12 +134,15 @@ def attention_down_kernel(
 def attention_down_configs(
     head_dim: int, keys: int, itemsize: int, block_r: int, capability: int
 ) -> list[Config]:
-    sizes = _FP32 if itemsize == 4 else _HALF
+    if keys > KEY_BLOCK:
+        sizes = [(16, 8, 1)]
+    elif head_dim <= HEAD_BLOCK:
+        sizes = [(64, 4, 2), (32, 4, 2), (16, 4, 2)]
+    elif capability in (90, 100, 103):
+        sizes = [(64, 8, 2), (32, 8, 1), (16, 8, 1)]
+    else:  # without wgmma a product's operands stand in registers too
+        sizes = [(32, 8, 1), (16, 8, 1)]
     return [config(w, s, BLOCK_M=m, BLOCK_R=block_r) for m, w, s in sizes]
-
-
-_HALF = ((64, 4, 2), (128, 8, 2), (32, 4, 2), (16, 4, 1))
-_FP32 = ((32, 4, 1), (16, 4, 1))
 
 
 @functools.cache
@@ -143,7 +152,18 @@ def launch_attention_down(head_dim: int, keys: int) -> Launcher:
     )
 
 
-AOT_KERNELS = ()
+AOT_KERNELS = (
+    AotKernel(
+        launch_attention_down(*SHAPES[0]),
+        pointers={},
+        variants={
+            f"D{d} N{n}": dict(ACT=2, **shape_constants(d), **key_meta(n)) for d, n in SHAPES
+        },
+        ranks=(64,),
+        dtypes=("bf16", "fp16"),
+        launchers={f"D{d} N{n}": launch_attention_down(d, n) for d, n in SHAPES},
+    ),
+)
 
 
 def forward(
