@@ -21,7 +21,7 @@ def compile_objects(
         target = folder / f"{source.name}.o"
         language = ["-x", "c++"] if source.suffix == ".cu" else []
         subprocess.run(
-            [COMPILER, "-std=c++17", "-fPIC", "-Wall", "-Wno-unknown-pragmas", *flags,
+            [COMPILER, "-std=c++17", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", *flags,
              f"-I{HERE / 'include'}", *(f"-isystem{p}" for p in isystem),
              *language, "-c", str(source), "-o", str(target)],
             check=True,
@@ -37,7 +37,7 @@ def kernels() -> list[Path]:
 def build_library(folder: Path) -> Path:
     """The native library with the CUDA kernels registered for CPU tensors."""
     sources = [
-        *kernels(), HERE / "emulator.cpp", CSRC / "ops.cpp",
+        *kernels(), HERE / "emulator.cpp", HERE / "hopper.cpp", CSRC / "ops.cpp",
         *sorted((CSRC / "cuda").glob("*.cpp")), HERE / "torch_stubs.cpp",
     ]  # fmt: skip
     flags = ["-O2", "-DA3FTA_CUDA_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
@@ -58,7 +58,8 @@ def build_program(folder: Path, sanitizers: str) -> Path:
     objects = compile_objects(folder, [*kernels(), HERE / "sanitize.cpp"], flags, [])
     kind = "THREAD" if sanitizers == "thread" else "ADDRESS"
     define = f"-DEMULATOR_{kind}_SANITIZER"
-    objects += compile_objects(folder, [HERE / "emulator.cpp"], ["-O1", "-g", define], [])
+    emulator = [HERE / "emulator.cpp", HERE / "hopper.cpp"]
+    objects += compile_objects(folder, emulator, ["-O1", "-g", define], [])
     target = folder / "sanitize"
     subprocess.run([COMPILER, *flags, *objects, "-o", str(target)], check=True)
     return target

@@ -19,7 +19,7 @@
 #endif
 
 namespace a3fta::cuda {
-constexpr size_t kShared = 128 * 1024;
+constexpr size_t kShared = 256 * 1024;
 extern __attribute__((aligned(128))) unsigned char dynamic_shared[];
 __attribute__((aligned(128))) unsigned char dynamic_shared[kShared];
 }  // namespace a3fta::cuda
@@ -71,6 +71,9 @@ unsigned thread_at = 0;
 long barriers = 0;       // passed by the block that runs
 char barrier_points[2];  // by parity: a thread past barrier k + 1 must not order those at barrier k
 char launch_point, finish_point;
+constexpr int kYielded = -2;
+long progress = 0;  // of threads that wait for each other without a barrier
+std::vector<Chip> chips{kHopper};
 
 void to_scheduler() {
   Thread& self = *threads[thread_at];
@@ -99,6 +102,7 @@ void run_block(unsigned count, size_t shared_bytes) {
   __asan_poison_memory_region(shared + shared_bytes, a3fta::cuda::kShared - shared_bytes);
 #endif
   barriers = 0;
+  begin_block(count);
   release(&launch_point);
   for (unsigned i = 0; i < count; ++i) {
     Thread& t = *threads[i];
@@ -108,12 +112,20 @@ void run_block(unsigned count, size_t shared_bytes) {
     t.context.uc_stack.ss_size = kStack;
     makecontext(&t.context, start, 0);
   }
-  for (;;) {
+  for (bool yielded = false;;) {
+    const long before = progress;
+    const bool held = yielded;  // others are on their way to the barrier
+    yielded = false;
     for (unsigned i = 0; i < count; ++i) {
+      const int at = threads[i]->waits_at;
+      if (held && at != kYielded && at != kRunning) continue;
       thread_at = i;
       enter_fiber(threads[i]->fiber);
       swapcontext(&scheduler, &threads[i]->context);
+      yielded |= threads[i]->waits_at == kYielded;
     }
+    require(!yielded || progress != before, "threads wait for each other for ever");
+    if (yielded) continue;
     const int line = threads[0]->waits_at;
     for (unsigned i = 1; i < count; ++i) {
       require(threads[i]->waits_at == line, "threads of a block part at the barrier of line",
@@ -122,13 +134,27 @@ void run_block(unsigned count, size_t shared_bytes) {
     if (line == kFinished) break;
     ++barriers;
   }
+  end_block();
   acquire(&finish_point);
 }
 
 }  // namespace
 
+void acquire_at(void* at) { acquire(at); }
+void release_at(void* at) { release(at); }
+void progressed() { ++progress; }
+void yield() {
+  threads[thread_at]->waits_at = kYielded;
+  to_scheduler();
+}
+
+const Chip& chip() { return chips.back(); }
+void use_chip(const Chip& chip) { chips.push_back(chip); }
+int device() { return static_cast<int>(chips.size()) - 1; }
+
 dim3 thread_index() { return {thread_at, 0, 0}; }
 dim3 block_index() { return block_at; }
+unsigned char* shared_memory() { return a3fta::cuda::dynamic_shared; }
 
 void barrier(int line) {
   char* point = &barrier_points[barriers & 1];
@@ -165,7 +191,8 @@ void run(const void* kernel, dim3 new_grid, dim3 new_block, size_t shared_bytes,
          const std::function<void()>& body) {
   require(shared_bytes <= 48 * 1024 || allowed_shared[kernel] >= static_cast<int>(shared_bytes),
           "shared memory was not allowed", static_cast<long>(shared_bytes));
-  require(shared_bytes <= 99 * 1024, "shared memory", static_cast<long>(shared_bytes));
+  require(shared_bytes <= static_cast<size_t>(chip().shared_block), "shared memory",
+          static_cast<long>(shared_bytes));
   require(new_grid.x > 0 && new_grid.y > 0 && new_grid.z == 1, "empty grid");
   require(new_block.y == 1 && new_block.z == 1 && new_block.x <= 1024, "block", new_block.x);
   gridDim = new_grid;
@@ -182,3 +209,9 @@ void run(const void* kernel, dim3 new_grid, dim3 new_block, size_t shared_bytes,
 }
 
 }  // namespace emulator
+
+// for Python
+extern "C" void emulator_use_chip(int capability, int processors, int shared_block,
+                                  int shared_processor) {
+  emulator::use_chip({capability, processors, shared_block, shared_processor});
+}

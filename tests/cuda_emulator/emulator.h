@@ -38,8 +38,19 @@ namespace emulator {
 
 constexpr int kWarp = 32;
 
+// What cudaDeviceGetAttribute answers.
+struct Chip {
+  int capability, processors, shared_block, shared_processor;
+};
+constexpr Chip kHopper = {90, 4, 227 * 1024, 228 * 1024};
+constexpr Chip kAda = {89, 4, 99 * 1024, 100 * 1024};
+const Chip& chip();
+void use_chip(const Chip& chip);  // as a device of its own
+int device();
+
 dim3 thread_index();
 dim3 block_index();
+unsigned char* shared_memory();
 void barrier(int line);
 void copy_async(void* to, const void* from, size_t bytes);
 void commit();
@@ -48,6 +59,16 @@ void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
          const std::function<void()>& body);
 [[noreturn]] void fail(const char* what, long value = 0);
 void allow_shared(const void* kernel, int bytes);
+
+// For waits that are no barriers: other threads run; it is an error if none of them makes progress
+// any more. An acquire sees what came before the releases at the same place.
+void yield();
+void progressed();
+void acquire_at(void* at);
+void release_at(void* at);
+// called around each block's run
+void begin_block(unsigned threads);
+void end_block();
 
 inline void require(bool ok, const char* what, long value = 0) {
   if (!ok) fail(what, value);
@@ -74,6 +95,13 @@ inline void __pipeline_wait_prior(size_t groups) { emulator::wait_prior(groups);
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+};
 using cudaStream_t = void*;
 
 struct cudaLaunchConfig_t {
@@ -87,6 +115,18 @@ inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
   emulator::allow_shared(kernel, bytes);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = emulator::device();
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  const emulator::Chip& c = emulator::chip();
+  const int values[] = {c.processors, c.capability / 10, c.capability % 10, c.shared_block,
+                        c.shared_processor};
+  *value = values[which];
   return cudaSuccess;
 }
 

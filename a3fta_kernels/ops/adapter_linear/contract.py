@@ -40,7 +40,7 @@ from torch import Tensor
 
 from ..rule import acc_dtype, autocast_dtype, cast, is_plain, refuse_second_derivative, rows, scaled
 
-PATHS = ("skinny", "fused")
+PATHS = ("skinny", "fused", "concat")
 
 _SIGNATURE = (
     "Tensor h, Tensor weight, Tensor w_down, Tensor w_up, Tensor? b_down, Tensor? b_up, "
