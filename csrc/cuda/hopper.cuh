@@ -72,13 +72,14 @@ __device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, Barri
       : "memory");
 }
 
-// The matrix descriptor of an operand in 128-byte swizzled shared memory, start and offsets in
-// bytes. K-major: `stride` between groups of 8 rows, `leading` unused. MN-major: `leading` between
-// columns of 64 elements, `stride` between groups of 8 k.
+// The matrix descriptor of an operand in swizzled shared memory, start and offsets in bytes.
+// K-major: `stride` between groups of 8 rows, `leading` unused. MN-major: `leading` between columns
+// of the swizzle's width, `stride` between groups of 8 k.
+enum class Swizzle : uint64_t { bytes128 = 1, bytes64 = 2 };
 __device__ __forceinline__ uint64_t matrix_descriptor(const void* start, uint32_t leading,
-                                                      uint32_t stride) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  return kSwizzle128 | static_cast<uint64_t>((stride & 0x3ffff) >> 4) << 32 |
+                                                      uint32_t stride,
+                                                      Swizzle swizzle = Swizzle::bytes128) {
+  return static_cast<uint64_t>(swizzle) << 62 | static_cast<uint64_t>((stride & 0x3ffff) >> 4) << 32 |
          static_cast<uint64_t>((leading & 0x3ffff) >> 4) << 16 |
          ((shared_address(start) & 0x3ffff) >> 4);
 }

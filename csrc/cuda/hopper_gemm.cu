@@ -27,7 +27,7 @@ namespace {
 
 constexpr int kGroup = 128;  // threads of a warpgroup
 constexpr int kBlockThreads = 3 * kGroup;
-constexpr int kRowBytes = 128;  // one k-step of a row, or 64 columns of a transposed operand
+constexpr int kRowBytes = 128;  // one k-step of a row
 constexpr int kAtom = 8 * kRowBytes;  // the swizzle repeats every 8 rows
 constexpr int kHopperShared = 227 * 1024;
 
@@ -54,7 +54,7 @@ struct Shared {
   static constexpr int kFit = (kHopperShared - kSpare) / kStage;
   static constexpr int kStages = kFit < 6 ? kFit : 6;
   static constexpr int kBytes = kStages * kStage + kSpare;
-  static_assert(kStage % kAtom == 0 && kStages >= 3);
+  static_assert(kStage % kAtom == 0 && kStages >= 3 && kBytes <= kHopperShared);
 };
 
 // Where a warpgroup is in the ring. The parity tells this round's fill of a stage from the last.
@@ -88,7 +88,7 @@ __device__ __forceinline__ void produce(const Params<T>& p, const HopperTile& ti
                               int64_t n0, int64_t k) {
     if constexpr (USE == HopperUse::dgrad) {
 #pragma unroll
-      for (int n = 0; n < BLOCK_N; n += 64) {
+      for (int n = 0; n < BLOCK_N; n += hopper_box(BLOCK_N)) {
         load_box(to + n * kRowBytes, map, barrier, static_cast<int>(n0 + n), static_cast<int>(k));
       }
     } else {
@@ -125,9 +125,11 @@ __device__ __forceinline__ void consume(const Params<T>& p, const HopperTile& ti
                                         Ring& ring) {
   using S = Shared<BLOCK_N, RANK>;
   constexpr int kTranspose = USE == HopperUse::dgrad ? 1 : 0;
+  // a transposed operand: 64 rows of this many bytes, then the next columns
+  constexpr int kBoxBytes = hopper_box(BLOCK_N) * 2;
   // 16 elements of the reduction further on, in the 16-byte units of a descriptor
   constexpr int kNextLeft = 16 * 2 / 16;
-  constexpr int kNextRight = kTranspose ? 16 * kRowBytes / 16 : kNextLeft;
+  constexpr int kNextRight = kTranspose ? 16 * kBoxBytes / 16 : kNextLeft;
   const int group = warp_uniform(static_cast<int>(threadIdx.x) / kGroup - 1);
   float sums[(BLOCK_N + RANK) / 2];
 #pragma unroll
@@ -139,8 +141,10 @@ __device__ __forceinline__ void consume(const Params<T>& p, const HopperTile& ti
     return matrix_descriptor(stages + ring.stage * S::kStage + group * 64 * kRowBytes, 0, kAtom);
   };
   const auto right = [&] {
-    return matrix_descriptor(stages + ring.stage * S::kStage + S::kLeft,
-                             kTranspose ? 64 * kRowBytes : 0, kAtom);
+    const unsigned char* const start = stages + ring.stage * S::kStage + S::kLeft;
+    if (kTranspose == 0) return matrix_descriptor(start, 0, kAtom);
+    return matrix_descriptor(start, kHopperBlockK * kBoxBytes, 8 * kBoxBytes,
+                             kBoxBytes == 128 ? Swizzle::bytes128 : Swizzle::bytes64);
   };
   // every warp gives the stage back once its own products have read it
   const auto release = [&] {
@@ -210,11 +214,12 @@ __device__ __forceinline__ void consume(const Params<T>& p, const HopperTile& ti
       Wgmma<BLOCK_N>::template from_registers<T>(sums, z[k], b + k * kNextRight);
     }
     commit();
+    finish();  // z is read until here
   } else {
     multiply(narrow, p.depth);
     if (tile.run == 1) multiply(narrow, p.rank);
+    finish();
   }
-  finish();
   const HopperRun run = hopper_run(p.plan, tile.run);
   store_sums<BLOCK_N>(sums, tile.row0 + group * 64, p.rows, run.begin + tile.n0,
                       run.begin + run.length, p.out);
@@ -389,11 +394,12 @@ void hopper_product(DType dtype, bool transposed, const Product& args, cudaStrea
   with_half_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int right_rows = transposed ? plan.block_n : kHopperBlockK;
+    const int right_cols = transposed ? kHopperBlockK : hopper_box(plan.block_n);
     Params<T> p{};
     p.a = tensor_map("a", dtype, args.a, kHopperBlockM);
-    p.b = tensor_map("b", dtype, args.b, right_rows);
+    p.b = tensor_map("b", dtype, args.b, right_rows, right_cols);
     p.a2 = tensor_map("a2", dtype, args.a2, kHopperBlockM);
-    p.b2 = tensor_map("b2", dtype, args.b2, right_rows);
+    p.b2 = tensor_map("b2", dtype, args.b2, right_rows, right_cols);
     p.plan = plan;
     p.rows = args.y.rows;
     p.depth = args.a.cols;
@@ -414,6 +420,8 @@ void hopper_product(DType dtype, bool transposed, const Product& args, cudaStrea
     switch (plan.block_n) {
       case 128:
         return launch_kernel<T, HopperUse::dgrad, 128, 0>(p, stream);
+      case 160:
+        return launch_kernel<T, HopperUse::dgrad, 160, 0>(p, stream);
       case 192:
         return launch_kernel<T, HopperUse::dgrad, 192, 0>(p, stream);
       default:

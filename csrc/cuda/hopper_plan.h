@@ -20,6 +20,9 @@ constexpr int kHopperBlockM = 128;
 constexpr int kHopperBlockK = 64;  // 128 bytes, the width of the swizzle
 constexpr int kHopperRuns = 3;
 
+// Columns of a transposed operand that a tensor copy brings at once: they divide the tile.
+A3FTA_PLAN_HD constexpr int hopper_box(int block_n) { return block_n % 64 == 0 ? 64 : 32; }
+
 // Columns before, inside and after the adapter's; a tile lies in one of these runs.
 struct HopperRun {
   int64_t begin, length, first_tile;
@@ -31,7 +34,7 @@ struct HopperPlan {
   int64_t tiles_m, tiles_n;
   int64_t band;    // columns of tiles that are walked together, row by row
   int64_t blocks;  // of the persistent grid
-  int64_t cost;    // predicted, in k-steps times columns of the busiest block
+  int64_t cost;    // predicted cycles of the busiest block
   HopperRun runs[kHopperRuns];
 
   A3FTA_PLAN_HD int64_t tiles() const { return tiles_m * tiles_n; }
@@ -67,11 +70,14 @@ namespace plan_detail {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A tile costs its matrix instructions, whose time goes with their columns, and once the start of
-// the ring and the store. The last two are estimates: no GPU has confirmed them.
-inline int64_t tile_cost(int64_t steps, int block_n, int rank_padded) {
-  constexpr int64_t kStart = 256;
-  return steps * (block_n + rank_padded) + kStart + block_n;
+// Cycles of a tile. A step of the reduction takes as long as its matrix instructions, 4 cycles per
+// column, or as its bytes from L2. Their rate is what a public kernel of 128 x 128 tiles was seen
+// to reach; it, the start of the ring and the store are estimates that no GPU has confirmed.
+inline int64_t tile_cost(int64_t steps, int64_t columns, int64_t stored_columns) {
+  constexpr int64_t kBytesPerCycle = 40, kStart = 1000;
+  const int64_t multiply = 4 * columns;
+  const int64_t feed = (kHopperBlockM + columns) * kHopperBlockK * 2 / kBytesPerCycle;
+  return steps * (multiply > feed ? multiply : feed) + kStart + 4 * stored_columns;
 }
 
 }  // namespace plan_detail
@@ -82,14 +88,12 @@ inline int64_t tile_cost(int64_t steps, int block_n, int rank_padded) {
 inline HopperPlan hopper_plan(HopperUse use, int64_t m, int64_t n, int64_t depth, int64_t rank,
                               int64_t start, int64_t length, int64_t multiprocessors) {
   using plan_detail::ceil_div;
-  // a fused tile and its share of w_down fit one matrix instruction, of 256 columns at most; a
-  // transposed operand comes in swizzled columns of 64
+  // a fused tile and its share of w_down fit one matrix instruction, of 256 columns at most
   constexpr int kWidths[] = {256, 192, 160, 128};
   HopperPlan best{};
   for (const int block_n : kWidths) {
     const bool fused = use == HopperUse::fused;
     if (fused && block_n == 256) continue;
-    if (use == HopperUse::dgrad && block_n % 64 != 0) continue;
     HopperPlan plan{};
     plan.block_n = block_n;
     plan.rank_padded = fused ? hopper_rank_padded(rank) : 0;
@@ -106,7 +110,7 @@ inline HopperPlan hopper_plan(HopperUse use, int64_t m, int64_t n, int64_t depth
     plan.band = ceil_div(plan.tiles_n, ceil_div(plan.tiles_n, side));
     const int64_t steps = ceil_div(depth, kHopperBlockK) + ceil_div(rank, kHopperBlockK);
     plan.cost = ceil_div(plan.tiles(), multiprocessors) *
-                plan_detail::tile_cost(steps, block_n, plan.rank_padded);
+                plan_detail::tile_cost(steps, block_n + plan.rank_padded, block_n);
     if (best.block_n == 0 || plan.cost < best.cost) best = plan;
   }
   return best;

@@ -10,6 +10,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
+HOPPER = CSRC / "cuda" / "hopper_gemm.cu"
 COMPILER = shutil.which("g++")
 
 
@@ -55,11 +56,25 @@ def build_library(folder: Path) -> Path:
 def build_program(folder: Path, sanitizers: str) -> Path:
     """sanitize.cpp and the kernels under the given sanitizers, as a program of their own."""
     flags = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-    objects = compile_objects(folder, [*kernels(), HERE / "sanitize.cpp"], flags, [])
+    sources = [k for k in kernels() if k != HOPPER]
+    objects = compile_objects(folder, [*sources, HERE / "sanitize.cpp"], flags, [])
     kind = "THREAD" if sanitizers == "thread" else "ADDRESS"
     define = f"-DEMULATOR_{kind}_SANITIZER"
     emulator = [HERE / "emulator.cpp", HERE / "hopper.cpp"]
     objects += compile_objects(folder, emulator, ["-O1", "-g", define], [])
     target = folder / "sanitize"
+    subprocess.run([COMPILER, *flags, *objects, "-o", str(target)], check=True)
+    return target
+
+
+def build_hopper_program(folder: Path, sanitizers: str) -> Path:
+    """The same for sanitize_hopper.cpp."""
+    flags = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    objects = compile_objects(folder, [HOPPER, HERE / "sanitize_hopper.cpp"], flags, [])
+    kind = "THREAD" if sanitizers == "thread" else "ADDRESS"
+    define = f"-DEMULATOR_{kind}_SANITIZER"
+    emulator = [HERE / "emulator.cpp", HERE / "hopper.cpp"]
+    objects += compile_objects(folder, emulator, ["-O1", "-g", define], [])
+    target = folder / "sanitize_hopper"
     subprocess.run([COMPILER, *flags, *objects, "-o", str(target)], check=True)
     return target

@@ -195,6 +195,7 @@ void run(const void* kernel, dim3 new_grid, dim3 new_block, size_t shared_bytes,
           static_cast<long>(shared_bytes));
   require(new_grid.x > 0 && new_grid.y > 0 && new_grid.z == 1, "empty grid");
   require(new_block.y == 1 && new_block.z == 1 && new_block.x <= 1024, "block", new_block.x);
+  begin_launch(kernel, new_block.x);
   gridDim = new_grid;
   blockDim = new_block;
   kernel_body = &body;

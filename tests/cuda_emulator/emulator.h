@@ -66,7 +66,8 @@ void yield();
 void progressed();
 void acquire_at(void* at);
 void release_at(void* at);
-// called around each block's run
+// called before each launch, and around each block's run
+void begin_launch(const void* kernel, unsigned threads);
 void begin_block(unsigned threads);
 void end_block();
 

@@ -4,6 +4,7 @@
 
 #include <map>
 #include <memory>
+#include <set>
 #include <vector>
 
 namespace emulator {
@@ -40,14 +41,22 @@ struct ThreadState {
   int registers = 0;
   uint32_t posted[2];
   unsigned exchanges = 0;
+  unsigned joins = 0;
+};
+
+struct Warp {
+  char joined[2];  // of even and of odd joins
 };
 
 struct BlockState {
   std::map<const void*, State> barriers;
   std::vector<ThreadState> threads;
+  std::vector<Warp> warps;
 };
 BlockState block;
 uint32_t coin = 1;
+int launches = 0;  // of blocks of three warpgroups
+std::set<const void*> kernels;
 
 constexpr uint32_t kWindow = 1024 + 128;  // where the dynamic shared memory begins
 constexpr int kRegisters = 64 * 1024;
@@ -68,22 +77,27 @@ void end_phase_if_due(State& b) {
   b.pending = b.arrivals;
 }
 
-// Rows of the box are 128 bytes; "Tensor Swizzling Modes" is the pattern of swizzled()
+// calls that the compiler cannot replace, so that sanitizers see them
+void* (*volatile copy_bytes)(void*, const void*, size_t) = std::memcpy;
+void* (*volatile set_bytes)(void*, int, size_t) = std::memset;
+
+// Rows of the box are as wide as the swizzle, whose chunks are 16 bytes; elements beyond the edges
+// are zero.
 void land(State& b, Load& load) {
   acquire_at(&load.issued);
   const CUtensorMap& map = load.map;
-  for (uint32_t i = 0; i < map.box[1]; ++i) {
-    for (uint32_t j = 0; j < map.box[0]; ++j) {
-      const uint32_t flat = shared_offset(load.to) + (i * map.box[0] + j) * 2;
-      unsigned char* to = load.to + (swizzled(flat) - shared_offset(load.to));
+  constexpr int64_t kChunk = 8;
+  for (int64_t i = 0; i < map.box[1]; ++i) {
+    for (int64_t j = 0; j < map.box[0]; j += kChunk) {
+      const uint32_t flat = shared_offset(load.to) + static_cast<uint32_t>(i * map.box[0] + j) * 2;
+      unsigned char* to = load.to + (swizzled(flat, map.swizzle) - shared_offset(load.to));
       const int64_t row = load.row + i, column = load.column + j;
-      const bool inside = row >= 0 && row < static_cast<int64_t>(map.sizes[1]) && column >= 0 &&
-                          column < static_cast<int64_t>(map.sizes[0]);
-      if (inside) {
-        std::memcpy(to, map.data + row * map.row_bytes + column * 2, 2);
-      } else {
-        std::memset(to, 0, 2);
-      }
+      const int64_t left = static_cast<int64_t>(map.sizes[0]) - column;
+      const bool inside = row >= 0 && row < static_cast<int64_t>(map.sizes[1]) && left > 0;
+      require(column >= 0, "a column before the first", column);
+      const int64_t count = !inside ? 0 : left < kChunk ? left : kChunk;
+      if (count > 0) copy_bytes(to, map.data + row * map.row_bytes + column * 2, count * 2);
+      if (count < kChunk) set_bytes(to + count * 2, 0, (kChunk - count) * 2);
     }
   }
   release_at(&b.ends[b.phase & 1]);
@@ -91,11 +105,31 @@ void land(State& b, Load& load) {
   end_phase_if_due(b);
 }
 
+// until all threads of the warp have come; each sees what the others did before
+void join_warp() {
+  const unsigned first = thread_index().x / kWarp * kWarp;
+  char* point = &block.warps[first / kWarp].joined[self().joins & 1];
+  release_at(point);
+  const unsigned number = self().joins++;
+  progressed();
+  for (unsigned i = first; i < first + kWarp; ++i) {
+    while (block.threads[i].joins <= number) yield();
+  }
+  acquire_at(point);
+}
+
 }  // namespace
+
+void begin_launch(const void* kernel, unsigned threads) {
+  if (threads != 3 * 128) return;
+  ++launches;
+  kernels.insert(kernel);
+}
 
 void begin_block(unsigned threads) {
   block.barriers.clear();
   block.threads.assign(threads, ThreadState());
+  block.warps.resize(threads / kWarp + 1);
 }
 
 void end_block() {
@@ -142,6 +176,7 @@ void barrier_arrive(void* barrier, uint32_t bytes) {
   b.bytes += bytes;
   --b.pending;
   end_phase_if_due(b);
+  if (bytes == 0) yield();  // whoever waited for this goes first
 }
 
 // "mbarrier.try_wait.parity": whether the phase of this parity, the current or the one before, is
@@ -197,6 +232,8 @@ void commit_products() {
   self().groups.emplace_back();
 }
 
+// "wgmma.wait_group.sync.aligned": a warp's instruction, so past it the products of all its threads
+// have read their operands
 void wait_products(size_t count) {
   ThreadState& t = self();
   while (t.groups.size() > count + 1) {
@@ -204,6 +241,7 @@ void wait_products(size_t count) {
     t.groups.erase(t.groups.begin());
     for (const Product& p : first) p.compute();
   }
+  join_warp();
 }
 
 // "setmaxnreg": a multiple of 8 from 24 to 256, by all warps of a warpgroup
@@ -236,14 +274,20 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_
                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   bool fits = rank == 2 && reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
               strides[0] % 16 == 0 && strides[0] < uint64_t{1} << 40 &&
-              strides[0] >= sizes[0] * 2 && swizzle == CU_TENSOR_MAP_SWIZZLE_128B &&
-              box[0] * 2 == 128;
+              strides[0] >= sizes[0] * 2 &&
+              box[0] * 2 == (swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? 128 : 64);
   for (int i = 0; i < 2; ++i) {
     fits = fits && sizes[i] > 0 && sizes[i] <= uint64_t{1} << 32 && box[i] > 0 && box[i] <= 256 &&
            steps[i] == 1;
   }
   if (!fits) return CUDA_ERROR_INVALID_VALUE;
   *map = {static_cast<const unsigned char*>(data), {sizes[0], sizes[1]}, strides[0],
-          {box[0], box[1]}};
+          {box[0], box[1]}, box[0] * 2};
   return CUDA_SUCCESS;
+}
+
+// for Python
+extern "C" {
+int emulator_hopper_launches() { return emulator::launches; }
+int emulator_hopper_kernels() { return static_cast<int>(emulator::kernels.size()); }
 }

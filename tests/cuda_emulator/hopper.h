@@ -25,6 +25,7 @@ struct alignas(64) CUtensorMap {
   uint64_t sizes[2];   // elements, the contiguous dimension first
   uint64_t row_bytes;  // between rows
   uint32_t box[2];
+  uint32_t swizzle;  // 128 or 64 bytes
 };
 
 using cuuint32_t = uint32_t;
@@ -35,7 +36,7 @@ enum CUtensorMapDataType {
   CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9,
 };
 enum CUtensorMapInterleave { CU_TENSOR_MAP_INTERLEAVE_NONE = 0 };
-enum CUtensorMapSwizzle { CU_TENSOR_MAP_SWIZZLE_NONE = 0, CU_TENSOR_MAP_SWIZZLE_128B = 3 };
+enum CUtensorMapSwizzle { CU_TENSOR_MAP_SWIZZLE_64B = 2, CU_TENSOR_MAP_SWIZZLE_128B = 3 };
 enum CUtensorMapL2promotion { CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 3 };
 enum CUtensorMapFloatOOBfill { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0 };
 
@@ -81,29 +82,34 @@ void set_registers(int count, bool raise);
 // x of each of the four neighbouring threads that share rows
 void exchange_quad(uint32_t x, uint32_t (&all)[4]);
 
+// "Swizzling modes": the 16-byte chunk of an address, bits 4-6, is XORed with bits 7-9 in 128-byte
+// mode; in 64-byte mode bits 4-5 are, with bits 7-8.
+inline uint32_t swizzled(uint32_t address, uint32_t width) {
+  return address ^ ((address >> 7 & (width / 16 - 1)) << 4);
+}
+
 // "Asynchronous Warpgroup Level Matrix Shared Memory Layout", "Matrix Descriptor Format": bits 0-13
 // the start, 16-29 the leading and 32-45 the stride byte offset, all without their lowest four
-// bits; 49-51 the base offset, zero where the pattern starts at a multiple of 1024 bytes; 62-63 the
-// swizzle, 1 for 128 bytes.
+// bits; 49-51 the base offset, zero where the pattern starts at a multiple of its size; 62-63 the
+// swizzle, 1 for 128 bytes, 2 for 64.
 //
-// "Strides": of a K-major operand in 128-byte swizzle 8 rows of 128 bytes follow each other, and
-// groups of 8 rows are the stride offset apart. Of an MN-major one, 64 elements of the outer
-// dimension are 128 bytes, 8 of them along k follow each other, groups of 8 along k are the stride
-// offset apart, and the next 64 outer elements the leading offset.
-//
-// "Swizzling modes", 128 bytes: the 16-byte chunk of an address, bits 4-6, is XORed with bits 7-9.
-inline uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
-
+// "Strides": of a K-major operand 8 rows of the swizzle's width follow each other, and groups of 8
+// rows are the stride offset apart. Of an MN-major one, the outer dimension fills the swizzle's
+// width, 8 such rows along k follow each other, groups of 8 along k are the stride offset apart, and
+// the next outer elements the leading offset.
 template <typename T>
 float operand(uint64_t descriptor, bool outer_major, int outer, int k) {
-  require(descriptor >> 62 == 1 && (descriptor >> 49 & 7) == 0, "a descriptor of another layout");
+  const uint64_t mode = descriptor >> 62;
+  require((mode == 1 || mode == 2) && (descriptor >> 49 & 7) == 0, "a descriptor of another layout");
+  const uint32_t width = mode == 1 ? 128 : 64;
   const uint32_t start = (descriptor & 0x3fff) << 4;
   const uint32_t leading = (descriptor >> 16 & 0x3fff) << 4;
   const uint32_t stride = (descriptor >> 32 & 0x3fff) << 4;
-  const uint32_t address = outer_major ? start + outer / 64 * leading + outer % 64 * 2 +
-                                             k / 8 * stride + k % 8 * 128
-                                       : start + outer / 8 * stride + outer % 8 * 128 + k * 2;
-  return widen(*reinterpret_cast<const T*>(shared_at(swizzled(address), 2)));
+  const uint32_t m = outer, elements = width / 2;
+  const uint32_t address = outer_major ? start + m / elements * leading + m % elements * 2 +
+                                             k / 8 * stride + k % 8 * width
+                                       : start + m / 8 * stride + m % 8 * width + k * 2;
+  return widen(*reinterpret_cast<const T*>(shared_at(swizzled(address, width), 2)));
 }
 
 // "Register Fragments and Shared Memory Matrix Layouts", D of m64nNk16 (and A, of N = 16): row and
@@ -166,8 +172,10 @@ inline void load_box(void* to, const CUtensorMap* map, Barrier* barrier, int32_t
   emulator::load_box(to, *map, barrier, column, row);
 }
 
-inline uint64_t matrix_descriptor(const void* start, uint32_t leading, uint32_t stride) {
-  return uint64_t{1} << 62 | static_cast<uint64_t>(stride >> 4) << 32 |
+enum class Swizzle : uint64_t { bytes128 = 1, bytes64 = 2 };
+inline uint64_t matrix_descriptor(const void* start, uint32_t leading, uint32_t stride,
+                                  Swizzle swizzle = Swizzle::bytes128) {
+  return static_cast<uint64_t>(swizzle) << 62 | static_cast<uint64_t>(stride >> 4) << 32 |
          static_cast<uint64_t>(leading >> 4) << 16 | shared_address(start) >> 4;
 }
 
