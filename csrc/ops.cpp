@@ -53,11 +53,15 @@ STABLE_TORCH_LIBRARY(a3fta_native, m) {
   m.def("adapter_dh_(Tensor(a!) dh, Tensor da, Tensor w_down) -> ()");
   m.def("adapter_dw_down(Tensor da, Tensor h) -> (Tensor dw_down, Tensor da_sum)");
 
-  // adapter_linear in one kernel each way; CUDA only
+  // adapter_linear's wide products in one kernel each; CUDA only. linear_concat is
+  // h @ weight.T + z @ v.T + bias + residual
   m.def(
       "adapter_linear_forward(Tensor h, Tensor weight, Tensor? bias, Tensor w_down, Tensor v, "
       "Tensor? b_down, Tensor? gamma, Tensor? beta, Tensor? residual, int start, "
       "int activation) -> (Tensor y, Tensor a)");
+  m.def(
+      "adapter_linear_concat(Tensor h, Tensor weight, Tensor? bias, Tensor z, Tensor v, "
+      "Tensor? residual) -> Tensor");
   m.def(
       "adapter_linear_backward_dh(Tensor dy, Tensor da, Tensor weight, Tensor w_down, int start) "
       "-> Tensor dh");

@@ -1,8 +1,10 @@
-// `adapter_linear` on CUDA tensors: the skinny halves beside a library GEMM, and the fused kernels.
+// `adapter_linear` on CUDA tensors: the skinny halves beside a library GEMM, and the wide products
+// in kernels of this library.
 
 #include "adapter_linear.h"
 
 #include "adapter.h"
+#include "hopper_gemm.h"
 #include "product.h"
 #include "tensors.h"
 
@@ -78,6 +80,23 @@ std::tuple<Tensor, Tensor> dw_down(Tensor da, Tensor h) {
   return {found.product, found.sums};
 }
 
+// The wide products, each by the best kernel that takes it.
+void forward_in_one(const Call& call, const AdapterLinearForward& args) {
+  if (hopper_takes(call.dtype(), args)) {
+    hopper_adapter_linear(call.dtype(), args, call.stream());
+  } else {
+    adapter_linear_forward(call.dtype(), args, call.stream());
+  }
+}
+
+void wide_product(const Call& call, bool transposed, const Product& args) {
+  if (hopper_takes(call.dtype(), transposed, args)) {
+    hopper_product(call.dtype(), transposed, args, call.stream());
+  } else {
+    product(call.dtype(), transposed, args, call.stream());
+  }
+}
+
 void check_slice(int64_t start, int64_t length, int64_t columns) {
   STD_TORCH_CHECK(start >= 0 && start + length <= columns, "start: columns ", start, " .. ",
                   start + length, " do not lie in the projection's ", columns, " inputs");
@@ -110,7 +129,7 @@ std::tuple<Tensor, Tensor> linear_forward(Tensor h, Tensor weight, OptionalTenso
   args.y = whole(y);
   args.a = whole(a);
   if (adapter_linear_fits(call.dtype(), rank)) {
-    adapter_linear_forward(call.dtype(), args, call.stream());
+    forward_in_one(call, args);
     return {y, a};
   }
   // a rank too large for shared memory: z through device memory, then one K-concat product
@@ -132,8 +151,27 @@ std::tuple<Tensor, Tensor> linear_forward(Tensor h, Tensor weight, OptionalTenso
   second.bias = args.bias;
   second.residual = args.residual;
   second.y = args.y;
-  product(call.dtype(), true, second, call.stream());
+  wide_product(call, true, second);
   return {y, a};
+}
+
+Tensor linear_concat(Tensor h, Tensor weight, OptionalTensor bias, Tensor z, Tensor v,
+                     OptionalTensor residual) {
+  const Call call(h);
+  const int64_t m = h.size(0);
+  const int64_t n = weight.size(0);
+  const int64_t rank = v.size(1);
+  const Tensor y = call.empty(m, n);
+  Product args{};
+  args.a = call.matrix("h", h, m, h.size(1));
+  args.b = call.matrix("weight", weight, n, h.size(1));
+  args.a2 = call.matrix("z", z, m, rank);
+  args.b2 = call.matrix("v", v, n, rank);
+  args.bias = call.vector("bias", bias, n);
+  args.residual = call.matrix("residual", residual, m, n);
+  args.y = whole(y);
+  wide_product(call, true, args);
+  return y;
 }
 
 Tensor linear_backward_dh(Tensor dy, Tensor da, Tensor weight, Tensor w_down, int64_t start) {
@@ -150,7 +188,7 @@ Tensor linear_backward_dh(Tensor dy, Tensor da, Tensor weight, Tensor w_down, in
   args.b2 = call.matrix("w_down", w_down, rank, channels);
   args.start = start;
   args.y = whole(dh);
-  product(call.dtype(), false, args, call.stream());
+  wide_product(call, false, args);
   return dh;
 }
 
@@ -164,5 +202,6 @@ STABLE_TORCH_LIBRARY_IMPL(a3fta_native, A3FTA_CUDA_KEY, m) {
   m.impl("adapter_dh_", TORCH_BOX(&a3fta::cuda::add_dh));
   m.impl("adapter_dw_down", TORCH_BOX(&a3fta::cuda::dw_down));
   m.impl("adapter_linear_forward", TORCH_BOX(&a3fta::cuda::linear_forward));
+  m.impl("adapter_linear_concat", TORCH_BOX(&a3fta::cuda::linear_concat));
   m.impl("adapter_linear_backward_dh", TORCH_BOX(&a3fta::cuda::linear_backward_dh));
 }

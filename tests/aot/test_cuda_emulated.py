@@ -38,10 +38,15 @@ PLANTED = [
 ]
 
 
-def test_results(tmp_path):
-    library = build_library(tmp_path)
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return build_library(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.mark.parametrize("module", ["run_ops", "run_hopper"])
+def test_results(module, library):
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.cuda_emulator.run_ops", str(library)],
+        [sys.executable, "-W", "ignore", "-m", f"tests.cuda_emulator.{module}", str(library)],
         cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -27,6 +27,7 @@ KERNELS = {
     "adapter_cluster_kernel": 6,
     "product_kernel": 6,
     "adapter_linear_kernel": 3,
+    "hopper_kernel": 34,
     "row_product_kernel": 3,
     "sample_sums_kernel": 3,
     "reduce_kernel": 1,
@@ -191,3 +192,34 @@ def test_tensor_cores(arch, binaries):
             if kernel.short in STREAMING:
                 assert all(found in section for found in STREAMED), kernel.name
     assert len(seen) == sum(KERNELS[k] for k in MATRIX_KERNELS)
+
+
+def test_hopper(binaries):
+    """wgmma on tiles that the copy engine brings, one after the other; registers as asked for."""
+    cuobjdump, files = binaries
+    source = (ROOT / "csrc" / "cuda" / "hopper_gemm.cu").read_text()
+    lowered = int(re.search(r"lower_registers<(\d+)>", source)[1])
+    raised = int(re.search(r"raise_registers<(\d+)>", source)[1])
+    assert 128 * (lowered + 2 * raised) <= 64 * 1024
+    seen = 0
+    for file in files:
+        if file != LIBRARY and ".sm_90a." not in file.name:
+            continue
+        listing = output(cuobjdump, "-sass", "-arch", "sm_90a", str(file))
+        for section in listing.split("Function : ")[1:]:
+            name = section.split(maxsplit=1)[0]
+            if "hopper_kernel" not in name:
+                continue
+            seen += 1
+            assert "UTMALDG.2D" in section and "SYNCS.PHASECHK" in section, name
+            assert "LDG.E.128" in section and "STG.E.128" in section, name
+            assert not re.search(r"\b(LDL|STL|HMMA)\b", section), name
+            # ptxas leaves setmaxnreg out where it cannot honour it (its warning C7508)
+            assert f"USETMAXREG.DEALLOC.CTAPOOL {lowered:#x}" in section, name
+            assert re.search(rf"USETMAXREG.TRY_ALLOC.CTAPOOL .*{raised:#x}", section), name
+            # a step is four products of which only the last ends a group: where ptxas cannot
+            # follow the sums it waits after each (C7510)
+            ends = ["gsb0" in line for line in section.splitlines() if "HGMMA.64x" in line]
+            steps = sum(ends[i : i + 4] == [False] * 3 + [True] for i in range(len(ends)))
+            assert steps >= 2, name
+    assert seen == KERNELS["hopper_kernel"]

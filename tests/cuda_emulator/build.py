@@ -10,6 +10,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
+HOPPER = CSRC / "cuda" / "hopper_gemm.cu"
 COMPILER = shutil.which("g++")
 
 
@@ -21,7 +22,7 @@ def compile_objects(
         target = folder / f"{source.name}.o"
         language = ["-x", "c++"] if source.suffix == ".cu" else []
         subprocess.run(
-            [COMPILER, "-std=c++17", "-fPIC", "-Wall", "-Wno-unknown-pragmas", *flags,
+            [COMPILER, "-std=c++17", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", *flags,
              f"-I{HERE / 'include'}", *(f"-isystem{p}" for p in isystem),
              *language, "-c", str(source), "-o", str(target)],
             check=True,
@@ -37,7 +38,7 @@ def kernels() -> list[Path]:
 def build_library(folder: Path) -> Path:
     """The native library with the CUDA kernels registered for CPU tensors."""
     sources = [
-        *kernels(), HERE / "emulator.cpp", CSRC / "ops.cpp",
+        *kernels(), HERE / "emulator.cpp", HERE / "hopper.cpp", CSRC / "ops.cpp",
         *sorted((CSRC / "cuda").glob("*.cpp")), HERE / "torch_stubs.cpp", HERE / "plans.cpp",
     ]  # fmt: skip
     flags = ["-O2", "-DA3FTA_CUDA_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
@@ -55,11 +56,27 @@ def build_library(folder: Path) -> Path:
 def build_program(folder: Path, sanitizers: str) -> Path:
     """sanitize.cpp and the kernels under the given sanitizers, as a program of their own."""
     flags = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-    sources = [*kernels(), HERE / "sanitize.cpp", HERE / "planted.cpp"]
+    sources = [k for k in kernels() if k != HOPPER]
+    sources += [HERE / "sanitize.cpp", HERE / "planted.cpp"]
     objects = compile_objects(folder, sources, flags, [])
     kind = "THREAD" if sanitizers == "thread" else "ADDRESS"
     define = f"-DEMULATOR_{kind}_SANITIZER"
-    objects += compile_objects(folder, [HERE / "emulator.cpp"], ["-O1", "-g", define], [])
+    emulator = [HERE / "emulator.cpp", HERE / "hopper.cpp"]
+    objects += compile_objects(folder, emulator, ["-O1", "-g", define], [])
     target = folder / "sanitize"
+    subprocess.run([COMPILER, *flags, *objects, "-o", str(target)], check=True)
+    return target
+
+
+def build_hopper_program(folder: Path, sanitizers: str) -> Path:
+    """The same for sanitize_hopper.cpp."""
+    flags = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    sources = [HOPPER, CSRC / "cuda" / "chip.cu", HERE / "sanitize_hopper.cpp"]
+    objects = compile_objects(folder, sources, flags, [])
+    kind = "THREAD" if sanitizers == "thread" else "ADDRESS"
+    define = f"-DEMULATOR_{kind}_SANITIZER"
+    emulator = [HERE / "emulator.cpp", HERE / "hopper.cpp"]
+    objects += compile_objects(folder, emulator, ["-O1", "-g", define], [])
+    target = folder / "sanitize_hopper"
     subprocess.run([COMPILER, *flags, *objects, "-o", str(target)], check=True)
     return target

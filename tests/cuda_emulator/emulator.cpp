@@ -53,7 +53,7 @@ void unpoison(void*, size_t) {}
 constexpr size_t kStack = 128 * 1024;
 constexpr size_t kShared = 256 * 1024;  // more than any chip has
 
-enum class State { running, at_warp, at_barrier, at_cluster, finished };
+enum class State { running, yielded, at_warp, at_barrier, at_cluster, finished };
 
 struct Traffic {
   long reads = 0, writes = 0;
@@ -101,6 +101,7 @@ ucontext_t scheduler;
 void* scheduler_fiber = nullptr;
 const std::function<void()>* kernel_body = nullptr;
 Thread* self = nullptr;
+long progress = 0;  // of threads, where others wait for them without a barrier
 char cluster_points[2], launch_point, finish_point;
 
 void to_scheduler() {
@@ -116,6 +117,7 @@ void start() {
   require(self->arrived == self->waited, "a cluster barrier that nobody waited for");
   release(&finish_point);
   self->state = State::finished;
+  progressed();
   to_scheduler();
   std::abort();
 }
@@ -164,7 +166,8 @@ bool run_warp(size_t first, size_t count) {
 bool open_barrier(Block& block, size_t first) {
   bool waits = false;
   for (size_t i = first; i < first + block_threads; ++i) {
-    if (threads[i]->state == State::at_cluster) return false;
+    const State state = threads[i]->state;
+    if (state == State::at_cluster || state == State::yielded) return false;
     waits |= threads[i]->state == State::at_barrier;
   }
   if (!waits) return false;
@@ -175,6 +178,7 @@ bool open_barrier(Block& block, size_t first) {
   }
   for (size_t i = first; i < first + block_threads; ++i) threads[i]->state = State::running;
   ++block.barriers;
+  progressed();
   return true;
 }
 
@@ -186,8 +190,9 @@ void run_cluster(size_t shared_bytes) {
     poison(shared + shared_bytes, kShared - shared_bytes);
     blocks[b]->barriers = 0;
   }
-  release(&launch_point);
   const size_t count = block_count * block_threads;
+  begin_block(static_cast<unsigned>(count));
+  release(&launch_point);
   for (size_t i = 0; i < count; ++i) {
     Thread& t = *threads[i];
     t.state = State::running;
@@ -200,8 +205,12 @@ void run_cluster(size_t shared_bytes) {
     makecontext(&t.context, start, 0);
   }
   for (;;) {
-    bool moved = false;
+    bool moved = false, yielded = false;
     size_t finished = 0;
+    const long before = progress;
+    for (size_t i = 0; i < count; ++i) {
+      if (threads[i]->state == State::yielded) threads[i]->state = State::running;
+    }
     for (size_t b = 0; b < block_count; ++b) {
       const size_t first = b * block_threads;
       for (size_t i = 0; i < block_threads; i += kWarp) {
@@ -210,14 +219,27 @@ void run_cluster(size_t shared_bytes) {
       }
       moved |= open_barrier(*blocks[b], first);
     }
-    for (size_t i = 0; i < count; ++i) finished += threads[i]->state == State::finished;
+    for (size_t i = 0; i < count; ++i) {
+      finished += threads[i]->state == State::finished;
+      yielded |= threads[i]->state == State::yielded;
+    }
     if (finished == count) break;
+    require(!yielded || progress != before, "threads wait for each other for ever");
     require(moved, "a barrier of the cluster that not all threads reach");
   }
+  end_block();
   acquire(&finish_point);
 }
 
 }  // namespace
+
+void acquire_at(void* at) { acquire(at); }
+void release_at(void* at) { release(at); }
+void progressed() { ++progress; }
+void yield() {
+  self->state = State::yielded;
+  to_scheduler();
+}
 
 const Chip& chip() { return chips.back(); }
 void use_chip(const Chip& chip) { chips.push_back(chip); }
@@ -233,6 +255,7 @@ void barrier(int line) {
   release(point);
   self->line = line;
   self->state = State::at_barrier;
+  progressed();
   to_scheduler();
   acquire(point);
 }
@@ -316,6 +339,7 @@ void run(const void* kernel, dim3 new_grid, dim3 new_block, unsigned cluster, si
   require(new_block.y == 1 && new_block.z == 1 && new_block.x <= 1024, "block", new_block.x);
   require(cluster >= 1 && cluster <= 8 && new_grid.x % cluster == 0, "cluster", cluster);
   require(cluster == 1 || chip().capability >= 90, "clusters on a chip without", cluster);
+  begin_launch(kernel, new_block.x);
   gridDim = new_grid;
   blockDim = new_block;
   kernel_body = &body;

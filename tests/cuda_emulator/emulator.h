@@ -79,6 +79,17 @@ void count_written(const void* to);
 // Runs the last cluster of a grid only, for grids whose first blocks are like any other.
 void run_last_only(bool on);
 
+// For waits that are no barriers: other threads run; it is an error if none of them makes progress
+// any more. An acquire sees what came before the releases at the same place.
+void yield();
+void progressed();
+void acquire_at(void* at);
+void release_at(void* at);
+// called before each launch, and around each cluster's run
+void begin_launch(const void* kernel, unsigned threads);
+void begin_block(unsigned threads);
+void end_block();
+
 [[noreturn]] void fail(const char* what, long value = 0);
 void allow_shared(const void* kernel, int bytes);
 

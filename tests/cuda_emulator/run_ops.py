@@ -94,7 +94,7 @@ def use(library: str) -> None:
     status = backends.BackendStatus(True, ("cpu",), "emulated CUDA kernels")
     backends.native_status = lambda: status
     native = importlib.import_module("a3fta_kernels.ops.adapter_linear.native")
-    native.paths = lambda device_type: ("skinny", "fused")
+    native.paths = lambda device_type: ("skinny", "fused", "concat")
 
 
 def checks() -> list[tuple[Case, torch.dtype, str]]:

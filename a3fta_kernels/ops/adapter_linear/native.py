@@ -1,8 +1,9 @@
 """`adapter_linear` in the compiled library. The protocol is in contract.py.
 
-Path "skinny", on the CPU and on CUDA: the wide products by PyTorch's library, the narrow ones by
-kernels that fold in the activation, the residual and the sums. Path "fused", on CUDA: the wide
-product, too, in a kernel.
+skinny  on the CPU and on CUDA: the wide products by PyTorch's library, the narrow ones by kernels
+        that fold in the activation, the residual and the sums
+fused   on CUDA: forward and dh in one kernel each, which makes z on the way
+concat  on CUDA: z by a narrow kernel, then one product over (h, weight) and (z, V); dh as fused
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ RANK_LIMITS: dict[str, int] = {}
 
 def paths(device_type: str) -> tuple[str, ...]:
     """The ways of computing on this device."""
-    return ("skinny", "fused") if device_type == "cuda" else ("skinny",)
+    return ("skinny", "fused", "concat") if device_type == "cuda" else ("skinny",)
 
 
 def forward(
@@ -54,6 +55,8 @@ def forward(
         return y, a
     part = h.narrow(1, start, w_down.shape[1])
     a, z = _native.adapter_down.default(part, w_down, b_down, gamma, beta, code)
+    if path == "concat":
+        return _native.adapter_linear_concat.default(h, weight, bias, z, v, residual), a
     y = _native.adapter_up.default(z, v, bias, residual)
     return y.addmm_(h, weight.t()), a
 
@@ -80,7 +83,7 @@ def backward(
     )
     channels = w_down.shape[1]
     dh = None
-    if need_dh and path == "fused":
+    if need_dh and path in ("fused", "concat"):
         dh = _native.adapter_linear_backward_dh.default(dy, da, weight, w_down, start)
     elif need_dh:
         dh = torch.mm(dy, weight)
