@@ -9,13 +9,10 @@
 
 #include <cstdint>
 
+#include "mma.cuh"
 #include "wgmma.cuh"
 
 namespace a3fta::cuda {
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
 
 // An mbarrier: a phase ends when all arrivals and all bytes announced for it have come.
 struct Barrier {

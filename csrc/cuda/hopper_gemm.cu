@@ -266,14 +266,6 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 // what 32-bit coordinates reach, with a tile to spare
 constexpr int64_t kLargest = INT32_MAX - 256;
 
-bool chip_fits() {
-  int device = 0, major = 0, minor = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "device");
-  return major == 9 && minor == 0;
-}
-
 bool takes(const Matrix& m) {
   return tensor_map_takes(m) && m.rows <= kLargest && m.cols <= kLargest;
 }
@@ -289,15 +281,11 @@ template <typename T, HopperUse USE, int BLOCK_N, int RANK>
 void launch_kernel(const Params<T>& p, cudaStream_t stream) {
   const auto kernel = hopper_kernel<T, USE, BLOCK_N, RANK>;
   constexpr int kBytes = Shared<BLOCK_N, RANK>::kBytes;
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
-        "hopper_kernel");
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(p.plan.blocks), 1, 1);
-  config.blockDim = dim3(kBlockThreads, 1, 1);
-  config.dynamicSmemBytes = kBytes;
-  config.stream = stream;
-  check(cudaLaunchKernelEx(&config, kernel, p), "hopper_kernel");
+  Grid grid{};
+  grid.x = p.plan.blocks;
+  grid.threads = kBlockThreads;
+  grid.shared_bytes = grid.shared_limit = kBytes;
+  launch("hopper_kernel", kernel, grid, stream, p);
 }
 
 template <typename T, HopperUse USE, int BLOCK_N>
@@ -312,24 +300,10 @@ void launch_fused(const Params<T>& p, cudaStream_t stream) {
   }
 }
 
-int64_t multiprocessors() {
-  int device = 0, count = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "device");
-  return count;
-}
-
 template <typename T>
 Output<T> output(const Vector& bias, const Matrix& residual, const Matrix& y) {
   return {bias, static_cast<const T*>(residual.data), residual.stride, static_cast<T*>(y.data),
           y.stride};
-}
-
-// f with a null pointer of the 16-bit type
-template <typename F>
-void with_half_type(DType dtype, F f) {
-  dtype == DType::fp16 ? f(static_cast<__half*>(nullptr))
-                       : f(static_cast<__nv_bfloat16*>(nullptr));
 }
 
 }  // namespace
@@ -343,20 +317,20 @@ bool hopper_takes(DType dtype, const AdapterLinearForward& args) {
          takes(args.weight) && takes(args.w_down) && vectors(args.v) && vectors(args.residual) &&
          vectors(args.y) && aligned(args.bias.data) && aligned(args.b_down.data) &&
          aligned(args.a.data) && aligned(args.modulation.gamma) &&
-         aligned(args.modulation.beta) && chip_fits();
+         aligned(args.modulation.beta) && chip().capability == 90;
 }
 
 bool hopper_takes(DType dtype, bool transposed, const Product& args) {
   const bool slice = transposed || (args.start % 8 == 0 && args.b2.cols % 8 == 0);
   return dtype != DType::fp32 && slice && takes(args.a) && takes(args.b) && takes(args.a2) &&
          takes(args.b2) && vectors(args.residual) && vectors(args.y) &&
-         aligned(args.bias.data) && chip_fits();
+         aligned(args.bias.data) && chip().capability == 90;
 }
 
 void hopper_adapter_linear(DType dtype, const AdapterLinearForward& args, cudaStream_t stream) {
   const int64_t n = args.weight.rows;
   const HopperPlan plan = hopper_plan(HopperUse::fused, args.h.rows, n, args.h.cols,
-                                      args.w_down.rows, 0, n, multiprocessors());
+                                      args.w_down.rows, 0, n, chip().processors);
   with_half_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     Params<T> p{};
@@ -390,7 +364,7 @@ void hopper_product(DType dtype, bool transposed, const Product& args, cudaStrea
   const int64_t n = args.y.cols;
   const HopperPlan plan =
       hopper_plan(use, args.y.rows, n, args.a.cols, args.a2.cols, args.start,
-                  transposed ? n : args.b2.cols, multiprocessors());
+                  transposed ? n : args.b2.cols, chip().processors);
   with_half_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int right_rows = transposed ? plan.block_n : kHopperBlockK;
