@@ -226,7 +226,7 @@ def _normed(attn: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 
 def _split(x: Tensor, heads: int) -> Tensor:
     """(B, L, H * D) -> (B, L, H, D)"""
-    return x.unflatten(-1, (heads, -1))
+    return x.view(x.shape[0], x.shape[1], heads, -1)
 
 
 def _xformers_bias(mask: Tensor, batch: int, heads: int, tokens: int, dtype: torch.dtype) -> Tensor:
