@@ -37,7 +37,7 @@ def kernels() -> list[Path]:
 def build_library(folder: Path) -> Path:
     """The native library with the CUDA kernels registered for CPU tensors."""
     sources = [
-        *kernels(), HERE / "emulator.cpp", CSRC / "ops.cpp",
+        *kernels(), HERE / "emulator.cpp", HERE / "traffic.cpp", CSRC / "ops.cpp",
         *sorted((CSRC / "cuda").glob("*.cpp")), HERE / "torch_stubs.cpp", HERE / "plans.cpp",
     ]  # fmt: skip
     flags = ["-O2", "-DA3FTA_CUDA_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
@@ -59,7 +59,8 @@ def build_program(folder: Path, sanitizers: str) -> Path:
     objects = compile_objects(folder, sources, flags, [])
     kind = "THREAD" if sanitizers == "thread" else "ADDRESS"
     define = f"-DEMULATOR_{kind}_SANITIZER"
-    objects += compile_objects(folder, [HERE / "emulator.cpp"], ["-O1", "-g", define], [])
+    sources = [HERE / "emulator.cpp", HERE / "traffic.cpp"]
+    objects += compile_objects(folder, sources, ["-O1", "-g", define], [])
     target = folder / "sanitize"
     subprocess.run([COMPILER, *flags, *objects, "-o", str(target)], check=True)
     return target
