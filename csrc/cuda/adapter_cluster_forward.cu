@@ -28,7 +28,7 @@ struct Params {
 };
 
 template <typename T, int RANK>
-__global__ void __launch_bounds__(kRowThreads) cluster_forward_kernel(const Params<T> p) {
+__global__ void __launch_bounds__(kRowThreads, 1) cluster_forward_kernel(const Params<T> p) {
 #if defined(A3FTA_CLUSTERS)
   constexpr int kMiddleStride = Walk<T, RANK>::kMiddleStride;
   constexpr int kMiddle = Walk<T, RANK>::kMiddle;

@@ -2,8 +2,8 @@
 // adapter_cluster_forward.cu share. Each block of the cluster owns a slice of the columns; only
 // the rank ties the slices together, and the cluster closes that gap, for step i of the walk:
 //
-//     partial      each block multiplies its slice of x by its slice of a weight, in fp32, and sends
-//                  every row to the block that owns it
+//     partial      each block multiplies its slice of x by its slice of a weight, in fp32, and
+//                  sends every row to the block that owns it
 //     middle       that block adds what all have sent, in their order, makes the middle of it (z,
 //                  or da and z), and sends it, in 16 bits, to every block
 //     products     each block goes on with the middle and its slice

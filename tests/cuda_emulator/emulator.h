@@ -5,9 +5,9 @@
 // It is stricter than a GPU where that finds mistakes: shared memory starts as NaN; asynchronous
 // copies happen only when they are waited for; a barrier that not all threads of a block reach
 // fails, and so do misaligned vectors and matrix fragments, a warp whose lanes do not all come to
-// the same instruction, a cluster barrier that some thread does not reach, and bytes that are waited
-// for but not sent. Under ThreadSanitizer only barriers and mailboxes order the fibers, so that it
-// sees every missing __syncthreads.
+// the same instruction, a cluster barrier that some thread does not reach, and bytes that are
+// waited for but not sent. Under ThreadSanitizer only barriers and mailboxes order the fibers, so
+// that it sees every missing __syncthreads.
 //
 // The blocks of a cluster run side by side, each with its own shared memory; other blocks run one
 // after the other. What a chip has (`Chip`) can be set, so that the plans for others run, too.
