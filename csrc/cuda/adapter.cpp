@@ -157,7 +157,10 @@ std::tuple<Tensor, Tensor> forward(Tensor h, Tensor w_down, Tensor w_up, Optiona
     args.w_up = up;
     args.b_up = b;
     args.y = whole(y);
-    if (adapter_rows_fits(call.dtype(), args)) {
+    const int64_t clusters = cluster_forward_clusters(call.dtype(), args);
+    if (clusters > 0) {
+      cluster_forward(call.dtype(), args, clusters, call.stream());
+    } else if (adapter_rows_fits(call.dtype(), args)) {
       adapter_rows_forward(call.dtype(), args, call.stream());
     } else {
       adapter_forward(call.dtype(), args, call.stream());

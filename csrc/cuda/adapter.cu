@@ -1,4 +1,5 @@
-// The adapter over blocks of rows, in one pass.
+// The adapter over blocks of rows: any type, rank, width and chip. adapter_rows.cu and
+// adapter_cluster*.cu are faster where they fit.
 //
 //     forward    a = x @ first.T + b;  z = act(a) * (1 + gamma) + beta;  y = x + z @ second.T + b'
 //     backward   dz = x @ first;  da = dz * (1 + gamma) * act'(a);       y = x + da @ second

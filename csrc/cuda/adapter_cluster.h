@@ -1,7 +1,10 @@
-// Launcher of the backward in one pass over dy and h, by clusters of blocks (adapter_cluster.cu).
+// Launchers of the passes by clusters of blocks: the backward over dy and h (adapter_cluster.cu),
+// the forward over h (adapter_cluster_forward.cu). They run on 16-bit types, ranks up to 64 and
+// rows of whole 16-byte vectors, where the chip has clusters (sm_90 and later) and holds slices of
+// the columns in shared memory (adapter_plan.h).
 #pragma once
 
-#include "launch.h"
+#include "adapter.h"
 
 namespace a3fta::cuda {
 
@@ -27,12 +30,15 @@ struct ClusterSizes {
   int64_t workspace;  // elements
 };
 
-// It runs on 16-bit types, ranks up to 64 and rows of whole 16-byte vectors, where the chip has
-// clusters (sm_90 and later) and holds slices of the columns in shared memory (adapter_plan.h).
 // The sums and the workspace need not be set yet.
 ClusterSizes adapter_cluster_sizes(DType dtype, const AdapterCluster& args);
 
 void adapter_cluster_backward(DType dtype, const AdapterCluster& args, int64_t clusters,
                               cudaStream_t stream);
+
+// How many clusters the forward runs with; 0: it does not run here, or adapter_rows.cu is better.
+int64_t cluster_forward_clusters(DType dtype, const AdapterForward& args);
+void cluster_forward(DType dtype, const AdapterForward& args, int64_t clusters,
+                     cudaStream_t stream);
 
 }  // namespace a3fta::cuda

@@ -57,10 +57,20 @@ inline RowsPlan plan_rows(const Chip& chip, int64_t rows, int64_t channels, int6
 
 // adapter_cluster.cu: each block of a cluster owns a slice of the columns.
 constexpr int kClusterRows = 64;
-constexpr int kClusterBlocks = 8;  // what every chip with clusters can place
+constexpr int kMailboxBytes = 16;
+
+// columns of a slice: whole steps of 16
+inline int slice_width(int64_t cols, int blocks) {
+  return static_cast<int>(ceil_div(ceil_div(cols, blocks), 16) * 16);
+}
+
+// The widest slice that a warp copies a row of at once.
+constexpr int kSliceLimit = 256;
 
 // The widest slice whose sums over rows, (width, R) twice, stay in the registers of 256 threads.
-__host__ __device__ constexpr int cluster_width(int padded) { return padded == 64 ? 192 : 256; }
+__host__ __device__ constexpr int cluster_width(int padded) {
+  return padded == 64 ? 192 : kSliceLimit;
+}
 
 struct ClusterLayout {
   int blocks;            // of a cluster; 0: does not fit
@@ -70,34 +80,69 @@ struct ClusterLayout {
   int64_t shared_bytes;
 };
 
-// partial dz (64, R + 4) in fp32; w_up (n_width, R + 8); w_down (R, n_width + 8); da and z
-// (64, R + 8) of two steps; dy (64, n_width + 8) dy_buffers times; h (64, c_width + 8) twice
+// two mailboxes; partial dz (64, R) in fp32; w_up (n_width, R + 8); w_down (R, n_width + 8); da and
+// z (64, R + 8) of two steps; dy (64, n_width + 8) dy_buffers times; h (64, c_width + 8) twice
 constexpr int64_t cluster_bytes(const ClusterLayout& s, int padded) {
   const int64_t n = s.n_width + 8;
   const int64_t c = s.c_width > 0 ? s.c_width + 8 : 0;
   const int64_t halves = s.n_width * (padded + 8) + (s.through ? padded * n : 0) +
                          4 * kClusterRows * (padded + 8) + s.dy_buffers * kClusterRows * n +
                          2 * kClusterRows * c;
-  return 4 * kClusterRows * (padded + 4) + 2 * halves;
+  return kMailboxBytes + 4 * kClusterRows * padded + 2 * halves;
 }
 
-// The smallest cluster whose blocks hold their slices, three buffers of dy before two: fewer
-// blocks exchange less.
+// The smallest cluster whose blocks hold their slices, since fewer blocks exchange less; three
+// buffers of dy before two. Powers of two, which fill the 16 or 18 processors that a cluster can be
+// placed on; 16 blocks only where 8 do not do, since not every device can place them.
 inline ClusterLayout plan_cluster(const Chip& chip, int64_t n, int64_t c, int64_t rank,
                                   bool through) {
   const int padded = padded_rank(rank);
   if (padded == 0 || chip.capability < 90) return {};
-  for (const int dy_buffers : {3, 2}) {
-    for (int blocks = 1; blocks <= kClusterBlocks; ++blocks) {
-      const auto width = [&](int64_t cols) { return ceil_div(ceil_div(cols, blocks), 16) * 16; };
-      if (width(n) > cluster_width(padded) || width(c) > cluster_width(padded)) continue;
-      ClusterLayout s{blocks, static_cast<int>(width(n)), static_cast<int>(width(c)),
-                      through, dy_buffers, 0};
-      s.shared_bytes = cluster_bytes(s, padded);
-      if (s.shared_bytes <= chip.shared_block) return s;
-    }
+  constexpr int kChoices[][2] = {{1, 3}, {2, 3}, {4, 3}, {8, 3},  {1, 2},
+                                 {2, 2}, {4, 2}, {8, 2}, {16, 3}, {16, 2}};
+  for (const auto& [blocks, dy_buffers] : kChoices) {
+    ClusterLayout s{blocks,  slice_width(n, blocks), slice_width(c, blocks),
+                    through, dy_buffers,             0};
+    s.shared_bytes = cluster_bytes(s, padded);
+    const int widest = s.n_width > s.c_width ? s.n_width : s.c_width;
+    if (widest <= cluster_width(padded) && s.shared_bytes <= chip.shared_block) return s;
   }
   return {};
+}
+
+// adapter_cluster_forward.cu: the same for h and y.
+struct ForwardLayout {
+  int blocks;     // of a cluster; 0: does not fit
+  int width;      // columns of a slice
+  int h_buffers;  // 3, or 2 where that is too much
+  int64_t shared_bytes;
+};
+
+// two mailboxes; partial a (64, R) in fp32; w_down (R, width + 8); w_up (width, R + 8); z (64,
+// R + 8) of two steps; h (64, width + 8) h_buffers times; b_up (width,) in fp32
+constexpr int64_t forward_bytes(const ForwardLayout& s, int padded) {
+  const int64_t halves = padded * (s.width + 8) + s.width * (padded + 8) +
+                         2 * kClusterRows * (padded + 8) +
+                         s.h_buffers * kClusterRows * (s.width + 8);
+  return kMailboxBytes + 4 * (kClusterRows * padded + s.width) + 2 * halves;
+}
+
+inline ForwardLayout plan_cluster_forward(const Chip& chip, int64_t channels, int64_t rank) {
+  const int padded = padded_rank(rank);
+  if (padded == 0 || chip.capability < 90) return {};
+  constexpr int kChoices[][2] = {{1, 3}, {2, 3}, {4, 3}, {8, 3}, {8, 2}, {16, 3}, {16, 2}};
+  for (const auto& [blocks, h_buffers] : kChoices) {
+    ForwardLayout s{blocks, slice_width(channels, blocks), h_buffers, 0};
+    s.shared_bytes = forward_bytes(s, padded);
+    if (s.width <= kSliceLimit && s.shared_bytes <= chip.shared_block) return s;
+  }
+  return {};
+}
+
+// Whether blocks of rows would read more of the weights (2 R C each) than of h (block_m C).
+inline bool prefer_cluster(const Chip& chip, int64_t rows, int64_t channels, int64_t rank) {
+  const int block_m = plan_rows(chip, rows, channels, rank).block_m;
+  return 2 * rank > block_m;
 }
 
 }  // namespace a3fta::cuda

@@ -89,6 +89,11 @@ bool configure(cudaLaunchConfig_t& config, cudaLaunchAttribute& attribute, const
   config.blockDim = dim3(static_cast<unsigned>(grid.threads), 1, 1);
   config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
   config.stream = stream;
+  if (grid.cluster > 8) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                               cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+          name);
+  }
   if (grid.cluster > 0) {
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = static_cast<unsigned>(grid.cluster);

@@ -104,6 +104,45 @@ __device__ __forceinline__ T* map_shared(T* address, unsigned rank) {
       : "l"(reinterpret_cast<uint64_t>(address)), "r"(rank));
   return reinterpret_cast<T*>(mapped);
 }
+
+// A mailbox: a word of shared memory that counts the bytes sent to this block. One thread sets it
+// up, before a barrier of the cluster, and says for each phase how many bytes make it complete.
+__device__ __forceinline__ void mailbox_set_up(uint64_t* box) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" : : "r"(shared_address(box)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
+}
+__device__ __forceinline__ void mailbox_expect(uint64_t* box, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+               :
+               : "r"(shared_address(box)), "r"(bytes)
+               : "memory");
+}
+
+// Waits for the end of phase `phase`; then everything sent in it is seen.
+__device__ __forceinline__ void mailbox_wait(uint64_t* box, int phase) {
+  uint32_t done = 0;
+  while (done == 0) {
+    asm volatile(
+        "{.reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;}"
+        : "=r"(done)
+        : "r"(shared_address(box)), "r"(phase & 1)
+        : "memory");
+  }
+}
+
+// Stores 8 bytes where the block `rank` has `to`, and counts them in its `box`; does not wait.
+__device__ __forceinline__ void send8(void* to, uint2 value, uint64_t* box, unsigned rank) {
+  asm volatile(
+      "{.reg .b32 to, box;\n"
+      "mapa.shared::cluster.u32 to, %0, %4;\n"
+      "mapa.shared::cluster.u32 box, %3, %4;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [to], {%1, %2}, [box];}"
+      :
+      : "r"(shared_address(to)), "r"(value.x), "r"(value.y), "r"(shared_address(box)), "r"(rank)
+      : "memory");
+}
 #endif
 
 }  // namespace a3fta::cuda

@@ -15,6 +15,13 @@ struct alignas(N * sizeof(T)) Pack {
   T values[N];
 };
 
+template <typename T>
+__device__ __forceinline__ uint2 words(const Pack<T, 4>& pack) {
+  uint2 found;
+  memcpy(&found, &pack, sizeof(found));
+  return found;
+}
+
 // Eight elements of `src` from (row, col) on into a tile; zeros beyond the edges.
 template <typename T>
 __device__ __forceinline__ void load_vector(T* to, const View<T>& src, int64_t row, int64_t col) {

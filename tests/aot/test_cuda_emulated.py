@@ -30,10 +30,12 @@ PLANTED = [
     ("matrices", THREAD, "data race"),
     ("copies", THREAD, "data race"),
     ("remote", THREAD, "data race"),
+    ("unread", THREAD, "data race"),
     ("remote_end", ADDRESS, "use-after-poison"),
     ("lanes", None, "lanes of a warp part"),
     ("unwaited", None, "copies that nobody waited for"),
     ("half_a_barrier", None, "a barrier of the cluster that not all threads reach"),
+    ("lost", None, "bytes not sent"),
     ("arrival", None, "a cluster barrier that nobody waited for"),
 ]
 

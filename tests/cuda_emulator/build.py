@@ -35,10 +35,14 @@ def kernels() -> list[Path]:
     return sorted((CSRC / "cuda").glob("*.cu"))
 
 
+def emulator() -> list[Path]:
+    return [HERE / f"{name}.cpp" for name in ("emulator", "hopper", "traffic")]
+
+
 def build_library(folder: Path) -> Path:
     """The native library with the CUDA kernels registered for CPU tensors."""
     sources = [
-        *kernels(), HERE / "emulator.cpp", HERE / "hopper.cpp", CSRC / "ops.cpp",
+        *kernels(), *emulator(), CSRC / "ops.cpp",
         *sorted((CSRC / "cuda").glob("*.cpp")), HERE / "torch_stubs.cpp", HERE / "plans.cpp",
     ]  # fmt: skip
     flags = ["-O2", "-DA3FTA_CUDA_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
@@ -61,8 +65,7 @@ def build_program(folder: Path, sanitizers: str) -> Path:
     objects = compile_objects(folder, sources, flags, [])
     kind = "THREAD" if sanitizers == "thread" else "ADDRESS"
     define = f"-DEMULATOR_{kind}_SANITIZER"
-    emulator = [HERE / "emulator.cpp", HERE / "hopper.cpp"]
-    objects += compile_objects(folder, emulator, ["-O1", "-g", define], [])
+    objects += compile_objects(folder, emulator(), ["-O1", "-g", define], [])
     target = folder / "sanitize"
     subprocess.run([COMPILER, *flags, *objects, "-o", str(target)], check=True)
     return target
@@ -75,8 +78,7 @@ def build_hopper_program(folder: Path, sanitizers: str) -> Path:
     objects = compile_objects(folder, sources, flags, [])
     kind = "THREAD" if sanitizers == "thread" else "ADDRESS"
     define = f"-DEMULATOR_{kind}_SANITIZER"
-    emulator = [HERE / "emulator.cpp", HERE / "hopper.cpp"]
-    objects += compile_objects(folder, emulator, ["-O1", "-g", define], [])
+    objects += compile_objects(folder, emulator(), ["-O1", "-g", define], [])
     target = folder / "sanitize_hopper"
     subprocess.run([COMPILER, *flags, *objects, "-o", str(target)], check=True)
     return target

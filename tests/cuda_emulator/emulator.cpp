@@ -5,13 +5,12 @@
 
 #include <ucontext.h>
 
-#include <algorithm>
-#include <climits>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
 #include <memory>
-#include <unordered_map>
+#include <set>
+#include <utility>
 #include <vector>
 
 #if defined(EMULATOR_THREAD_SANITIZER)
@@ -53,17 +52,20 @@ void unpoison(void*, size_t) {}
 constexpr size_t kStack = 128 * 1024;
 constexpr size_t kShared = 256 * 1024;  // more than any chip has
 
-enum class State { running, yielded, at_warp, at_barrier, at_cluster, finished };
-
-struct Traffic {
-  long reads = 0, writes = 0;
-};
+enum class State { running, yielded, at_warp, at_barrier, at_cluster, at_mailbox, finished };
 
 struct Copy {
   void* to;
   const void* from;
   size_t bytes;
   bool real;
+};
+
+struct Mailbox {
+  bool expecting = false;
+  long bytes = 0;  // sent, less those expected
+  long phase = 0;
+  std::vector<std::pair<void*, uint2>> late;
 };
 
 struct Block {
@@ -85,6 +87,8 @@ struct Thread {
   int line = 0;        // of the barrier or the warp's instruction
   WarpWork work = nullptr;
   void* lane = nullptr;
+  uint64_t* box = nullptr;
+  int parity = 0;  // of the phase it waits for
   long arrived = 0, waited = 0;              // at barriers of the cluster
   std::vector<std::vector<Copy>> groups{1};  // the last one is still open
 };
@@ -94,8 +98,9 @@ std::vector<std::unique_ptr<Block>> blocks;
 size_t block_count = 0;
 unsigned block_threads = 0;
 std::map<const void*, int> allowed_shared;
-std::unordered_map<uintptr_t, Traffic> traffic;  // by address / 16
-bool counting = false;
+std::set<const void*> large_clusters;
+std::map<uint64_t*, Mailbox> mailboxes;
+bool late_delivery = true;
 bool last_only = false;
 ucontext_t scheduler;
 void* scheduler_fiber = nullptr;
@@ -130,7 +135,20 @@ bool all_arrived(long count) {
 }
 
 bool ready(const Thread& t) {
+  if (t.state == State::at_mailbox) return mailboxes.at(t.box).phase % 2 != t.parity;
   return t.state == State::running || (t.state == State::at_cluster && all_arrived(t.waited));
+}
+
+Mailbox& mailbox(uint64_t* box) {
+  const auto found = mailboxes.find(box);
+  require(found != mailboxes.end(), "a mailbox that nobody has set up");
+  return found->second;
+}
+
+void close_phase(Mailbox& m) {
+  if (!m.expecting || m.bytes != 0) return;
+  m.expecting = false;
+  ++m.phase;
 }
 
 // Runs the lanes of a warp until each waits for threads of other warps; whether any moved.
@@ -167,7 +185,9 @@ bool open_barrier(Block& block, size_t first) {
   bool waits = false;
   for (size_t i = first; i < first + block_threads; ++i) {
     const State state = threads[i]->state;
-    if (state == State::at_cluster || state == State::yielded) return false;
+    if (state == State::at_cluster || state == State::at_mailbox || state == State::yielded) {
+      return false;
+    }
     waits |= threads[i]->state == State::at_barrier;
   }
   if (!waits) return false;
@@ -190,6 +210,7 @@ void run_cluster(size_t shared_bytes) {
     poison(shared + shared_bytes, kShared - shared_bytes);
     blocks[b]->barriers = 0;
   }
+  mailboxes.clear();
   const size_t count = block_count * block_threads;
   begin_block(static_cast<unsigned>(count));
   release(&launch_point);
@@ -225,7 +246,7 @@ void run_cluster(size_t shared_bytes) {
     }
     if (finished == count) break;
     require(!yielded || progress != before, "threads wait for each other for ever");
-    require(moved, "a barrier of the cluster that not all threads reach");
+    require(moved, "a barrier of the cluster that not all threads reach, or bytes not sent");
   }
   end_block();
   acquire(&finish_point);
@@ -293,6 +314,47 @@ void* map_shared(void* address, unsigned rank) {
   return blocks[rank]->shared + offset;
 }
 
+void mailbox_set_up(uint64_t* box) {
+  require_aligned(box, 8);
+  *box = 0;
+  mailboxes[box] = {};
+}
+
+void mailbox_expect(uint64_t* box, int bytes) {
+  Mailbox& m = mailbox(box);
+  require(!m.expecting, "a second expectation in one phase of a mailbox");
+  m.expecting = true;
+  m.bytes -= bytes;
+  release(box);
+  close_phase(m);
+}
+
+void mailbox_wait(uint64_t* box, int parity) {
+  Mailbox& m = mailbox(box);
+  self->box = box;
+  self->parity = parity;
+  self->state = State::at_mailbox;
+  to_scheduler();
+  acquire(box);
+  for (const auto& [to, value] : m.late) std::memcpy(to, &value, 8);
+  m.late.clear();
+  release(box);
+}
+
+void send(void* to, uint2 value, uint64_t* box) {
+  Mailbox& m = mailbox(box);
+  if (late_delivery) {
+    m.late.emplace_back(to, value);
+  } else {
+    std::memcpy(to, &value, 8);
+  }
+  m.bytes += 8;
+  release(box);
+  close_phase(m);
+}
+
+void deliver_late(bool on) { late_delivery = on; }
+
 void copy_async(void* to, const void* from, size_t bytes, bool real) {
   self->groups.back().push_back({to, from, bytes, real});
 }
@@ -322,12 +384,7 @@ void allow_shared(const void* kernel, int bytes) {
   allowed_shared[kernel] = bytes;
 }
 
-void count_read(const void* from) {
-  if (counting) ++traffic[reinterpret_cast<uintptr_t>(from) / 16].reads;
-}
-void count_written(const void* to) {
-  if (counting) ++traffic[reinterpret_cast<uintptr_t>(to) / 16].writes;
-}
+void allow_large_clusters(const void* kernel) { large_clusters.insert(kernel); }
 
 void run_last_only(bool on) { last_only = on; }
 
@@ -337,7 +394,9 @@ void run(const void* kernel, dim3 new_grid, dim3 new_block, unsigned cluster, si
           "shared memory was not allowed", static_cast<long>(shared_bytes));
   require(new_grid.x > 0 && new_grid.y > 0 && new_grid.z == 1, "empty grid");
   require(new_block.y == 1 && new_block.z == 1 && new_block.x <= 1024, "block", new_block.x);
-  require(cluster >= 1 && cluster <= 8 && new_grid.x % cluster == 0, "cluster", cluster);
+  require(cluster >= 1 && cluster <= (large_clusters.count(kernel) ? 16 : 8) &&
+              new_grid.x % cluster == 0,
+          "cluster", cluster);
   require(cluster == 1 || chip().capability >= 90, "clusters on a chip without", cluster);
   begin_launch(kernel, new_block.x);
   gridDim = new_grid;
@@ -360,27 +419,3 @@ void run(const void* kernel, dim3 new_grid, dim3 new_block, unsigned cluster, si
 }
 
 }  // namespace emulator
-
-// for Python
-extern "C" {
-void emulator_use_chip(int capability, int processors, int shared_block, int shared_processor) {
-  emulator::use_chip({capability, processors, shared_block, shared_processor});
-}
-void emulator_count(bool on) {
-  emulator::counting = on;
-  emulator::traffic.clear();
-}
-// The fewest and the most times that a 16-byte vector of the buffer was read and written.
-void emulator_traffic(const char* data, long bytes, long* found) {
-  found[0] = found[2] = LONG_MAX;
-  found[1] = found[3] = 0;
-  for (long i = 0; i < bytes; i += 16) {
-    const auto at = emulator::traffic.find(reinterpret_cast<uintptr_t>(data + i) / 16);
-    const emulator::Traffic t = at == emulator::traffic.end() ? emulator::Traffic{} : at->second;
-    found[0] = std::min(found[0], t.reads);
-    found[1] = std::max(found[1], t.reads);
-    found[2] = std::min(found[2], t.writes);
-    found[3] = std::max(found[3], t.writes);
-  }
-}
-}

@@ -5,8 +5,9 @@
 // It is stricter than a GPU where that finds mistakes: shared memory starts as NaN; asynchronous
 // copies happen only when they are waited for; a barrier that not all threads of a block reach
 // fails, and so do misaligned vectors and matrix fragments, a warp whose lanes do not all come to
-// the same instruction, and a cluster barrier that some thread does not reach. Under
-// ThreadSanitizer only barriers order the fibers, so that it sees every missing __syncthreads.
+// the same instruction, a cluster barrier that some thread does not reach, and bytes that are
+// waited for but not sent. Under ThreadSanitizer only barriers and mailboxes order the fibers, so
+// that it sees every missing __syncthreads.
 //
 // The blocks of a cluster run side by side, each with its own shared memory; other blocks run one
 // after the other. What a chip has (`Chip`) can be set, so that the plans for others run, too.
@@ -34,6 +35,10 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   dim3() = default;
   dim3(unsigned x, unsigned y, unsigned z) : x(x), y(y), z(z) {}
+};
+
+struct uint2 {
+  unsigned x, y;
 };
 
 extern dim3 gridDim, blockDim;
@@ -72,6 +77,15 @@ void cluster_arrive();
 void cluster_wait();
 void* map_shared(void* address, unsigned rank);
 
+// Words that count the bytes sent to a block. What is sent lies there at once, or only when a
+// phase's end is waited for: the first shows ThreadSanitizer who overwrites what is still read,
+// the second everyone what is read without waiting.
+void mailbox_set_up(uint64_t* box);
+void mailbox_expect(uint64_t* box, int bytes);
+void mailbox_wait(uint64_t* box, int parity);
+void send(void* to, uint2 value, uint64_t* box);
+void deliver_late(bool on);  // the default
+
 // The 16-byte accesses of device memory, by vector: what a kernel moves can be held to its floor.
 void count_read(const void* from);
 void count_written(const void* to);
@@ -92,6 +106,7 @@ void end_block();
 
 [[noreturn]] void fail(const char* what, long value = 0);
 void allow_shared(const void* kernel, int bytes);
+void allow_large_clusters(const void* kernel);
 
 inline void require(bool ok, const char* what, long value = 0) {
   if (!ok) fail(what, value);
@@ -117,7 +132,10 @@ inline void __pipeline_wait_prior(size_t groups) { emulator::wait_prior(groups);
 // the CUDA runtime
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributeNonPortableClusterSizeAllowed = 9,
+};
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
@@ -148,8 +166,12 @@ struct cudaLaunchConfig_t {
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
-  emulator::allow_shared(kernel, bytes);
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute which, int value) {
+  if (which == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    emulator::allow_shared(kernel, value);
+  } else {
+    emulator::allow_large_clusters(kernel);
+  }
   return cudaSuccess;
 }
 
@@ -180,6 +202,12 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* count, void (*)(Params...),
                                            const cudaLaunchConfig_t* config) {
   *count = emulator::chip().processors / static_cast<int>(config->attrs[0].val.clusterDim.x);
   return cudaSuccess;
+}
+
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
 }
 
 // 16-bit floats, rounded to nearest even

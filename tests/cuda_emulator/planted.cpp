@@ -69,6 +69,34 @@ void half_a_barrier(float*) {
 
 void arrival(float*) { cluster_arrive(); }
 
+uint64_t* box() { return reinterpret_cast<uint64_t*>(shared_memory()); }
+void* letter() { return shared_memory() + 8 + 8 * threadIdx.x; }
+
+void set_up(int bytes) {
+  if (threadIdx.x == 0) {
+    mailbox_set_up(box());
+    mailbox_expect(box(), bytes);
+  }
+  cluster_arrive();
+  cluster_wait();
+}
+
+// what the neighbour sends is read without waiting for it
+void unread(float* out) {
+  set_up(64 * 8);
+  send8(letter(), {1, 2}, box(), cluster_rank() ^ 1);
+  cluster_arrive();
+  if (threadIdx.x == 0 && cluster_rank() == 1) *out = *static_cast<float*>(letter());
+  cluster_wait();
+}
+
+void lost(float* out) {
+  set_up(64 * 8 + 8);
+  send8(letter(), {1, 2}, box(), cluster_rank() ^ 1);
+  mailbox_wait(box(), 0);
+  if (threadIdx.x == 0 && cluster_rank() == 0) *out = *static_cast<float*>(letter());
+}
+
 }  // namespace
 
 void run_planted(const char* name) {
@@ -91,4 +119,7 @@ void run_planted(const char* name) {
   run("remote_end", remote_end, 2);
   run("half_a_barrier", half_a_barrier, 2);
   run("arrival", arrival, 2);
+  emulator::deliver_late(false);
+  run("unread", unread, 2);
+  run("lost", lost, 2);
 }

@@ -54,9 +54,9 @@ ROWS = [
     Case((70,), 130, 16),
     Case((2, 9), 32, 8, layout="sliced"),
 ]
-# for the one-pass backward: clusters of one to eight blocks, whose last slices are ragged; more
-# row blocks than clusters, a rest of rows; samples that end inside a block of rows; rows too few
-# to matter; two buffers of dy instead of three
+# for the one-pass backward: clusters of 1 to 16 blocks, whose last slices are ragged or empty; more
+# row blocks than clusters, a rest of rows; samples that end inside a block of rows; two buffers of
+# dy instead of three; and past what it takes
 CLUSTER = [
     Case((1, 1), 8, 1),
     Case((67,), 40, 4),
@@ -67,6 +67,7 @@ CLUSTER = [
     Case((70,), 2048, 20, modulation="beta"),
     Case((600,), 72, 33),
     Case((70,), 2056, 16),
+    Case((9,), 4104, 16),
 ]
 LINEAR = [
     Case((1, 1), 8, 1, n=8),
@@ -179,6 +180,14 @@ class Emulator:
         self.calls.plan_of_cluster(*chip, *map(ctypes.c_int64, (n, c, r)), through, found)
         return tuple(found)
 
+    def plan_of_forward(
+        self, chip: tuple[int, int, int], m: int, c: int, r: int
+    ) -> tuple[int, ...]:
+        """Blocks of a cluster, columns of a slice, buffers of h, bytes; zeros: blocks of rows."""
+        found = (ctypes.c_int64 * 4)()
+        self.calls.plan_of_forward(*chip, *map(ctypes.c_int64, (m, c, r)), found)
+        return tuple(found)
+
     def use_chip(self, capability: int, processors: int, shared: int) -> None:
         """From here on a chip with `shared` KB of shared memory for a block."""
         self.calls.emulator_use_chip(capability, processors, shared * 1024, (shared + 1) * 1024)
@@ -223,18 +232,32 @@ ROW_PLANS = [
 CLUSTER_PLANS = [
     (H200, 320, 320, 64, True, 2, 160, 160, 3),
     (H200, 640, 640, 64, True, 4, 160, 160, 3),
-    (H200, 640, 640, 16, True, 3, 224, 224, 3),
+    (H200, 640, 640, 16, True, 4, 160, 160, 3),
+    (H200, 1152, 1152, 64, True, 8, 144, 144, 3),
     (H200, 1280, 1280, 64, True, 8, 160, 160, 3),
-    (H200, 1280, 1280, 16, True, 6, 224, 224, 3),
+    (H200, 1280, 1280, 16, True, 8, 160, 160, 3),
     (H200, 1536, 1536, 64, True, 8, 192, 192, 2),
-    (H200, 1536, 1536, 16, True, 7, 224, 224, 3),
-    (H200, 1280, 1280, 64, False, 7, 192, 192, 3),
-    (H200, 1280, 0, 64, False, 7, 192, 0, 3),
-    (H200, 3072, 3072, 16, True, 0, 0, 0, 0),
+    (H200, 2048, 2048, 16, True, 8, 256, 256, 3),
+    (H200, 3072, 3072, 64, True, 16, 192, 192, 2),
+    (H200, 3072, 1536, 16, False, 16, 192, 96, 3),
+    (H200, 1280, 0, 64, False, 8, 160, 0, 3),
+    (H200, 4104, 4104, 16, True, 0, 0, 0, 0),
     (H200, 640, 640, 65, True, 0, 0, 0, 0),
     (RTX4090, 640, 640, 16, True, 0, 0, 0, 0),
     (B200, 640, 640, 64, True, 4, 160, 160, 3),
     (RTX5090, 640, 640, 16, True, 8, 80, 80, 3),
+]
+
+
+# chip, M, C, R: blocks of a cluster, 0 where blocks of rows do; columns of a slice, buffers of h
+FORWARD_PLANS = [
+    (H200, 16384, 640, 64, 4, 160, 3),
+    (H200, 16384, 640, 16, 0, 0, 0),
+    (H200, 4096, 1280, 64, 8, 160, 3),
+    (H200, 4096, 1280, 16, 0, 0, 0),
+    (H200, 16384, 1536, 64, 8, 192, 3),
+    (H200, 4096, 3072, 64, 16, 192, 3),
+    (A100, 16384, 640, 64, 0, 0, 0),
 ]
 
 
@@ -247,11 +270,14 @@ def check_plans(emulator: Emulator) -> None:
     for chip, n, c, r, through, *expected in CLUSTER_PLANS:
         *plan, _ = emulator.plan_of_cluster(chip, n, c, r, through)
         assert plan == expected, (chip, n, c, r, through, plan)
+    for chip, m, c, r, *expected in FORWARD_PLANS:
+        *plan, shared = emulator.plan_of_forward(chip, m, c, r)
+        assert plan == expected and shared <= chip[2] * 1024, (chip, m, c, r, plan)
     for n, c in product(range(8, 2056, 136), range(0, 2056, 136)):
         for r in (1, 17, 64):
             through = n == c
             blocks, n_width, c_width, _, shared = emulator.plan_of_cluster(H200, n, c, r, through)
-            assert shared <= 227 * 1024 and blocks <= 8
+            assert shared <= 227 * 1024 and blocks in (0, 1, 2, 4, 8, 16)
             if blocks > 0:
                 assert blocks * n_width >= n and blocks * c_width >= c
                 assert n_width % 16 == c_width % 16 == 0
@@ -267,23 +293,23 @@ def check_plans(emulator: Emulator) -> None:
 
 
 def check_forward_traffic(emulator: Emulator) -> None:
-    """h is read once, y written once; the weights are read once per block of rows."""
+    """h is read once, y written once; the weights once per block of rows, or once per cluster."""
     ops = torch.ops.a3fta_native
     draw = lambda *shape: torch.randn(*shape, dtype=torch.bfloat16)  # noqa: E731
-    for shared, channels, rank, block_m in (
-        (227, 640, 64, 64), (227, 1280, 16, 32), (99, 1280, 64, 16),
+    m = 4 * 64 + 5  # five blocks of 64 rows keep four processors busy
+    # a large rank goes to the clusters, of which four processors hold one, where there are any
+    for capability, shared, channels, rank, readers in (
+        (90, 227, 640, 32, 5), (90, 227, 1280, 16, 9), (90, 227, 640, 64, 1),
+        (80, 163, 640, 64, 9), (89, 99, 1280, 64, 17),
     ):  # fmt: skip
-        emulator.use_chip(90 if shared == 227 else 89, 4, shared)
-        m = 4 * 64 + 5  # five blocks of 64 rows keep four processors busy
+        emulator.use_chip(capability, 4, shared)
         h, w_down, w_up = draw(m, channels), draw(rank, channels), draw(channels, rank)
         with emulator.counting():
-            y, a = ops.adapter_forward(h, w_down, w_up, None, None, None, None, 2)
+            y, _ = ops.adapter_forward(h, w_down, w_up, None, None, None, None, 2)
             assert emulator.traffic(h) == (1, 1, 0, 0)
             assert emulator.traffic(y) == (0, 0, 1, 1)
-            assert emulator.traffic(a) == (0, 0, 1, 1)
-            blocks = -(-m // block_m)
-            assert emulator.traffic(w_down) == (blocks, blocks, 0, 0)
-            assert emulator.traffic(w_up) == (blocks, blocks, 0, 0)
+            assert emulator.traffic(w_down) == (readers, readers, 0, 0)
+            assert emulator.traffic(w_up) == (readers, readers, 0, 0)
     emulator.use_chip(90, 17, 227)
 
 
@@ -294,7 +320,7 @@ def check_backward_traffic(emulator: Emulator) -> None:
     w_down, w_up = draw(64, 520), draw(520, 64)
     arguments = (dy, h, a, w_down, w_up, None, None, 2, True, True)
     once, never = (1, 1, 0, 0), (0, 0, 0, 0)
-    for capability, clusters in ((90, 5), (89, 0)):
+    for capability, clusters in ((90, 4), (89, 0)):
         emulator.use_chip(capability, 17, 227)
         with emulator.counting():
             dh = torch.ops.a3fta_native.adapter_backward(*arguments)[0]

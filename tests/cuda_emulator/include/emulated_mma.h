@@ -116,4 +116,12 @@ T* map_shared(T* address, unsigned rank) {
   return static_cast<T*>(emulator::map_shared(address, rank));
 }
 
+inline void mailbox_set_up(uint64_t* box) { emulator::mailbox_set_up(box); }
+inline void mailbox_expect(uint64_t* box, int bytes) { emulator::mailbox_expect(box, bytes); }
+inline void mailbox_wait(uint64_t* box, int phase) { emulator::mailbox_wait(box, phase & 1); }
+inline void send8(void* to, uint2 value, uint64_t* box, unsigned rank) {
+  emulator::require_aligned(to, 8);
+  emulator::send(map_shared(static_cast<unsigned char*>(to), rank), value, map_shared(box, rank));
+}
+
 }  // namespace a3fta::cuda
