@@ -23,8 +23,8 @@ LAYERS = [
     ["checks"],
     ["backends"],
     ["triton_support"],
-    ["ops.activations", "ops.rule"],
-    ["ops.validate", "ops.skinny_triton"],
+    ["ops.activations", "ops.rule", "ops.*.layout"],
+    ["ops.validate", "ops.skinny_triton", "ops.*.tiles_triton"],
     ["ops.*_triton"],
     ["ops.*.reference", "ops.*.triton", "ops.*.native", "ops.*.choice"],
     ["ops.*.contract"],
@@ -52,13 +52,23 @@ LAYERS = [
 # importer, imported, why
 EXCEPTIONS = [
     ("ops.adapter_linear.*", "ops.adapter.*", "adapter_linear is adapter, then the projection"),
+    (
+        "ops.cross_attention_adapter.*",
+        "ops.adapter_linear*",
+        "it is attention, then adapter_linear; where its kernels cannot run, literally",
+    ),
     ("adapters.config", "adapters", "the table of designs, read when a config is checked"),
     ("cli*", "cli.*", "the command line is one unit"),
     ("cli*", "", "the command line is a user of the public names"),
 ]
 
 # op: its modules beside those that every op has
-BESIDE = {"adapter_linear": ["choice"]}
+BESIDE = {
+    "adapter_linear": ["choice"],
+    "cross_attention_adapter": ["backward_triton", "layout", "tiles_triton"],
+}
+# ops without kernels in the compiled library: `native` computes them of other ops
+COMPOSED = {"cross_attention_adapter"}
 
 # a third-party package may be imported in these modules alone
 HOMES = {
@@ -285,17 +295,17 @@ def test_a_submodule_does_not_hide_the_function_of_its_name(name):
 
 @pytest.mark.parametrize("op", OPS)
 def test_one_op_is_one_folder_one_test_one_bench(op):
-    expected = ["__init__", "api", "contract", "native", "reference", "triton", *BESIDE.get(op, [])]
-    assert sorted(path.stem for path in (PACKAGE / "ops" / op).glob("*.py")) == sorted(expected)
-    for path in (
-        f"tests/ops/test_{op}.py",
-        f"benchmarks/bench_{op}.py",
-        f"csrc/cpu/{op}.cpp",
-        f"csrc/cuda/{op}.cu",
-    ):
+    expected = ["__init__", "api", "contract", "reference", "triton", *BESIDE.get(op, [])]
+    files = [f"tests/ops/test_{op}.py", f"benchmarks/bench_{op}.py"]
+    if op not in COMPOSED:
+        expected.append("native")
+        files += [f"csrc/cpu/{op}.cpp", f"csrc/cuda/{op}.cu"]
+        schemas = (ROOT / "csrc/ops.cpp").read_text()
+        assert f"{op}_forward(" in schemas and f"{op}_backward" in schemas
+    found = sorted(path.stem for path in (PACKAGE / "ops" / op).glob("*.py"))
+    assert found == sorted(expected)
+    for path in files:
         assert (ROOT / path).is_file(), f"{path} is missing"
-    schemas = (ROOT / "csrc/ops.cpp").read_text()
-    assert f"{op}_forward(" in schemas and f"{op}_backward" in schemas
     assert op in a3fta_kernels.ops.__all__
 
 

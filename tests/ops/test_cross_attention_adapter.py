@@ -203,7 +203,8 @@ def test_the_least_finite_mask_is_no_minus_infinity(run):
     "change, reason",
     [
         (dict(keys=513), "513 keys of head_dim 16 are more than the 512 that fit on chip"),
-        (dict(head_dim=160, heads=1, keys=257), "257 keys of head_dim 160 are more than the 256"),
+        (dict(head_dim=65, heads=1, keys=257), "257 keys of head_dim 65 are more than the 256"),
+        (dict(head_dim=129, heads=1, keys=193), "193 keys of head_dim 129 are more than the 192"),
         (dict(head_dim=161, heads=1), "head_dim 161 is more than 160"),
         (dict(r=65), "rank 65 is more than 64"),
     ],

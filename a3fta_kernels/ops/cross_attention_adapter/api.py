@@ -52,10 +52,10 @@ def cross_attention_adapter(
         attention_scale: default head_dim ** -0.5.
         w_down, w_up, weight, bias, b_down, b_up, residual, scale, activation, gamma, beta: as in
             `adapter_linear` for h (B, Lq, C).
-        backend: triton has the fused kernels, in fp16 and bf16, for up to 512 keys (fewer above
-            head_dim 80), head_dim 160 and rank 64. Where they cannot run (`unfused_reason` says
-            why), auto and the other backends compute `F.scaled_dot_product_attention` and
-            `adapter_linear` one after the other.
+        backend: triton has the fused kernels, in fp16 and bf16, for up to 512 keys (256 above
+            head_dim 64, 192 above 128), head_dim 160 and rank 64. Where they cannot run
+            (`unfused_reason` says why), auto and the other backends compute
+            `F.scaled_dot_product_attention` and `adapter_linear` one after the other.
 
     Returns:
         y (B, Lq, N), contiguous, in q's (under autocast: the autocast) dtype, promoted with
@@ -143,7 +143,7 @@ def apply_prepared(
     v_up: Tensor | None,
     v_bias: Tensor | None,
 ) -> Tensor:
-    """The fused kernels; `v_up` and `v_bias` as `adapter_linear.contract.merged_up` made them.
+    """The fused kernels; `v_up` and `v_bias`, where given, are V and the bias that belongs to it.
 
     Arguments are not checked: `unfused_reason` has to be None.
     """

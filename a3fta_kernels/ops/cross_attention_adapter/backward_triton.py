@@ -236,18 +236,20 @@ def query_grad_configs(
         sizes = [(16, 8, 1)]
     elif head_dim <= HEAD_BLOCK:
         sizes = [(64, 4, 2), (32, 4, 2), (16, 4, 2)]
-    elif capability in (90, 100, 103) or 96 < head_dim <= 128:
-        sizes = [(64, 8, 2), (16, 4, 2)]
-    elif head_dim <= 96:  # without wgmma a product's operands stand in registers too
-        sizes = [(16, 4, 2)]
-    else:
+    elif head_dim > 128:
         sizes = [(16, 4, 1), (16, 8, 1)]
+    elif capability in (90, 100, 103) or head_dim > 96:
+        sizes = [(64, 8, 2), (16, 4, 2)]
+    else:  # without wgmma a product's operands stand in registers too
+        sizes = [(16, 4, 2)]
     return [config(w, s, BLOCK_M=m, BLOCK_R=block_r) for m, w, s in sizes]
 
 
 def key_grad_configs(head_dim: int, itemsize: int, block_r: int, capability: int) -> list[Config]:
     if head_dim <= HEAD_BLOCK:
-        sizes = [(64, 64, 4, 1), (32, 32, 4, 1)]
+        sizes = [(64, 64, 8, 1), (32, 32, 4, 1)]
+    elif head_dim <= 96 and capability in (90, 100, 103):
+        sizes = [(64, 64, 8, 1)]
     elif head_dim <= 128:
         sizes = [(32, 32, 8, 1)]
     else:

@@ -35,8 +35,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter_linear.contract import merged_up, parameter_grads
-from ..rule import autocast_dtype, cast, is_plain, refuse_second_derivative, rows
+from ..adapter_linear.contract import parameter_grads
+from ..rule import autocast_dtype, cast, is_plain, refuse_second_derivative, rows, scaled
 from .layout import hz_widths
 
 _SIGNATURE = (
@@ -54,6 +54,24 @@ _WANTED = tuple(name for name in _SAVED if name not in ("mask", "weight"))
 @functools.cache
 def kernels() -> ModuleType:
     return importlib.import_module(".triton", __package__)
+
+
+def merged(
+    weight: Tensor,
+    bias: Tensor | None,
+    w_up: Tensor,
+    b_up: Tensor | None,
+    scale_tensor: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """V = s * W @ w_up (N, R) and bias + s * W @ b_up (N,), in the dtype of the last GEMM."""
+    weight, bias = weight.to(dtype), cast(bias, dtype)
+    v_up = weight @ scaled(w_up, scale, scale_tensor, dtype)
+    if b_up is None:
+        return v_up, bias
+    shift = scaled(b_up, scale, scale_tensor, dtype)
+    return v_up, weight @ shift if bias is None else torch.addmv(bias, weight, shift)
 
 
 def forward(
@@ -78,10 +96,10 @@ def forward(
     heads: int,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y (B, Lq, N), hz, a (M, R) and V (N, R). `v_up`, `v_bias`: what `merged_up` made, or None."""
+    """y (B, Lq, N), hz, a (M, R) and V (N, R). `v_up`, `v_bias`: what `merged` makes, or None."""
     dtype = q.dtype
     if v_up is None:
-        v_up, v_bias = merged_up(weight, bias, w_up, b_up, scale_tensor, scale, 0, dtype)
+        v_up, v_bias = merged(weight, bias, w_up, b_up, scale_tensor, scale, dtype)
     y, hz, a = kernels().forward(
         channels_dense(q),
         channels_dense(k),

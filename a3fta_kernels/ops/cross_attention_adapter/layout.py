@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 DTYPES = (torch.float16, torch.bfloat16)  # fp32 products have no tensor cores
-KEY_LIMIT = 512
 HEAD_DIM_LIMIT = 160
-ON_CHIP = 512 * 80  # keys times head_dim: all keys of a head stand on chip at once
+# head_dim up to: keys. A block of rows has its scores against all keys in registers at once
+KEY_LIMITS = ((64, 512), (128, 256), (HEAD_DIM_LIMIT, 192))
 RANK_LIMIT = 64  # the pre-activation of a block of rows stays in registers
 
 
@@ -17,7 +17,7 @@ def refusal(dtype: torch.dtype, head_dim: int, keys: int, rank: int) -> str | No
         return f"{dtype} has no tensor cores that keep its precision"
     if head_dim > HEAD_DIM_LIMIT:
         return f"head_dim {head_dim} is more than {HEAD_DIM_LIMIT}"
-    limit = min(KEY_LIMIT, ON_CHIP // head_dim)
+    limit = next(keys for largest, keys in KEY_LIMITS if head_dim <= largest)
     if keys > limit:
         return f"{keys} keys of head_dim {head_dim} are more than the {limit} that fit on chip"
     if rank > RANK_LIMIT:

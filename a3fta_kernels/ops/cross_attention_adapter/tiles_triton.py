@@ -21,7 +21,10 @@ KEY_BLOCK = 128
 HEAD_BLOCK = 64
 
 # head_dim, keys: what is compiled ahead of time
-SHAPES = ((64, 77), (40, 77), (80, 77), (128, 77), (160, 77), (64, 512), (160, 256))
+SHAPES = (
+    (64, 77), (40, 77), (80, 77), (128, 77), (160, 77),
+    (64, 512), (80, 256), (128, 256), (160, 192),
+)  # fmt: skip
 
 
 class Blocks(NamedTuple):
@@ -32,15 +35,16 @@ class Blocks(NamedTuple):
     tail: int
 
 
-def blocks(length: int, largest: int) -> Blocks:
+def blocks(length: int, largest: int, ratio: int) -> Blocks:
+    """Blocks of at most `largest`, and a tail of at least 1 / ratio of one."""
     if length > largest:
         full, rest = divmod(length, largest)
-        tail = _power_of_two(rest) if rest else 0
+        tail = max(_power_of_two(rest), largest // ratio) if rest else 0
         return Blocks(largest, full, tail) if tail < largest else Blocks(largest, full + 1, 0)
     whole = _power_of_two(length)
     half = whole // 2
-    tail = _power_of_two(length - half)
-    return Blocks(half, 1, tail) if half >= 16 and tail < half else Blocks(whole, 1, 0)
+    tail = max(_power_of_two(length - half), half // ratio)
+    return Blocks(half, 1, tail) if tail < half else Blocks(whole, 1, 0)
 
 
 def _power_of_two(length: int) -> int:
@@ -49,13 +53,14 @@ def _power_of_two(length: int) -> int:
 
 def head_meta(head_dim: int) -> dict[str, int]:
     """Block sizes for the dimensions of a head."""
-    cut = blocks(head_dim, HEAD_BLOCK)
+    # 16 columns beside 64 take more registers than 32 do
+    cut = blocks(head_dim, HEAD_BLOCK, ratio=2)
     return dict(BLOCK_D=cut.block, COUNT_D=cut.full, TAIL_D=cut.tail)
 
 
 def key_meta(keys: int) -> dict[str, int]:
     """Block sizes for the keys."""
-    cut = blocks(keys, KEY_BLOCK)
+    cut = blocks(keys, KEY_BLOCK, ratio=8)
     return dict(BLOCK_N=cut.block, COUNT_N=cut.full, TAIL_N=cut.tail)
 
 

@@ -204,9 +204,10 @@ def forward(
 
     key = (rows_bucket(length), batch, heads)
     launch_attention_down(head_dim, keys)(plan, q, block_r, *key)
-    # beside V the columns that meet z's zeros
-    blank = v_up.new_zeros(n, columns - channels - rank)
-    merged = torch.cat((weight, v_up, blank), dim=1).t()
+    parts = [weight, v_up]
+    if columns > channels + rank:  # what z's zeros meet
+        parts.append(v_up.new_zeros(n, columns - channels - rank))
+    merged = torch.cat(parts, dim=1).t()
     inputs = hz[:, :columns]
     if residual is not None:
         start = residual + bias if bias is not None else residual
