@@ -56,7 +56,7 @@ EXCEPTIONS = [
 ]
 
 # op: its modules beside those that every op has
-BESIDE = {"adapter_linear": ["choice"]}
+BESIDE = {"adapter_linear": ["choice", "fused_triton"]}
 
 # a third-party package may be imported in these modules alone
 HOMES = {
