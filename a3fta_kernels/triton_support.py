@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .backends import triton_interpreted
 
@@ -172,6 +173,31 @@ def rank_block(rank: int, limit: int) -> int:
     return min(limit, max(16, triton.next_power_of_2(rank)))
 
 
+def descriptors_fit(device: torch.device, *matrices: Tensor | None) -> bool:
+    """Whether tensor descriptors (TMA) can serve these matrices; None always fits.
+
+    They need sm_90, and rows without gaps that begin at multiples of 16 bytes. Elements are of 16
+    bits: the kernels that use descriptors are for tensor cores.
+    """
+    return chip(device).capability >= 90 and all(
+        x is None
+        or (
+            x.element_size() == 2
+            and x.numel() > 0
+            and x.stride(1) == 1
+            and x.shape[1] <= x.stride(0) < 2**38
+            and x.stride(0) % 8 == 0
+            and x.data_ptr() % 16 == 0
+        )
+        for x in matrices
+    )
+
+
+def descriptor(x: Tensor | None, *block: int) -> TensorDescriptor | None:
+    """Of a matrix for which `descriptors_fit`, read or written in blocks of this shape."""
+    return None if x is None else TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
+
+
 # tile sizes -> grid and arguments
 Plan = Callable[[dict[str, int]], tuple[tuple[int, ...], dict[str, Any]]]
 
@@ -180,8 +206,10 @@ Plan = Callable[[dict[str, int]], tuple[tuple[int, ...], dict[str, Any]]]
 class AotKernel:
     """How to build a kernel where no GPU is.
 
-    `pointers` names each pointer argument's dtype: "data" for the op's own, else a Triton type.
-    `variants` are the sets of pointers that are None and of constants beside the tile sizes.
+    `pointers` names the Triton type of each pointer argument that is not of the op's own dtype.
+    `variants` are the sets of pointers that are None and of constants beside the tile sizes; an
+    argument named `_desc` is given the names of its block's sizes. `targets` and `dtypes` are
+    those that it is launched on; `suits` says which configurations a variant may take, and
     `launchers` are those of variants whose configurations are not `launcher`'s.
     """
 
@@ -189,8 +217,14 @@ class AotKernel:
     pointers: dict[str, str]
     variants: dict[str, dict[str, Any]] = field(default_factory=lambda: {"all": {}})
     ranks: tuple[int, ...] = (16, 64, 128)
+    targets: tuple[int, ...] = TARGETS
     dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")
+    suits: Callable[[str, Config], bool] = lambda variant, choice: True
     launchers: dict[str, Launcher] = field(default_factory=dict)
+
+    @property
+    def by_descriptors(self) -> bool:
+        return any(name.endswith("_desc") for name in self.launcher.kernel.arg_names)
 
     def launcher_of(self, variant: str) -> Launcher:
         return self.launchers.get(variant, self.launcher)
@@ -215,23 +249,36 @@ class Launcher:
         like: Tensor,
         rank: int,
         *key: Any,
+        suits: Callable[[dict[str, int]], bool] = lambda meta: True,
     ) -> None:
         """Launches on `like`'s device what `plan(tile sizes)` returns: a grid and the arguments.
 
-        `rank` is the rank block, `key` what else the best tiles depend on. The last plan asked
-        for is the one whose results stand; a kernel overwrites its outputs, as it may run often.
+        `rank` is the rank block, `key` what else the best tiles depend on; `suits` says of tile
+        sizes whether they can compute this call, as the first of the list always can. The last
+        plan asked for is the one whose results stand; a kernel overwrites its outputs, as it may
+        run often.
         """
         device = like.device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                self._launch(plan, like, rank, key)
+                self._launch(plan, like, rank, key, suits)
         else:
-            self._launch(plan, like, rank, key)
+            self._launch(plan, like, rank, key, suits)
 
-    def candidates(self, like: Tensor, rank: int) -> list[Config]:
-        return self.configs(like.element_size(), rank, chip(like.device).capability)
+    def candidates(
+        self, like: Tensor, rank: int, suits: Callable[[dict[str, int]], bool]
+    ) -> list[Config]:
+        listed = self.configs(like.element_size(), rank, chip(like.device).capability)
+        return [choice for choice in listed if suits(choice.meta)]
 
-    def _launch(self, plan: Plan, like: Tensor, rank: int, key: tuple) -> None:
+    def _launch(
+        self,
+        plan: Plan,
+        like: Tensor,
+        rank: int,
+        key: tuple,
+        suits: Callable[[dict[str, int]], bool],
+    ) -> None:
         def run(choice: Config) -> None:
             grid, arguments = plan(choice.meta)
             self.kernel[grid](**arguments, **choice.meta, **choice.options)
@@ -239,7 +286,7 @@ class Launcher:
         full = (like.device, like.dtype, rank, *key)
         choice = self._chosen.get(full)
         if choice is None:
-            candidates = self.candidates(like, rank)
+            candidates = self.candidates(like, rank, suits)
             choice = candidates[0]
             if like.is_cuda and not torch.cuda.is_current_stream_capturing():
                 choice = self._chosen[full] = fastest(run, candidates)

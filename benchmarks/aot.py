@@ -30,11 +30,11 @@ from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 import a3fta_kernels
-from a3fta_kernels.triton_support import TARGETS, AotKernel, Config
+from a3fta_kernels.triton_support import AotKernel, Config
 
 TABLE = Path(__file__).with_name("results") / "aot_triton.json"
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -86,10 +86,11 @@ def builds(defaults_only: bool = False) -> Iterator[Build]:
             dtypes = ("bf16",) if defaults_only else entry.dtypes
             ranks = (64,) if defaults_only else entry.ranks
             variants = list(entry.variants)[: 1 if defaults_only else None]
-            options = itertools.product(TARGETS, variants, dtypes, ranks)
+            options = itertools.product(entry.targets, variants, dtypes, ranks)
             for capability, variant, dtype, rank in options:
                 launcher = entry.launcher_of(variant)
                 choices = launcher.configs(DTYPES[dtype], rank, capability)
+                choices = [choice for choice in choices if entry.suits(variant, choice)]
                 for choice in choices[: 1 if defaults_only else None]:
                     yield Build(module.__name__, index, variant, dtype, capability, choice)
 
@@ -97,32 +98,44 @@ def builds(defaults_only: bool = False) -> Iterator[Build]:
 def compile_build(
     build: Build, aligned: bool = True, fixed_sizes: dict[str, int] | None = None
 ) -> Resources:
+    """What `compiled` takes of the chip."""
+    built = compiled(build, aligned, fixed_sizes)
+    used = _TENSOR_CORE.search(built.asm["ptx"])
+    registers, stack = _usage(built.asm["cubin"])
+    return Resources(registers, stack, built.metadata.shared, used[1] if used else "")
+
+
+def compiled(
+    build: Build, aligned: bool = True, fixed_sizes: dict[str, int] | None = None
+) -> CompiledKernel:
     """`aligned`: pointers and sizes are multiples of 16, as in real layers. `fixed_sizes`:
     integers that Triton makes constants, as it does with every 1."""
     entry = build.entry
     kernel = entry.launcher.kernel
-    constants = (fixed_sizes or {}) | entry.variants[build.variant] | build.config.meta
+    meta = build.config.meta
+    constants = (fixed_sizes or {}) | entry.variants[build.variant] | meta
     signature, fixed, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         name = parameter.name
-        if name in constants:
+        value = constants.pop(name, ...)
+        if isinstance(value, tuple):
+            block = ", ".join(str(meta[size]) for size in value)
+            signature[name] = f"tensordesc<{build.dtype}[{block}]>"
+        elif value is not ...:
             signature[name] = "constexpr"
-            fixed[(i,)] = constants.pop(name)
-            continue
-        pointer = name.endswith("_ptr")
-        signature[name] = f"*{entry.pointers.get(name, build.dtype)}" if pointer else "i32"
-        if aligned and not parameter.do_not_specialize:
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            fixed[(i,)] = value
+        else:
+            pointer = name.endswith("_ptr")
+            signature[name] = f"*{entry.pointers.get(name, build.dtype)}" if pointer else "i32"
+            if aligned and not parameter.do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", 16]]
     if constants:
         raise ValueError(f"{build.name}: no parameters named {', '.join(constants)}")
-    built = triton.compile(
+    return triton.compile(
         ASTSource(kernel, signature, fixed, attributes),
         target=GPUTarget("cuda", build.capability, 32),
         options=build.config.options,
     )
-    used = _TENSOR_CORE.search(built.asm["ptx"])
-    registers, stack = _usage(built.asm["cubin"])
-    return Resources(registers, stack, built.metadata.shared, used[1] if used else "")
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

@@ -64,7 +64,7 @@ EXCEPTIONS = [
 
 # op: its modules beside those that every op has
 BESIDE = {
-    "adapter_linear": ["choice"],
+    "adapter_linear": ["choice", "fused_triton"],
     "cross_attention_adapter": ["backward_triton", "layout", "tiles_triton"],
 }
 # ops without kernels in the compiled library: `native` computes them of other ops
