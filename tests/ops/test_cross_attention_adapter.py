@@ -168,9 +168,11 @@ def test_a_row_without_keys_attends_to_nothing(run):
     y = ops.cross_attention_adapter(**inputs, backend=run[0])
     adapter = {k: v for k, v in inputs.items() if k not in ("q", "k", "v", "heads", "mask")}
     nothing = ops.adapter_linear(torch.zeros_like(inputs["q"]), **adapter, backend=run[0])
-    torch.testing.assert_close(y[1, 3], nothing[1, 3])
+    # beside each other y and the bias are rounded in another order
+    close = dict(rtol=0.0, atol=8 * torch.finfo(run[2]).eps)
+    torch.testing.assert_close(y[1, 3], nothing[1, 3], **close)
     inputs["mask"] = torch.zeros(mask.shape).to(run[2]).to(run[1]).masked_fill(~mask, -torch.inf)
-    torch.testing.assert_close(ops.cross_attention_adapter(**inputs, backend=run[0]), y)
+    torch.testing.assert_close(ops.cross_attention_adapter(**inputs, backend=run[0]), y, **close)
 
 
 @KERNELS

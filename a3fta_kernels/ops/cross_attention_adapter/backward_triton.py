@@ -37,6 +37,7 @@ from .tiles_triton import (
     SHAPES,
     append,
     cast,
+    head_constants,
     head_meta,
     key_meta,
     load_keys,
@@ -44,11 +45,11 @@ from .tiles_triton import (
     mask_arguments,
     masked_scores,
     outer,
-    shape_constants,
     softmax,
     store_rows,
     text_arguments,
     times,
+    variants,
     zeros,
 )
 
@@ -230,7 +231,7 @@ def key_grad_kernel(
 
 
 def query_grad_configs(
-    head_dim: int, keys: int, itemsize: int, block_r: int, capability: int
+    head_dim: int, keys: int, by_query: bool, itemsize: int, block_r: int, capability: int
 ) -> list[Config]:
     if keys > KEY_BLOCK:
         sizes = [(16, 8, 1)]
@@ -242,7 +243,8 @@ def query_grad_configs(
         sizes = [(64, 8, 2), (16, 4, 2)]
     else:  # without wgmma a product's operands stand in registers too
         sizes = [(16, 4, 2)]
-    return [config(w, s, BLOCK_M=m, BLOCK_R=block_r) for m, w, s in sizes]
+    # a mask by query is one more tile
+    return [config(w, s, BLOCK_M=m, BLOCK_R=block_r) for m, w, s in sizes if m < 64 or not by_query]
 
 
 def key_grad_configs(head_dim: int, itemsize: int, block_r: int, capability: int) -> list[Config]:
@@ -250,7 +252,7 @@ def key_grad_configs(head_dim: int, itemsize: int, block_r: int, capability: int
         sizes = [(64, 64, 8, 1), (32, 32, 4, 1)]
     elif head_dim <= 96 and capability in (90, 100, 103):
         sizes = [(64, 64, 8, 1)]
-    elif head_dim <= 128:
+    elif 96 < head_dim <= 128:
         sizes = [(32, 32, 8, 1)]
     else:
         sizes = [(16, 16, 4, 1)]
@@ -258,8 +260,9 @@ def key_grad_configs(head_dim: int, itemsize: int, block_r: int, capability: int
 
 
 @functools.cache
-def launch_query_grad(head_dim: int, keys: int) -> Launcher:
-    return Launcher(query_grad_kernel, functools.partial(query_grad_configs, head_dim, keys))
+def launch_query_grad(head_dim: int, keys: int, by_query: bool) -> Launcher:
+    configs = functools.partial(query_grad_configs, head_dim, keys, by_query)
+    return Launcher(query_grad_kernel, configs)
 
 
 @functools.cache
@@ -270,17 +273,23 @@ def launch_key_grad(head_dim: int) -> Launcher:
 _HEADS = tuple(dict.fromkeys(d for d, _ in SHAPES))
 AOT_KERNELS = (
     AotKernel(
-        launch_query_grad(*SHAPES[0]),
+        launch_query_grad(*SHAPES[0], False),
         pointers={"stats_ptr": "fp32"},
-        variants={f"D{d} N{n}": dict(shape_constants(d), **key_meta(n)) for d, n in SHAPES},
+        variants={
+            name: dict(head_constants(d, mask), **key_meta(n))
+            for name, (d, n, mask) in variants().items()
+        },
         ranks=(64,),
         dtypes=("bf16", "fp16"),
-        launchers={f"D{d} N{n}": launch_query_grad(d, n) for d, n in SHAPES},
+        launchers={
+            name: launch_query_grad(d, n, mask == "query")
+            for name, (d, n, mask) in variants().items()
+        },
     ),
     AotKernel(
         launch_key_grad(_HEADS[0]),
         pointers={"stats_ptr": "fp32", "dk_ptr": "fp32", "dv_ptr": "fp32"},
-        variants={f"D{d}": shape_constants(d) for d in _HEADS},
+        variants={f"D{d}": head_constants(d) for d in _HEADS},
         ranks=(64,),
         dtypes=("bf16", "fp16"),
         launchers={f"D{d}": launch_key_grad(d) for d in _HEADS},
@@ -316,9 +325,10 @@ def attention_grads(
     if batch * length == 0:
         blank = q.new_zeros(k.shape, dtype=torch.float32) if need_kv else None
         return dq, blank, blank
+    attended = mask_arguments(mask)
     shared = dict(
         dh_ptr=dh, da_ptr=da, w_down_ptr=w_down, stats_ptr=stats,
-        M=length, H=heads, R=rank, **text_arguments(q, k, v), **mask_arguments(mask),
+        M=length, H=heads, R=rank, **text_arguments(q, k, v), **attended,
         D=head_dim, SCALE=attention_scale, **head_meta(head_dim),
     )  # fmt: skip
 
@@ -327,8 +337,8 @@ def attention_grads(
             shared, dq_ptr=dq, **key_meta(keys)
         )
 
-    key = (rows_bucket(length), batch, heads)
-    launch_query_grad(head_dim, keys)(plan, q, block_r, *key)
+    key = (rows_bucket(length), batch, heads, mask is None)
+    launch_query_grad(head_dim, keys, attended["PER_QUERY"])(plan, q, block_r, *key)
     if not need_kv:
         return dq, None, None
     partial: dict[str, Tensor] = {}

@@ -64,10 +64,16 @@ def key_meta(keys: int) -> dict[str, int]:
     return dict(BLOCK_N=cut.block, COUNT_N=cut.full, TAIL_N=cut.tail)
 
 
-def shape_constants(head_dim: int) -> dict[str, Any]:
-    """What every build for such heads has in common, ahead of time."""
-    scale = head_dim**-0.5
-    return dict(D=head_dim, SCALE=scale, PER_QUERY=False, mask_ptr=None, **head_meta(head_dim))
+def head_constants(head_dim: int, mask: str = "") -> dict[str, Any]:
+    """What builds for such heads are given ahead of time; `mask` is "key", "query" or none."""
+    given = dict(D=head_dim, SCALE=head_dim**-0.5, PER_QUERY=mask == "query", stride_mask_n=1)
+    return given | head_meta(head_dim) | ({} if mask else {"mask_ptr": None})
+
+
+def variants() -> dict[str, tuple[int, int, str]]:
+    """head_dim, keys and mask of what is built ahead of time."""
+    plain = {f"D{d} N{n}": (d, n, "") for d, n in SHAPES}
+    return plain | {f"D64 N77 mask by {kind}": (64, 77, kind) for kind in ("key", "query")}
 
 
 def text_arguments(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
@@ -81,8 +87,10 @@ def text_arguments(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
 
 
 def mask_arguments(mask: Tensor | None) -> dict[str, Any]:
-    """For a mask seen as (B, H, M, N)."""
-    sizes = (0, 0, 0, 0) if mask is None else mask.stride()
+    """For a mask seen as (B, H, M, N); along keys it is dense."""
+    if mask is not None and mask.stride(3) != 1:
+        mask = mask.contiguous()
+    sizes = (0, 0, 0, 1) if mask is None else mask.stride()
     found = dict(zip((f"stride_mask_{x}" for x in "bhmn"), sizes, strict=True))
     return dict(mask_ptr=mask, PER_QUERY=sizes[2] != 0, **found)
 

@@ -41,6 +41,7 @@ from .tiles_triton import (
     SHAPES,
     append,
     cast,
+    head_constants,
     head_meta,
     key_meta,
     load_keys,
@@ -48,11 +49,11 @@ from .tiles_triton import (
     mask_arguments,
     masked_scores,
     outer,
-    shape_constants,
     softmax,
     store_rows,
     text_arguments,
     times,
+    variants,
     zeros,
 )
 
@@ -132,7 +133,7 @@ def attention_down_kernel(
 
 
 def attention_down_configs(
-    head_dim: int, keys: int, itemsize: int, block_r: int, capability: int
+    head_dim: int, keys: int, by_query: bool, itemsize: int, block_r: int, capability: int
 ) -> list[Config]:
     if keys > KEY_BLOCK:
         sizes = [(16, 8, 1)]
@@ -142,26 +143,30 @@ def attention_down_configs(
         sizes = [(64, 8, 2), (32, 8, 1), (16, 8, 1)]
     else:  # without wgmma a product's operands stand in registers too
         sizes = [(32, 8, 1), (16, 8, 1)]
-    return [config(w, s, BLOCK_M=m, BLOCK_R=block_r) for m, w, s in sizes]
+    # a mask by query is one more tile
+    return [config(w, s, BLOCK_M=m, BLOCK_R=block_r) for m, w, s in sizes if m < 64 or not by_query]
 
 
 @functools.cache
-def launch_attention_down(head_dim: int, keys: int) -> Launcher:
-    return Launcher(
-        attention_down_kernel, functools.partial(attention_down_configs, head_dim, keys)
-    )
+def launch_attention_down(head_dim: int, keys: int, by_query: bool) -> Launcher:
+    configs = functools.partial(attention_down_configs, head_dim, keys, by_query)
+    return Launcher(attention_down_kernel, configs)
 
 
 AOT_KERNELS = (
     AotKernel(
-        launch_attention_down(*SHAPES[0]),
+        launch_attention_down(*SHAPES[0], False),
         pointers={},
         variants={
-            f"D{d} N{n}": dict(ACT=2, **shape_constants(d), **key_meta(n)) for d, n in SHAPES
+            name: dict(ACT=2, **head_constants(d, mask), **key_meta(n))
+            for name, (d, n, mask) in variants().items()
         },
         ranks=(64,),
         dtypes=("bf16", "fp16"),
-        launchers={f"D{d} N{n}": launch_attention_down(d, n) for d, n in SHAPES},
+        launchers={
+            name: launch_attention_down(d, n, mask == "query")
+            for name, (d, n, mask) in variants().items()
+        },
     ),
 )
 
@@ -193,17 +198,19 @@ def forward(
     head_dim, keys = channels // heads, k.shape[1]
     block_r = rank_block(rank, RANK_LIMIT)
 
+    attended = mask_arguments(mask)
+
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
         return (triton.cdiv(length, meta["BLOCK_M"]) * batch,), dict(
-            w_down_ptr=w_down, b_down_ptr=dense(b_down),
-            gamma_ptr=dense(gamma), beta_ptr=dense(beta), hz_ptr=hz, a_ptr=a, M=length, H=heads,
-            R=rank, Z=columns - channels, **text_arguments(q, k, v), **mask_arguments(mask),
-            stride_hz=width, D=head_dim, SCALE=attention_scale,
-            ACT=activation_code(activation), **head_meta(head_dim), **key_meta(keys),
+            w_down_ptr=w_down, b_down_ptr=dense(b_down), gamma_ptr=dense(gamma),
+            beta_ptr=dense(beta), hz_ptr=hz, a_ptr=a, M=length, H=heads, R=rank,
+            Z=columns - channels, stride_hz=width, D=head_dim, SCALE=attention_scale,
+            ACT=activation_code(activation), **text_arguments(q, k, v), **attended,
+            **head_meta(head_dim), **key_meta(keys),
         )  # fmt: skip
 
-    key = (rows_bucket(length), batch, heads)
-    launch_attention_down(head_dim, keys)(plan, q, block_r, *key)
+    launch = launch_attention_down(head_dim, keys, attended["PER_QUERY"])
+    launch(plan, q, block_r, rows_bucket(length), batch, heads, mask is None)
     parts = [weight, v_up]
     if columns > channels + rank:  # what z's zeros meet
         parts.append(v_up.new_zeros(n, columns - channels - rank))
