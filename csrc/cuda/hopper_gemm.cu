@@ -162,31 +162,27 @@ __device__ __forceinline__ void consume(const Params<T>& p, const HopperTile& ti
     release();
     reading = -1;
   };
-  // the columns of the instruction are N; between two widths all products finish
-  const auto multiply = [&](auto width, int64_t depth) {
-    using Instruction = Wgmma<decltype(width)::value>;
-    for (; depth >= kHopperBlockK; depth -= kHopperBlockK) {
-      full[ring.stage].wait(ring.parity);
-      const uint64_t a = left(), b = right();
-      wgmma_fence();
+  // one stage's products, 16 of the reduction each
+  const auto step = [&](auto width, auto count) {
+    full[ring.stage].wait(ring.parity);
+    const uint64_t a = left(), b = right();
+    wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < kHopperBlockK / 16; ++k) {
-        Instruction::template from_shared<T, kTranspose>(sums, a + k * kNextLeft,
-                                                         b + k * kNextRight, started || k > 0);
-      }
-      started = true;
-      commit();
+    for (int k = 0; k < decltype(count)::value; ++k) {
+      Wgmma<decltype(width)::value>::template from_shared<T, kTranspose>(
+          sums, a + k * kNextLeft, b + k * kNextRight, started || k > 0);
     }
-    if (depth > 0) {
-      full[ring.stage].wait(ring.parity);
-      uint64_t a = left(), b = right();
-#pragma unroll 1
-      for (; depth > 0; depth -= 16, a += kNextLeft, b += kNextRight) {
-        wgmma_fence();
-        Instruction::template from_shared<T, kTranspose>(sums, a, b, started);
-        started = true;
-      }
-      commit();
+    started = true;
+    commit();
+  };
+  // `width` columns an instruction; between two widths all products finish. Of the last step the
+  // part beyond the depth is zero: most of it is left out.
+  const auto multiply = [&](auto width, int64_t depth) {
+    for (; depth > 32; depth -= kHopperBlockK) step(width, std::integral_constant<int, 4>{});
+    if (depth > 16) {
+      step(width, std::integral_constant<int, 2>{});
+    } else if (depth > 0) {
+      step(width, std::integral_constant<int, 1>{});
     }
   };
 
