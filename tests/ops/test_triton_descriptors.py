@@ -17,7 +17,8 @@ RUNS = pytest.mark.parametrize(
     "run", [r for r in runs() if r[0] == "triton" and r[2] in HALVES], ids=run_id
 )
 ANY_RUN = pytest.mark.parametrize("run", [r for r in runs() if r[0] == "triton"], ids=run_id)
-PATHS = pytest.mark.parametrize("path", ["fused", "concat"])
+PATH_NAMES = ("fused", "concat")
+PATHS = pytest.mark.parametrize("path", PATH_NAMES)
 BY_POINTERS = {"linear_forward_kernel", "concat_gemm_kernel"}
 BY_DESCRIPTORS = {"linear_forward_tma_kernel", "concat_gemm_tma_kernel"}
 
@@ -118,10 +119,16 @@ def test_fp32_and_older_chips_keep_pointers(path, run, monkeypatch, request):
 
 
 @RUNS
-def test_nan_stays_beside_the_slice(run, gemms):
-    """w_down beyond its columns reads as zero, and h there must not meet it: 0 * NaN is NaN."""
-    inputs = Case((40,), 64, 8, n=32, columns=(64, 192), biases=False).inputs(run[2], run[1])
-    inputs["h"].data[3, 2] = inputs["h"].data[5, 180] = torch.nan
-    for path in ("skinny", "fused", "concat"):
+@pytest.mark.parametrize("columns", [(64, 192), (72, 160)], ids=["whole steps", "ragged"])
+def test_nan_stays_beside_the_slice(columns, run, gemms):
+    """w_down beyond its columns reads as zero, and a NaN must not meet it: 0 * NaN is NaN."""
+    inputs = Case((40,), 64, 8, n=32, columns=columns, biases=False).inputs(run[2], run[1])
+    start, end = columns[0], columns[0] + 64
+    inputs["h"].data[3, start - 1] = inputs["h"].data[5, end] = torch.nan
+    leaves = [inputs[k] for k in ("w_down", "w_up", "h")]
+    for path in PATH_NAMES:
         y = ops.adapter_linear(**inputs, backend="triton", path=path)
         assert y.isnan().any(1).nonzero().flatten().tolist() == [3, 5]
+        dy = torch.ones_like(y)
+        assert all(g.isfinite().all() for g in torch.autograd.grad(y, leaves, dy))
+    assert gemms == BY_DESCRIPTORS
