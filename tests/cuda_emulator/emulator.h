@@ -120,7 +120,11 @@ inline void __pipeline_wait_prior(size_t groups) { emulator::wait_prior(groups);
 
 // the CUDA runtime
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidClusterSize = 912,
+};
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
   cudaFuncAttributeNonPortableClusterSizeAllowed = 9,
@@ -134,6 +138,10 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
 };
 using cudaStream_t = void*;
+
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
 
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -161,6 +169,12 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute wh
   } else {
     emulator::allow_large_clusters(kernel);
   }
+  return cudaSuccess;
+}
+
+// the kernels are compiled for every chip
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, const void*) {
+  found->ptxVersion = emulator::chip().capability;
   return cudaSuccess;
 }
 
