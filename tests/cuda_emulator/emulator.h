@@ -85,6 +85,7 @@ void mailbox_expect(uint64_t* box, int bytes);
 void mailbox_wait(uint64_t* box, int parity);
 void send(void* to, uint2 value, uint64_t* box);
 void deliver_late(bool on);  // the default
+bool delivers_late();
 
 // The 16-byte accesses of device memory, by vector: what a kernel moves can be held to its floor.
 void count_read(const void* from);
