@@ -243,8 +243,9 @@ inline Grid cluster_grid(int64_t clusters, int blocks, int64_t shared_bytes) {
   return grid;
 }
 
-// How many clusters for `rows` rows: as many as the device holds at once, none where its
-// processors are too few or shared. Asked of the driver once per kind of launch.
+// How many clusters for `rows` rows: as many as the device holds at once. None where its processors
+// are too few or shared, or where the library has nothing newer than sm_80 for it, whose kernel is
+// empty. Asked of the driver once per kind of launch.
 template <typename... Params>
 int64_t cluster_count(const char* name, void (*kernel)(Params...), int blocks,
                       int64_t shared_bytes, int64_t rows) {
@@ -253,15 +254,28 @@ int64_t cluster_count(const char* name, void (*kernel)(Params...), int blocks,
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto entry = known.try_emplace(
-      {device, reinterpret_cast<const void*>(kernel), blocks, shared_bytes}, 0);
-  int& resident = entry.first->second;
-  if (entry.second) {
-    cudaLaunchConfig_t config{};
-    cudaLaunchAttribute attribute{};
-    configure(config, attribute, name, kernel, cluster_grid(1, blocks, shared_bytes), nullptr);
-    check(cudaOccupancyMaxActiveClusters(&resident, kernel, &config), name);
+  const auto* const function = reinterpret_cast<const void*>(kernel);
+  const std::tuple key{device, function, blocks, shared_bytes};
+  auto found = known.find(key);
+  if (found == known.end()) {
+    int resident = 0;
+    cudaFuncAttributes compiled{};
+    check(cudaFuncGetAttributes(&compiled, function), name);
+    if (compiled.ptxVersion >= 90) {
+      cudaLaunchConfig_t config{};
+      cudaLaunchAttribute attribute{};
+      configure(config, attribute, name, kernel, cluster_grid(1, blocks, shared_bytes), nullptr);
+      const cudaError_t status = cudaOccupancyMaxActiveClusters(&resident, kernel, &config);
+      if (status == cudaErrorInvalidClusterSize) {
+        cudaGetLastError();
+        resident = 0;
+      } else {
+        check(status, name);
+      }
+    }
+    found = known.emplace(key, resident).first;
   }
+  const int64_t resident = found->second;
   const int64_t blocks_m = ceil_div(rows, kClusterRows);
   return blocks_m < resident ? blocks_m : resident;
 }

@@ -343,17 +343,14 @@ void mailbox_wait(uint64_t* box, int parity) {
 
 void send(void* to, uint2 value, uint64_t* box) {
   Mailbox& m = mailbox(box);
-  if (late_delivery) {
-    m.late.emplace_back(to, value);
-  } else {
-    std::memcpy(to, &value, 8);
-  }
+  if (late_delivery) m.late.emplace_back(to, value);
   m.bytes += 8;
   release(box);
   close_phase(m);
 }
 
 void deliver_late(bool on) { late_delivery = on; }
+bool delivers_late() { return late_delivery; }
 
 void copy_async(void* to, const void* from, size_t bytes, bool real) {
   self->groups.back().push_back({to, from, bytes, real});

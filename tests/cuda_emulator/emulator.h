@@ -85,6 +85,7 @@ void mailbox_expect(uint64_t* box, int bytes);
 void mailbox_wait(uint64_t* box, int parity);
 void send(void* to, uint2 value, uint64_t* box);
 void deliver_late(bool on);  // the default
+bool delivers_late();
 
 // The 16-byte accesses of device memory, by vector: what a kernel moves can be held to its floor.
 void count_read(const void* from);
@@ -131,7 +132,11 @@ inline void __pipeline_wait_prior(size_t groups) { emulator::wait_prior(groups);
 
 // the CUDA runtime
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidClusterSize = 912,
+};
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
   cudaFuncAttributeNonPortableClusterSizeAllowed = 9,
@@ -145,6 +150,10 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
 };
 using cudaStream_t = void*;
+
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
 
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -172,6 +181,12 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute wh
   } else {
     emulator::allow_large_clusters(kernel);
   }
+  return cudaSuccess;
+}
+
+// the kernels are compiled for every chip
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, const void*) {
+  found->ptxVersion = emulator::chip().capability;
   return cudaSuccess;
 }
 

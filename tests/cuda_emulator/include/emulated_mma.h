@@ -121,7 +121,10 @@ inline void mailbox_expect(uint64_t* box, int bytes) { emulator::mailbox_expect(
 inline void mailbox_wait(uint64_t* box, int phase) { emulator::mailbox_wait(box, phase & 1); }
 inline void send8(void* to, uint2 value, uint64_t* box, unsigned rank) {
   emulator::require_aligned(to, 8);
-  emulator::send(map_shared(static_cast<unsigned char*>(to), rank), value, map_shared(box, rank));
+  void* const there = map_shared(static_cast<unsigned char*>(to), rank);
+  // here, where the sanitizers see it
+  if (!emulator::delivers_late()) std::memcpy(there, &value, 8);
+  emulator::send(there, value, map_shared(box, rank));
 }
 
 }  // namespace a3fta::cuda
