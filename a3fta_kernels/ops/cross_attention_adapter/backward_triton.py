@@ -65,7 +65,7 @@ def query_grad_kernel(
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """q (B, M, C), k and v (B, N, C); dh (B * M, C) without its part from da (B * M, R);
-    dq (B * M, C). stats (B, H, 3, M): top and norm of `probabilities`, and delta.
+    dq (B * M, C). stats (B, H, 3, M): top and norm of `softmax`, and delta.
 
     One program per BLOCK_M rows of one sample.
     """
