@@ -10,7 +10,7 @@ Options, environment variables read while building:
     CXX               the C++ compiler (default: c++, g++ or clang++)
     A3FTA_NATIVE=0    install without the compiled library
     A3FTA_CUDA=0      build without CUDA kernels; 1: fail where nvcc is missing (default: if found)
-    A3FTA_CUDA_ARCHS  GPU architectures, e.g. "90a" or "80+PTX 120" (default: all of CUDA_ARCHS)
+    A3FTA_CUDA_ARCHS  GPU architectures, e.g. "90" or "80+PTX 120" (default: all of CUDA_ARCHS)
     MAX_JOBS          how many compilers run at once (default: the number of processors)
 
 Objects are kept in build/native and rebuilt when a source, a header, or the command changes.
@@ -117,10 +117,14 @@ class Cuda:
                     raise RuntimeError(f"A3FTA_CUDA_ARCHS: {self.nvcc} does not know sm_{number}")
                 say(f"{self.nvcc} does not know sm_{number}: left out")
                 continue
-            arch = number + suffix
+            # these chips have instructions that only their own code may use; PTX is for others
+            arch = f"{number}a" if number in ("90", "100") else number + suffix
             flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
             if ptx:
-                flags += ["-gencode", f"arch=compute_{arch},code=compute_{arch}"]
+                ptx_arch = number + suffix
+                flags += ["-gencode", f"arch=compute_{ptx_arch},code=compute_{ptx_arch}"]
+            if arch == "90a":
+                flags.append("-DA3FTA_SM90A")
         return flags
 
 

@@ -259,6 +259,15 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 #endif
 }
 
+// Whether the device runs the kernel's code: elsewhere its body is empty.
+bool chip_fits() {
+#if defined(A3FTA_SM90A) || !defined(__CUDACC__)
+  return chip().capability == 90;
+#else
+  return false;
+#endif
+}
+
 // what 32-bit coordinates reach, with a tile to spare
 constexpr int64_t kLargest = INT32_MAX - 256;
 
@@ -313,14 +322,14 @@ bool hopper_takes(DType dtype, const AdapterLinearForward& args) {
          takes(args.weight) && takes(args.w_down) && vectors(args.v) && vectors(args.residual) &&
          vectors(args.y) && aligned(args.bias.data) && aligned(args.b_down.data) &&
          aligned(args.a.data) && aligned(args.modulation.gamma) &&
-         aligned(args.modulation.beta) && chip().capability == 90;
+         aligned(args.modulation.beta) && chip_fits();
 }
 
 bool hopper_takes(DType dtype, bool transposed, const Product& args) {
   const bool slice = transposed || (args.start % 8 == 0 && args.b2.cols % 8 == 0);
   return dtype != DType::fp32 && slice && takes(args.a) && takes(args.b) && takes(args.a2) &&
          takes(args.b2) && vectors(args.residual) && vectors(args.y) &&
-         aligned(args.bias.data) && chip().capability == 90;
+         aligned(args.bias.data) && chip_fits();
 }
 
 void hopper_adapter_linear(DType dtype, const AdapterLinearForward& args, cudaStream_t stream) {
