@@ -186,6 +186,15 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     return None
 
 
+@functools.cache
+def device_class(device: torch.device) -> str:
+    """What measurements are kept under: of a GPU "sm_90" and the like, else the device's type."""
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
 def _capability() -> str:
     major, minor = torch.cuda.get_device_capability()
     return f"this GPU is sm_{major}{minor}"

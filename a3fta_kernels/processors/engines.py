@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..backends import BackendUnavailableError, flash3_status, xformers_status
+from ..backends import BackendUnavailableError, device_class, flash3_status, xformers_status
 
 # what set_attention and A3FTAAttnProcessor take; sdpa is PyTorch's own choice of kernel
 ENGINES = ("auto", "sdpa", "flash", "cudnn", "efficient", "flash3", "xformers", "math", "sliced")
@@ -66,15 +66,6 @@ def _order(device: torch.device, head_dim: int) -> list[SDPBackend]:
 
 # a constant for the compiler, as `backends.resolve` is
 _order._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@functools.cache
-def device_class(device: torch.device) -> str:
-    """sm_90 and the like; of other devices the type."""
-    if device.type != "cuda":
-        return device.type
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
 
 
 def sdpa(attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

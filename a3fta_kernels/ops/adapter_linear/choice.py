@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...backends import device_class
+
 TABLE = Path(__file__).with_name("choices.json")
 REACH = 2.0  # the factor in M, N, K or R up to which a measurement speaks for a shape
 
@@ -108,15 +110,6 @@ def spans(
                 break
         low = high
     return found
-
-
-@functools.cache
-def device_class(device: torch.device) -> str:
-    """The device's type, or for a GPU its compute capability, as in "sm_90"."""
-    if device.type != "cuda":
-        return device.type
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
 
 
 @functools.lru_cache(maxsize=4096)
