@@ -19,6 +19,7 @@ import a3fta_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = ROOT / "build" / "tests"
+INTERPRETED = ("tests/ops", "tests/processors/test_cross_attention.py", "-k", "triton or launches")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def stages(workers: int) -> list[Stage]:
     return [
         Stage("suite", ("tests", "--ignore=tests/aot", "--benchmark-disable", *parallel), {}),
         # the interpreter has to be chosen before a kernel is decorated: a process of its own
-        Stage("interpreter", ("tests/ops", "-k", "triton", *parallel), {"TRITON_INTERPRET": "1"}),
+        Stage("interpreter", (*INTERPRETED, *parallel), {"TRITON_INTERPRET": "1"}),
         # and what it decorates cannot be compiled
         Stage("ahead-of-time", ("tests/aot",), {}),
     ]

@@ -22,6 +22,7 @@ from a3fta_kernels.backends import triton_interpreted
 from a3fta_kernels.ops.adapter import contract as adapter_contract
 from a3fta_kernels.ops.adapter_linear import choice
 from a3fta_kernels.ops.adapter_linear import contract as linear_contract
+from benchmarks import floors
 from benchmarks.measure import _VIEWS
 from benchmarks.workloads import Workload
 
@@ -247,7 +248,10 @@ def test_passes_of_adapter_against_the_floor(traffic):
     run = run_adapter(traffic, M, C, R)
     forward = run.forward.passes(run.h, run.y)
     backward = run.backward.passes(run.dy, run.h, run.dh)
-    floor = Workload("", 1, M, C, R).bytes("adapter", "forward+backward", DTYPE) // DTYPE.itemsize
+    floor = (
+        floors.moved("adapter", Workload("", 1, M, C, R), "forward+backward", DTYPE)
+        // DTYPE.itemsize
+    )
     narrow = 2 * M * R + 4 * C * R  # a, written and read; both weights, twice
     assert (forward + backward) * M * C == floor - narrow + M * C
 
@@ -312,9 +316,9 @@ WHOLE = Workload("", 1, 128, 128, 64)
 def test_flop_of_adapter(traffic):
     w = WHOLE
     run = run_adapter(traffic, w.m, w.c, w.r)
-    forward = w.flop("adapter", "forward")
+    forward = floors.flop("adapter", w, "forward")
     assert run.forward.flop == forward
-    assert run.forward.flop + run.backward.flop == w.flop("adapter", "forward+backward")
+    assert run.forward.flop + run.backward.flop == floors.flop("adapter", w, "forward+backward")
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -326,32 +330,32 @@ def test_flop_of_adapter_linear(path, traffic):
         forward = 2 * m * c * n + 2 * m * r * (c + n) + 2 * n * c * r
         backward = 2 * m * c * n + 4 * m * r * (c + n) + 2 * n * c * r
         if n == c:
-            assert forward == WHOLE.flop("adapter_linear", "forward")
-            assert forward + backward == WHOLE.flop("adapter_linear", "forward+backward")
+            assert forward == floors.flop("adapter_linear", WHOLE, "forward")
+            assert forward + backward == floors.flop("adapter_linear", WHOLE, "forward+backward")
         again = 2 * m * c * r * (n // 128 - 1) if path == "fused" else 0
         assert run.forward.flop == forward + again
         assert run.backward.flop == backward
 
 
 # op, path: kernels of ours, products by the library (V among them), and what else PyTorch runs:
-# the sum over the tiles of da, casts of the weight gradients, the scale. Where the chip has more
+# the sum over the tiles of da, casts of the weight gradients. Where the chip has more
 # processors, each sum over rows has parts, and adding them is one more
 LAUNCHES = {
     ("adapter", ""): (
         (["rows_forward"], 0, 0),
-        (["rows_backward", "weight_grad", "weight_grad"], 0, 4),
+        (["rows_backward", "weight_grad", "weight_grad"], 0, 3),
     ),
     ("adapter_linear", "skinny"): (
         (["rows_forward"], 2, 0),
-        (["rows_backward", "weight_grad", "weight_grad"], 3, 6),
+        (["rows_backward", "weight_grad", "weight_grad"], 3, 5),
     ),
     ("adapter_linear", "fused"): (
         (["linear_forward"], 1, 0),
-        (["rows_backward", "concat_gemm", "weight_grad", "weight_grad"], 1, 6),
+        (["rows_backward", "concat_gemm", "weight_grad", "weight_grad"], 1, 5),
     ),
     ("adapter_linear", "concat"): (
         (["rows_forward", "concat_gemm"], 1, 0),
-        (["rows_backward", "concat_gemm", "weight_grad", "weight_grad"], 1, 6),
+        (["rows_backward", "concat_gemm", "weight_grad", "weight_grad"], 1, 5),
     ),
 }
 
