@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,11 +49,12 @@ def set_attention(model: Any, engine: str) -> dict[str, str]:
     for name, layer, ours in _layers(root):
         if ours is None:
             continue
-        ours.attention = engine
         before = layer.get_processor()  # type: ignore[operator]
-        if ours is not before:
-            _remember(root, layer, name, before)
-            layer.set_processor(ours)  # type: ignore[operator]
+        # a processor may be the user's own, and serve layers without an adapter
+        fresh = copy.copy(ours)
+        fresh.attention = engine
+        _remember(root, layer, name, before)
+        layer.set_processor(fresh)  # type: ignore[operator]
     return engines_in_use(root)
 
 
@@ -89,11 +91,7 @@ def fuse_qkv(model: Any) -> dict[str, str]:
 
 def unfuse_qkv(model: Any) -> None:
     """Undoes `fuse_qkv`: every weight in memory of its own."""
-    for _, _, groups in _groups(denoiser(model)):
-        for group in groups:
-            weights: list[Any] = [layer._parameters.get("weight") for layer in group]
-            if qkv.joint(weights) is not None:
-                qkv.lay_apart(group)
+    qkv.lay_apart(denoiser(model))
 
 
 def _groups(root: nn.Module) -> Iterator[tuple[str, nn.Module, list[tuple[nn.Module, ...]]]]:

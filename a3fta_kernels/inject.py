@@ -271,16 +271,18 @@ def _inside(layer: nn.Module) -> nn.Module:
 
 
 def _apply(root: nn.Module, plan: Plan) -> None:
-    fresh = {
-        name: DESIGNS[plan.config.design](
-            linear.in_features,
-            plan.ranks[name],
-            plan.config,
-            device=_adapter_device(linear),
-            dtype=adapter_dtype(linear, plan.config),
-        )
-        for name, linear in plan.targets.items()
-    }
+    # a parameter made in inference mode could not be trained
+    with torch.inference_mode(False):
+        fresh = {
+            name: DESIGNS[plan.config.design](
+                linear.in_features,
+                plan.ranks[name],
+                plan.config,
+                device=_adapter_device(linear),
+                dtype=adapter_dtype(linear, plan.config),
+            )
+            for name, linear in plan.targets.items()
+        }
     if RECORD not in root.__dict__:
         root.__dict__[RECORD] = {"trained": _freeze(root), "processors": {}}
     record = root.__dict__[RECORD]

@@ -30,7 +30,7 @@ PROVENANCE = ("device", "date", "commit", "driver", "torch", "triton")
 def choices(results: dict[str, Any]) -> dict[str, Any]:
     """The entry of choices.json for one file of results."""
     about = results["environment"]
-    if about["quick"]:
+    if about.get("quick", False):
         raise ValueError("results: expected those of a full run, got a --quick one")
     medians: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
     for row in results["rows"]:
@@ -71,11 +71,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("results", type=Path, help="benchmarks/results/<device>.json")
     parser.add_argument("--table", type=Path, default=choice.TABLE)
     options = parser.parse_args(arguments)
-    results = json.loads(options.results.read_text())
-    device = results["environment"].get("capability", "cpu")
     try:
+        results = json.loads(options.results.read_text())
+        if not isinstance(results, dict) or not {"environment", "rows"} <= results.keys():
+            raise ValueError("results: expected those of benchmarks/run.py, got another file")
+        device = results["environment"].get("capability", "cpu")
         entry = choices(results)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"choose: {options.results.name}: {error}", file=sys.stderr)
         return 1
     table = json.loads(options.table.read_text()) | {device: entry}

@@ -314,7 +314,7 @@ def files(folder: Path, quick: bool) -> list[Path]:
     for path in sorted(folder.glob("*.json")):
         data = json.loads(path.read_text())
         environment = data.get("environment", {}) if isinstance(data, dict) else {}
-        if "rows" in data and "capability" in environment and environment["quick"] == quick:
+        if "rows" in data and "capability" in environment and environment.get("quick") == quick:
             found.append(path)
     return found
 
@@ -324,6 +324,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="of a quick run")
     options = parser.parse_args(arguments)
+    if not options.results.is_dir():
+        parser.error(f"--results: expected a folder, got {options.results}")
     paths = files(options.results, options.quick)
     for path in paths:
         found = json.loads(path.read_text())

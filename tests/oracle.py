@@ -245,6 +245,9 @@ def check(
         others = [eager.grads[name], *(o.grads[name] for o in rounded)]
         # the one sum over everything: it may cancel, its terms are of the size of dy
         unit = dy.double().norm() if name == "scale" else 0.0
+        if case.heads and name in ("q", "k"):
+            # dp - delta, which is 0 for a single key
+            unit = torch.linalg.vector_norm(dy.double(), float("inf")) if dy.numel() else 0.0
         compare(f"d{name}", grad, others, exact.grads[name], dtype, factor, unit)
 
 

@@ -232,3 +232,9 @@ def test_files_in_and_out(tmp_path, capsys):
         "met": 0, "missed": 0, "not measured": len(targets.TARGETS)
     }  # fmt: skip
     assert gpu.read_targets("Traceback")[1] == "the targets were not reported"
+
+
+def test_a_folder_that_is_not_there(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        targets.main(["--results", str(tmp_path / "none")])
+    assert "--results: expected a folder, got" in capsys.readouterr().err

@@ -120,5 +120,6 @@ def refuse_second_derivative() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "create_graph: expected False, the kernels have no second derivative; got True. "
-            "Use backend='reference', which has it"
+            "Use backend='reference', which has it; in a model beside attention='math', as "
+            "PyTorch's attention kernels have none either"
         )

@@ -15,18 +15,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops.rule import autocast_dtype, is_plain
 from ..ops.validate import FLOATS
 
+_JOINED = "_a3fta_joined"  # on a layer that `lay_side_by_side` moved
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def project(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
     """layer(x) for each of the layers."""
-    # the compiler sees the modules: it sums gradients in kernels of its own
-    if not is_plain(x) or why_not_plain(layers) is not None:
+    # the compiler sees the modules: it sums gradients in kernels of its own; so do torch.func and
+    # forward-mode derivatives, which the function below does not have
+    if not is_plain(x) or _transformed() or why_not_plain(layers) is not None:
         return tuple(layer(x) for layer in layers)
     weights: list[Any] = [layer._parameters["weight"] for layer in layers]
     biases = [layer._parameters["bias"] for layer in layers]
@@ -41,17 +44,22 @@ def project(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
     return products(x, weights, biases)
 
 
+def _transformed() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def why_not_plain(layers: Sequence[nn.Module]) -> str | None:
     """Why the weights must not be read past the modules; None where they may."""
     if _has_any_global_hook():
         return "hooks on all modules are set"
     for layer in layers:
         if type(layer) is not nn.Linear:
-            return f"a layer is of class {type(layer).__name__}, not a plain Linear"
+            kind = type(layer)
+            return f"a layer is a {kind.__module__}.{kind.__name__}, not a plain nn.Linear"
         state = layer.__dict__
         if "forward" in state or any(state[name] for name in _HOOKS):
             return "a layer carries hooks"
-        weight = state["_parameters"]["weight"]
+        weight = state["_parameters"].get("weight")
         if type(weight) is not nn.Parameter:
             return f"a weight is a {type(weight).__name__}, not a plain parameter"
         if weight.dtype not in FLOATS:
@@ -133,15 +141,24 @@ def lay_side_by_side(layers: Sequence[nn.Module]) -> None:
         found = [p for p in parameters if p is not None]
         if len(found) < len(layers) or joint(parameters) is not None:
             continue
-        whole = torch.cat([p.detach() for p in found])
-        parts = whole.split([p.shape[0] for p in found])
-        for i, (parameter, part) in enumerate(zip(found, parts, strict=True)):
-            parameter.data = part if i == 0 else torch.from_dlpack(part)
-
-
-def lay_apart(layers: Sequence[nn.Module]) -> None:
-    """Undoes `lay_side_by_side`: each tensor in memory of its own size."""
+        # a tensor made in inference mode could not be trained beside
+        with torch.inference_mode(False):
+            whole = torch.cat([p.detach() for p in found])
+            parts = whole.split([p.shape[0] for p in found])
+            for i, (parameter, part) in enumerate(zip(found, parts, strict=True)):
+                parameter.data = part if i == 0 else torch.from_dlpack(part)
     for layer in layers:
-        for parameter in layer._parameters.values():
-            if parameter is not None:
-                parameter.data = parameter.detach().clone()
+        layer.__dict__[_JOINED] = True
+
+
+def lay_apart(root: nn.Module) -> None:
+    """Undoes every `lay_side_by_side` below `root`: each tensor in memory of its own size.
+
+    Also where something parted the layers since, but left their memory shared.
+    """
+    for layer in root.modules():
+        if layer.__dict__.pop(_JOINED, False):
+            with torch.inference_mode(False):
+                for parameter in layer._parameters.values():
+                    if parameter is not None and not parameter.is_inference():
+                        parameter.data = parameter.detach().clone()

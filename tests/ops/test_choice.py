@@ -336,3 +336,14 @@ def test_the_report_says_which_path(run, on, taken):
         "1 x C=16 N=24 R=4, backend native, path fused (by rule), from 32 rows concat (measured), "
         "from 129 rows fused (by rule)" in text
     )
+
+
+@pytest.mark.parametrize("text", [None, "", "[1]", '{"kernels": {}}'])
+def test_files_that_are_no_results(text, tmp_path, capsys):
+    path, table = tmp_path / "some.json", tmp_path / "table.json"
+    table.write_text("{}\n")
+    if text is not None:
+        path.write_text(text)
+    assert choose.main([str(path), "--table", str(table)]) == 1
+    assert capsys.readouterr().err.startswith("choose: some.json: ")
+    assert table.read_text() == "{}\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -279,8 +281,8 @@ GOOD = dict(q=Q, k=K, v=K, w_down=DOWN, w_up=UP, weight=W, heads=2)
 BAD = [
     (dict(q=Q[0]), ValueError, r"q: expected shape \(B, Lq, C\), got \(5, 16\)"),
     (dict(q=Q.int()), TypeError, r"q: expected dtype .*got torch.int32"),
-    (dict(heads=3), ValueError, r"heads: expected a number that divides q's 16 channels, got 3"),
-    (dict(heads=2.0), ValueError, r"heads: expected a number .*got 2.0"),
+    (dict(heads=3), ValueError, r"heads: expected an int that divides q's 16 channels, got 3"),
+    (dict(heads=2.0), ValueError, r"heads: expected an int .*got 2.0"),
     (dict(k=K[:, :0]), ValueError, r"k: expected shape \(B, Lk, C\) with a key, got \(2, 0, 16\)"),
     (dict(k=K[:1]), ValueError, r"k: expected shape \(2, 7, 16\), .*got \(1, 7, 16\)"),
     (dict(v=K[:, :6]), ValueError, r"v: expected shape \(2, 7, 16\), that of k, got \(2, 6, 16\)"),
@@ -305,3 +307,16 @@ BAD = [
 def test_bad_input(change, error, message):
     with pytest.raises(error, match=message):
         ops.cross_attention_adapter(**(GOOD | change))
+
+
+def test_the_reference_has_every_derivative_and_keeps_nan():
+    draw = functools.partial(torch.randn, dtype=torch.float64)
+    q, k, v = draw(1, 3, 8), draw(1, 4, 8), draw(1, 4, 8)
+    rest = draw(2, 8), draw(8, 2), draw(3, 8)
+
+    def run(q):
+        return ops.cross_attention_adapter(q, k, v, *rest, heads=2, backend="reference")
+
+    assert torch.autograd.gradgradcheck(run, q.clone().requires_grad_())
+    q[0, 1, 3] = torch.nan
+    assert run(q).isnan().any(-1).nonzero().tolist() == [[0, 1]]

@@ -334,3 +334,16 @@ def test_the_copies_that_math_makes_are_found():
         engines.math(layer, x, x, x, None)
     names = [name for name, _, _ in forward.calls]
     assert sum("clone" in name for name in names) == 4, names
+
+
+def test_a_processor_of_the_user_is_not_changed():
+    """diffusers shares one instance over all layers; those without an adapter keep it as it is."""
+    model = models.build("sd15")
+    own = A3FTAAttnProcessor("math")
+    model.set_attn_processor(own)
+    a3fta.inject(model, a3fta.AdapterConfig(rank=4, targets="mid_block"))
+    chosen = a3fta.set_attention(model, "flash")
+    assert own.attention == "math" and set(chosen.values()) == {"flash"}
+    assert own in model.attn_processors.values()
+    a3fta.eject(model)
+    assert all(processor is own for processor in model.attn_processors.values())

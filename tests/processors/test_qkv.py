@@ -242,7 +242,9 @@ class TestFuseQKV:
             assert self.joined(model) == {False}
             found = a3fta.fuse_qkv(model)
             assert set(found.values()) == {""} and self.joined(model) == {True}
-            models.assert_unchanged(model, before)
+            state = model.state_dict()
+            assert state.keys() == before["state"].keys()
+            assert all(torch.equal(state[name], x) for name, x in before["state"].items())
             torch.testing.assert_close(models.run(model, "sd15", masked=True), expected)
             a3fta.fuse_qkv(model)  # again changes nothing
             a3fta.unfuse_qkv(model)
@@ -361,3 +363,74 @@ class TestFuseQKV:
     def test_without_adapters(self):
         with pytest.raises(ValueError, match="model: expected a model with adapters"):
             a3fta.fuse_qkv(models.build("sd15"))
+
+
+def test_functional_transforms_and_forward_mode():
+    """The stock model's derivatives of every kind, on the reference."""
+    model = models.build("sd15")
+    a3fta.inject(model, a3fta.AdapterConfig(rank=4), backend="reference")
+    a3fta.set_attention(model, "math")
+    text, sample = torch.randn(1, 7, 32), torch.randn(1, 4, 16, 16)
+
+    def loss(x):
+        return model(x, 7, text).sample.square().mean()
+
+    expected = torch.autograd.grad(loss(leaf := sample.clone().requires_grad_()), leaf)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(sample), expected)
+    tangent = torch.randn_like(sample)
+    _, slope = torch.func.jvp(loss, (sample,), (tangent,))
+    torch.testing.assert_close(slope.detach(), (expected * tangent).sum())
+
+
+def test_fusing_in_inference_mode_leaves_a_model_that_trains():
+    model = models.build("sd15")
+    with torch.inference_mode():
+        a3fta.inject(model, a3fta.AdapterConfig(rank=4))
+        a3fta.fuse_qkv(model)
+    model(**models.inputs("sd15")).sample.sum().backward()
+    with torch.inference_mode():
+        a3fta.eject(model)
+    assert not any(p.is_inference() for p in model.parameters())
+
+
+def parted_by_peft(model):
+    from peft import LoraConfig
+
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_k"]))
+    return model
+
+
+def parted_by_a_parameter(model):
+    layer = model.mid_block.attentions[0].transformer_blocks[0].attn1.to_v
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    return model
+
+
+def parted_by_saving(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("part", [parted_by_peft, parted_by_a_parameter, parted_by_saving])
+def test_what_parts_the_layers_leaves_no_memory_behind(part):
+    model = models.build("sd15")
+    a3fta.inject(model, a3fta.AdapterConfig(rank=4))
+    a3fta.fuse_qkv(model)
+    model = part(model)
+    a3fta.unfuse_qkv(model)
+    attention = [m for name, m in model.named_modules() if name.endswith(("attn1", "attn2"))]
+    weights = [p for m in attention for p in m.parameters()]
+    assert weights and all(p.untyped_storage().nbytes() == p.nbytes for p in weights)
+
+
+def test_a_weight_that_is_no_parameter():
+    model = models.build("sd15")
+    a3fta.inject(model, a3fta.AdapterConfig(rank=4))
+    before = model(**models.inputs("sd15")).sample
+    layer = model.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    weight = layer.weight.detach().clone()
+    del layer.weight
+    layer.weight = weight
+    assert torch.equal(model(**models.inputs("sd15")).sample, before)

@@ -176,7 +176,7 @@ def _check_attention(
     batch, length, channels = q.shape
     if type(heads) is not int or heads < 1 or channels % heads:
         raise ValueError(
-            f"heads: expected a number that divides q's {channels} channels, got {heads!r}"
+            f"heads: expected an int that divides q's {channels} channels, got {describe(heads)}"
         )
     check_tensor("k", k)
     if k.dim() != 3 or k.shape[1] == 0:

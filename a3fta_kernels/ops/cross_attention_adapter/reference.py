@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..adapter_linear.reference import adapter_linear
 
@@ -50,7 +51,9 @@ def cross_attention_adapter(
     beta: Tensor | None = None,
 ) -> Tensor:
     """adapter_linear(attention(q, k, v), ...)."""
-    h = attention(q, k, v, heads=heads, mask=mask, attention_scale=attention_scale)
+    # of PyTorch's kernels the one that keeps every NaN and has all derivatives
+    with sdpa_kernel(SDPBackend.MATH):
+        h = attention(q, k, v, heads=heads, mask=mask, attention_scale=attention_scale)
     return adapter_linear(
         h, w_down, w_up, weight, bias, b_down, b_up, residual=residual, scale=scale,
         activation=activation, gamma=gamma, beta=beta,
