@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         unfreeze,
         unmerge,
     )
+    from .lean import LeanReport, lean
     from .projection import AdaptedProjection
     from .storage import AdapterFileError, load_adapter, save_adapter
 
@@ -45,6 +46,7 @@ __all__ = [
     "BackendStatus",
     "BackendUnavailableError",
     "InjectionReport",
+    "LeanReport",
     "attn_processors",
     "backends",
     "disable_adapters",
@@ -54,6 +56,7 @@ __all__ = [
     "freeze_for_inference",
     "fuse_qkv",
     "inject",
+    "lean",
     "load_adapter",
     "merge",
     "ops",
@@ -90,6 +93,7 @@ _HOMES = {
         "unfreeze",
         "unmerge",
     ),
+    "lean": ("LeanReport", "lean"),
     "projection": ("AdaptedProjection",),
     "storage": ("AdapterFileError", "load_adapter", "save_adapter"),
 }

@@ -18,9 +18,10 @@ from .adapters import DESIGNS, AdapterConfig
 from .attention import engines_in_use, unfuse_qkv
 from .backends import BACKENDS, resolve
 from .checks import check_choice, describe
+from .forwards import check_forward
 from .merging import merge, unmerge
 from .processors import Family
-from .projection import AdaptedProjectionMixin, adapt, check_forward, check_restorable, restore
+from .projection import AdaptedProjectionMixin, adapt, check_restorable, restore
 from .report import InjectionReport, LayerReport, describe_layer
 from .switch import (
     disable_adapters,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -20,6 +19,7 @@ from . import ops
 from .adapters import BottleneckAdapter
 from .adapters.bottleneck import Tensors
 from .backends import resolve
+from .forwards import check_forward, rebind_forward
 from .ops.activations import activate
 from .ops.adapter_linear import api as adapter_linear_api
 from .ops.adapter_linear import contract as adapter_linear_contract
@@ -281,7 +281,7 @@ def adapt(linear: nn.Linear, backend: str = "auto") -> AdaptedProjectionMixin:
     projection.merged = None
     projection.frozen = None
     projection.resting = ()
-    _rebind_forward(projection)
+    rebind_forward(projection)
     return projection
 
 
@@ -291,7 +291,7 @@ def restore(projection: AdaptedProjectionMixin) -> None:
     del projection._modules["adapters"]
     for name in ("weights", "enabled", "backend", "merged", "frozen", "resting"):
         del projection.__dict__[name]
-    _rebind_forward(projection)
+    rebind_forward(projection)
 
 
 def check_restorable(projection: AdaptedProjectionMixin) -> None:
@@ -302,36 +302,6 @@ def check_restorable(projection: AdaptedProjectionMixin) -> None:
             f"model: expected layers of class {expected.__name__}, got a "
             f"{type(projection).__name__}; undo what changed the class after injection first"
         )
-
-
-def check_forward(linear: nn.Module) -> None:
-    """Raises ValueError where the instance carries a forward that `adapt` cannot follow."""
-    if "forward" in linear.__dict__ and not _bound_forwards(linear):
-        raise ValueError(
-            f"model: expected layers whose forward is their class's, got a {type(linear).__name__} "
-            f"whose forward was replaced by {linear.__dict__['forward']!r}; inject first, then "
-            f"wrap the layer"
-        )
-
-
-def _bound_forwards(module: nn.Module) -> list[tuple[Any, str]]:
-    """Where hooks (accelerate, diffusers) keep the module's own bound forward."""
-    places: list[tuple[Any, str]] = [(module, "forward"), (module, "_old_forward")]
-    registry = module.__dict__.get("_diffusers_hook")
-    for reference in getattr(registry, "_fn_refs", ()):
-        places += [(reference, "forward"), (reference, "original_forward")]
-    found = []
-    for holder, name in places:
-        value = vars(holder).get(name)
-        own = isinstance(value, MethodType) and value.__self__ is module
-        if own and value.__name__ == "forward":
-            found.append((holder, name))
-    return found
-
-
-def _rebind_forward(module: nn.Module) -> None:
-    for holder, name in _bound_forwards(module):
-        vars(holder)[name] = MethodType(type(module).forward, module)
 
 
 def stacks(active: list[tuple[BottleneckAdapter, float]], h: Tensor | None) -> list[Stack]:

@@ -1,0 +1,38 @@
+"""Changing a module's class in place, also where hooks keep its forward."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+
+def check_forward(module: nn.Module) -> None:
+    """Raises ValueError where the instance carries a forward that `adapt` cannot follow."""
+    if "forward" in module.__dict__ and not _bound_forwards(module):
+        raise ValueError(
+            f"model: expected layers whose forward is their class's, got a {type(module).__name__} "
+            f"whose forward was replaced by {module.__dict__['forward']!r}; inject first, then "
+            f"wrap the layer"
+        )
+
+
+def _bound_forwards(module: nn.Module) -> list[tuple[Any, str]]:
+    """Where hooks (accelerate, diffusers) keep the module's own bound forward."""
+    places: list[tuple[Any, str]] = [(module, "forward"), (module, "_old_forward")]
+    registry = module.__dict__.get("_diffusers_hook")
+    for reference in getattr(registry, "_fn_refs", ()):
+        places += [(reference, "forward"), (reference, "original_forward")]
+    found = []
+    for holder, name in places:
+        value = vars(holder).get(name)
+        own = isinstance(value, MethodType) and value.__self__ is module
+        if own and value.__name__ == "forward":
+            found.append((holder, name))
+    return found
+
+
+def rebind_forward(module: nn.Module) -> None:
+    for holder, name in _bound_forwards(module):
+        vars(holder)[name] = MethodType(type(module).forward, module)

@@ -1,0 +1,161 @@
+"""The memory-lean frozen trunk: modules that keep less for the backward.
+
+    exact       no matrix product is computed twice: convolutions keep no input, GroupNorm and
+                SiLU are one op that keeps its input, GEGLU keeps hidden and gate
+    recompute   transformer blocks also compute q, k, v and the feed-forward's hidden layer again
+    block       and rebuild the residual stream inside a block; attention is never computed twice
+    compressed  exact, with what norms and activations keep in 8 bits
+    off         the stock modules
+
+Gradients of exact, recompute and block are those of the stock model up to rounding; 8 bits are
+close (`norms="int8"`, compressed). One file per kind of module; the table is RULES in rules.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..checks import check_choice, describe
+from ..forwards import check_forward
+from ..tree import denoiser, plain_name
+from .report import LeanReport
+from .rules import RULES, Rule, rule_for, why_not
+from .swapping import KEEPS, LEVELS, LeanModule, Settings, restore, swap, trains
+
+__all__ = ["KEEPS", "LEVELS", "LeanReport", "lean"]
+
+
+def lean(
+    model: Any,
+    level: str = "exact",
+    *,
+    norms: str = "input",
+    levels: Mapping[str, str] | None = None,
+) -> LeanReport:
+    """Makes the frozen part of a model keep less memory for the backward.
+
+    Args:
+        model: a diffusers model, or a pipeline, whose denoiser is taken; after `inject` (or with
+            PEFT's adapters), as what trains is left alone.
+        level: off, exact, recompute, block or compressed, as above. A second call replaces the
+            first; "off" restores every class.
+        norms: "input", or "int8": inputs of normalisations are kept in 8 bits (compressed implies
+            it), with the first state of a block.
+        levels: patterns (`re.search` in module names) with levels of their own; the first that
+            matches decides. A transformer block decides for the modules inside it.
+
+    Returns:
+        What became lean, and what was left alone and why.
+
+    Nothing but the class of modules changes: parameters, names in state dicts, hooks and
+    processors stay, so saving, `eject`, deep copies, checkpointing, DDP and PEFT go on as before.
+    A module that is thawed later computes as its stock class does. Under torch.compile every
+    level computes like exact, and the compiler decides what is kept.
+
+    Raises:
+        TypeError, ValueError: an unknown level, a pattern that matches nothing, a model of which
+            nothing is known or everything trains. The model is unchanged then.
+    """
+    check_choice("level", level, LEVELS)
+    check_choice("norms", norms, KEEPS)
+    if norms != "input" and level == "off":
+        raise ValueError(f"norms: expected 'input' beside level 'off', got {norms!r}")
+    root = denoiser(model)
+    patterns = _check_levels(levels, root)
+    plan, left = _plan(root, level, norms, patterns)
+    if not plan and (level != "off" or patterns):
+        raise ValueError(_nothing(root, left))
+    for module, _, _ in plan.values():
+        check_forward(module)
+    for module in list(root.modules()):
+        if isinstance(module, LeanModule):
+            check_forward(module)
+    planned = {id(module) for module, _, _ in plan.values()}
+    for module in list(root.modules()):
+        if isinstance(module, LeanModule) and id(module) not in planned:
+            restore(module)
+    for module, rule, settings in plan.values():
+        swap(module, rule.lean, settings)
+    return LeanReport(
+        level,
+        "int8" if level == "compressed" else norms,
+        {name: settings.level for name, (_, _, settings) in plan.items()},
+        {name: rule.stock.__name__ for name, (_, rule, _) in plan.items()},
+        left,
+    )
+
+
+def _check_levels(levels: Any, root: nn.Module) -> list[tuple[re.Pattern, str]]:
+    if levels is None:
+        return []
+    if not isinstance(levels, Mapping):
+        raise TypeError(f"levels: expected a mapping of patterns to levels, got {describe(levels)}")
+    names = [plain_name(name) for name, module in root.named_modules() if rule_for(module)]
+    found = []
+    for pattern, level in levels.items():
+        check_choice(f"levels[{pattern!r}]", level, LEVELS)
+        try:
+            compiled = re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"levels: expected regular expressions, got {describe(pattern)}: {error}"
+            ) from None
+        if not any(compiled.search(name) for name in names):
+            example = f" (such as {names[0]})" if names else ""
+            raise ValueError(
+                f"levels: expected patterns that match a module that lean knows{example}, "
+                f"got {pattern!r}"
+            )
+        found.append((compiled, level))
+    return found
+
+
+def _plan(
+    root: nn.Module, level: str, norms: str, patterns: list[tuple[re.Pattern, str]]
+) -> tuple[dict[str, tuple[nn.Module, Rule, Settings]], dict[str, str]]:
+    """The modules that become lean, and those that are left alone."""
+    plan: dict[str, tuple[nn.Module, Rule, Settings]] = {}
+    left: dict[str, str] = {}
+    blocks: dict[str, tuple[Settings, bool]] = {}  # settings, and whether it is in stages
+    for full, module in root.named_modules():
+        name = plain_name(full)
+        rule = rule_for(module)
+        if rule is None:
+            continue
+        around = next((b for n, b in blocks.items() if name.startswith(f"{n}.")), None)
+        settings = around[0] if around else _settings(name, level, norms, patterns)
+        acts = settings.level != "off" and rule.acts(settings)
+        reason = why_not(rule, module) if acts else None
+        if rule.is_block and around is None:
+            blocks[name] = settings, acts and reason is None
+        if not acts or (around is not None and around[1] and rule.in_stages):
+            continue
+        if reason is None:
+            plan[name] = (module, rule, settings)
+        else:
+            left[name] = reason
+    return plan, left
+
+
+def _settings(
+    name: str, level: str, norms: str, patterns: list[tuple[re.Pattern, str]]
+) -> Settings:
+    chosen = next((own for pattern, own in patterns if pattern.search(name)), level)
+    return Settings(chosen, "int8" if chosen == "compressed" else norms)
+
+
+def _nothing(root: nn.Module, left: dict[str, str]) -> str:
+    kinds = ", ".join(rule.stock.__name__ for rule in RULES)
+    got = f"got a {type(root).__name__} with none"
+    if left:
+        name, reason = next(iter(left.items()))
+        hint = "; call inject first, which freezes the model" if trains(*root.modules()) else ""
+        got = (
+            f"got a {type(root).__name__} whose {len(left)} such modules stay as they are "
+            f"({name}: {reason}{hint})"
+        )
+    return f"model: expected frozen modules that lean knows ({kinds}), {got}"

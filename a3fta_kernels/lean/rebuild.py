@@ -1,0 +1,244 @@
+"""A chain of stages as one autograd node that keeps little and computes the rest again.
+
+A stage is the residual step of a transformer block, in three parts:
+
+    parts = head(state, given)          norms and frozen projections: cheap, computed again
+    outs  = core(*parts, given)         attention or the activation: never computed again
+    state = tail(outs, state, given)    the projection with its adapter, and the residual add
+
+Of a chain the state it starts from is kept, what the cores keep beside their parts, and the
+outputs of every core but the last. The states between are rebuilt by the tails, the parts by the
+heads, at the time of the backward and one stage at a time:
+
+    one stage     (level recompute)   nothing is rebuilt but the parts
+    whole block   (level block)       nor is the residual stream between its stages kept
+
+The last stage has no tail here: the chain ends in its state and its outs, and ordinary autograd
+goes on. Parameters that train, in heads and tails, get their gradients as inputs of the node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import resolve
+from ..ops.quantize.contract import dequantize, quantize
+from ..ops.rule import refuse_second_derivative
+from .forgetful import remember
+
+Tensors = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One residual step. `given` are tensors that all stages read: the text, a mask.
+
+    head_modules and tail_modules are those whose parameters the two parts use.
+    """
+
+    head: Callable[[Tensors, Tensors], Tensors]
+    core: Callable[[Tensors, Tensors], Tensors]
+    tail: Callable[[Tensors, Tensors, Tensors], Tensors]
+    head_modules: Sequence[nn.Module] = ()
+    tail_modules: Sequence[nn.Module] = ()
+
+
+def run(stages: Sequence[Stage], state: Tensors, given: Tensors, keep: str = "input") -> Tensors:
+    """The state after all stages, with the graph of a chain.
+
+    `keep` says how the first state is kept: "input", as it comes, or "int8", as `ops.quantize`
+    makes it.
+    """
+    last = stages[-1]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        modules = [m for stage in stages for m in stage.head_modules]
+        modules += [m for stage in stages[:-1] for m in stage.tail_modules]
+        params = [p for module in modules for p in module.parameters() if p.requires_grad]
+        if params or any(x.requires_grad for x in (*state, *given)):
+            plan = _Plan(tuple(stages), len(state), len(given), keep)
+            found = Chain.apply(plan, *state, *given, *params)
+            if len(stages) > 1:
+                state, found = found[: len(state)], found[len(state) :]
+            return last.tail(found, state, given)
+    for stage in stages:
+        outs = stage.core(stage.head(state, given), given)
+        state = stage.tail(outs, state, given)
+    return state
+
+
+class _Plan(NamedTuple):
+    stages: tuple[Stage, ...]
+    states: int
+    givens: int
+    keep: str
+
+
+class Chain(torch.autograd.Function):
+    """The stages without the last tail: (state before the last stage, its outs).
+
+    A chain of one stage returns its outs alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> Tensors:
+        state = tensors[: plan.states]
+        given = tensors[plan.states : plan.states + plan.givens]
+        ctx.plan = plan
+        ctx.params = tensors[plan.states + plan.givens :]
+        ctx.autocast = _autocast_now(state[0])
+        ctx.dtypes = [x.dtype for x in state]
+        ctx.memories = []
+        saved = [*(part for x in state for part in _pack(x, plan.keep)), *given]
+        ctx.counts = []
+        outs: Tensors = ()
+        for index, stage in enumerate(plan.stages):
+            parts = stage.head(state, given)
+            outs, memory, kept = remember(lambda *p, s=stage: s.core(p, given), parts)
+            ctx.memories.append(memory)
+            between = index + 1 < len(plan.stages)
+            ctx.counts.append((len(outs) if between else 0, len(kept)))
+            saved += [*outs, *kept] if between else kept
+            if between:
+                state = stage.tail(outs, state, given)
+        ctx.save_for_backward(*saved)
+        ctx.set_materialize_grads(False)
+        return (*state, *outs) if len(plan.stages) > 1 else outs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple:
+        refuse_second_derivative()
+        with _autocast_as(ctx.autocast):
+            return _Backward(ctx).run(grads)
+
+
+class _Backward:
+    """One backward of a chain: rebuilds the states, then goes through the stages from the last."""
+
+    def __init__(self, ctx: Any) -> None:
+        plan: _Plan = ctx.plan
+        self.plan = plan
+        self.memories = ctx.memories
+        needs = ctx.needs_input_grad[1:]
+        saved = iter(ctx.saved_tensors)
+        state = tuple(_unpack(saved, dtype, plan.keep) for dtype in ctx.dtypes)
+        self.state = tuple(_leaf(x, need) for x, need in zip(state, needs, strict=False))
+        needs = needs[plan.states :]
+        self.given = tuple(_leaf(next(saved), needs[i]) for i in range(plan.givens))
+        self.outs, self.kept = [], []
+        for outs, kept in ctx.counts:
+            self.outs.append(tuple(_leaf(next(saved), True) for _ in range(outs)))
+            self.kept.append([next(saved) for _ in range(kept)])
+        self.params = ctx.params
+        shared = [x for x in (*self.given, *self.params) if x.requires_grad]
+        self.shared = shared
+        self.sums: dict[int, Tensor | None] = {id(x): None for x in shared}
+
+    def run(self, grads: Sequence[Tensor | None]) -> tuple:
+        plan = self.plan
+        states, tails = self._rebuild()
+        dstate: list[Tensor | None] = [None] * plan.states
+        douts = list(grads)
+        if len(plan.stages) > 1:
+            dstate, douts = douts[: plan.states], douts[plan.states :]
+        for index in reversed(range(len(plan.stages))):
+            state = states.pop()
+            if index < len(tails):
+                outs = self.outs[index]
+                found = self._gradients(tails.pop(), (*outs, *state), dstate)
+                douts, dstate = found[: len(outs)], found[len(outs) :]
+            dhead = self._through_head(index, state, douts)
+            dstate = [_sum(a, b) for a, b in zip(dstate, dhead, strict=True)]
+            self.kept.pop()
+        shared = {id(x): self.sums[id(x)] for x in self.shared}
+        return (None, *dstate, *(shared.get(id(x)) for x in (*self.given, *self.params)))
+
+    def _rebuild(self) -> tuple[list[Tensors], list[Tensors]]:
+        """The state before each stage, and the tails' results with their graphs."""
+        states, tails = [self.state], []
+        for stage, outs in zip(self.plan.stages[:-1], self.outs, strict=False):
+            with torch.enable_grad():
+                after = stage.tail(outs, states[-1], self.given)
+            tails.append(after)
+            states.append(tuple(_leaf(x.detach(), x.requires_grad) for x in after))
+        return states, tails
+
+    def _through_head(
+        self, index: int, state: Tensors, douts: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        stage = self.plan.stages[index]
+        with torch.enable_grad():
+            parts = stage.head(state, self.given)
+        if not any(x.requires_grad for x in parts):
+            return [None] * len(state)
+        plain = tuple(x.detach() for x in parts)
+        dparts = self.memories[index].backward(plain, self.kept[index], douts)
+        del plain
+        return self._gradients(parts, state, dparts)
+
+    def _gradients(
+        self, outputs: Tensors, inputs: Tensors, douts: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """Those of `inputs`; those of text and parameters are added to the sums."""
+        pairs = [
+            (y, dy)
+            for y, dy in zip(outputs, douts, strict=True)
+            if dy is not None and y.requires_grad
+        ]
+        own = [x for x in inputs if x.requires_grad]
+        wanted = [*own, *self.shared]
+        if not pairs or not wanted:
+            return [None] * len(inputs)
+        found = torch.autograd.grad(
+            [y for y, _ in pairs], wanted, [dy for _, dy in pairs], allow_unused=True
+        )
+        for x, dx in zip(self.shared, found[len(own) :], strict=True):
+            self.sums[id(x)] = _sum(self.sums[id(x)], dx)
+        grads = iter(found[: len(own)])
+        return [next(grads) if x.requires_grad else None for x in inputs]
+
+
+def _leaf(x: Tensor, needs: bool) -> Tensor:
+    return x.detach().requires_grad_(needs)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def _pack(x: Tensor, keep: str) -> Tensors:
+    if keep == "int8":
+        return quantize(x, resolve("auto", x.device, x.dtype))
+    return (x,)
+
+
+def _unpack(saved: Any, dtype: torch.dtype, keep: str) -> Tensor:
+    first = next(saved)
+    if keep == "int8":
+        return dequantize(first, next(saved), dtype, resolve("auto", first.device, dtype))
+    return first
+
+
+_Autocast = tuple[str, torch.dtype, bool] | None
+
+
+def _autocast_now(x: Tensor) -> _Autocast:
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return device, torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
+
+
+def _autocast_as(then: _Autocast) -> contextlib.AbstractContextManager:
+    """Autocast as it was in the forward."""
+    if then is None:
+        return contextlib.nullcontext()
+    device, dtype, cache = then
+    return torch.autocast(device, dtype=dtype, cache_enabled=cache)

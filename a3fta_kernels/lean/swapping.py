@@ -1,0 +1,79 @@
+"""Lean modules: stock modules whose class was changed in place, and back.
+
+A module keeps its parameters, its hooks, its names in a state dict and its identity; only the
+forward is another. What the lean forward needs to know is one `Settings` on the module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+
+from ..forwards import check_forward, rebind_forward
+
+SETTINGS = "_a3fta_lean"
+LEVELS = ("off", "exact", "recompute", "block", "compressed")
+KEEPS = ("input", "int8")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """level: of LEVELS. norms: how inputs of normalisations are kept, of KEEPS."""
+
+    level: str
+    norms: str = "input"
+
+    @property
+    def activations(self) -> str:
+        """How inputs of activations are kept."""
+        return "int8" if self.level == "compressed" else "input"
+
+
+class LeanModule(nn.Module):
+    """Base of the lean classes: `class LeanX(LeanModule, X)`, with a forward of its own."""
+
+    @property
+    def settings(self) -> Settings:
+        return cast(Settings, self.__dict__[SETTINGS])
+
+
+def swap(module: nn.Module, lean: type[LeanModule], settings: Settings) -> None:
+    """Gives the module a lean class, or a lean module other settings."""
+    check_forward(module)
+    module.__class__ = cast(Any, lean)
+    module.__dict__[SETTINGS] = settings
+    rebind_forward(module)
+
+
+def restore(module: LeanModule) -> None:
+    """Gives the module the class it had."""
+    order = type(module).__mro__
+    module.__class__ = cast(Any, order[order.index(LeanModule) + 1])
+    del module.__dict__[SETTINGS]
+    rebind_forward(module)
+
+
+def trains(*modules: nn.Module | None) -> bool:
+    """Whether a parameter of these modules themselves asks for a gradient."""
+    return any(
+        p is not None and p.requires_grad
+        for module in modules
+        if module is not None
+        for p in module._parameters.values()
+    )
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether something in the module draws random numbers in a forward: no second one is equal."""
+    return module.training and any(
+        m.training and _rate(m) > 0 for m in module.modules()
+    )
+
+
+def _rate(module: nn.Module) -> float:
+    rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else None
+    if rate is None:
+        rate = getattr(module, "dropout", 0.0)
+    return float(rate) if isinstance(rate, (int, float)) else 0.0

@@ -1,0 +1,3 @@
+from .api import frozen_conv
+
+__all__ = ["frozen_conv"]
