@@ -3,5 +3,13 @@
 from .adapter import adapter
 from .adapter_linear import adapter_linear
 from .cross_attention_adapter import cross_attention_adapter
+from .group_norm import group_norm
+from .layer_norm import layer_norm
 
-__all__ = ["adapter", "adapter_linear", "cross_attention_adapter"]
+__all__ = [
+    "adapter",
+    "adapter_linear",
+    "cross_attention_adapter",
+    "group_norm",
+    "layer_norm",
+]
