@@ -25,6 +25,7 @@ LAYERS = [
     ["triton_support"],
     ["ops.activations", "ops.rule", "ops.*.layout"],
     ["ops.validate", "ops.skinny_triton", "ops.*.tiles_triton"],
+    ["ops.norm"],
     ["ops.*_triton"],
     ["ops.*.reference", "ops.*.triton", "ops.*.native", "ops.*.choice"],
     ["ops.*.contract"],

@@ -1,0 +1,3 @@
+from .api import group_norm
+
+__all__ = ["group_norm"]
