@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ..backends import resolve
 from ..ops.quantize.contract import dequantize, quantize
-from ..ops.rule import refuse_second_derivative
+from ..ops.rule import is_plain, refuse_second_derivative
 from .forgetful import remember
 
 Tensors = tuple[Tensor, ...]
@@ -215,14 +215,16 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def _pack(x: Tensor, keep: str) -> Tensors:
     if keep == "int8":
-        return quantize(x, resolve("auto", x.device, x.dtype))
+        narrow: Callable = quantize if is_plain(x) else torch.ops.a3fta.quantize
+        return narrow(x, resolve("auto", x.device, x.dtype))
     return (x,)
 
 
 def _unpack(saved: Any, dtype: torch.dtype, keep: str) -> Tensor:
     first = next(saved)
     if keep == "int8":
-        return dequantize(first, next(saved), dtype, resolve("auto", first.device, dtype))
+        widen: Callable = dequantize if is_plain(first) else torch.ops.a3fta.dequantize
+        return widen(first, next(saved), dtype, resolve("auto", first.device, dtype))
     return first
 
 
