@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusers.models.activations import GEGLU
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_flux import (
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
 from torch import nn
 
-from . import conv, geglu, norm, resnet, transformer_block
+from . import conv, flux_block, geglu, joint_block, norm, resnet, transformer_block
 from .swapping import LeanModule, Settings, trains
 
 
@@ -54,6 +58,18 @@ RULES = (
     Rule(
         BasicTransformerBlock, transformer_block.LeanTransformerBlock, _by_stages,
         transformer_block.why_not, is_block=True,
+    ),
+    Rule(
+        JointTransformerBlock, joint_block.LeanJointTransformerBlock, _by_stages,
+        joint_block.why_not, is_block=True,
+    ),
+    Rule(
+        FluxTransformerBlock, flux_block.LeanFluxTransformerBlock, _by_stages,
+        flux_block.why_not, is_block=True,
+    ),
+    Rule(
+        FluxSingleTransformerBlock, flux_block.LeanFluxSingleTransformerBlock, _by_stages,
+        flux_block.why_not, is_block=True,
     ),
     Rule(nn.GroupNorm, norm.LeanGroupNorm, _narrow_norms, _fits),
     Rule(nn.LayerNorm, norm.LeanLayerNorm, _narrow_norms, norm.why_not, in_stages=True),
