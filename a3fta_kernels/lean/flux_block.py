@@ -22,12 +22,17 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor
 
 from . import feed_forward
+from .compiled import compiled
 from .modulated import clipped, feed_forward_stage, heads, modulate, modulations
 from .rebuild import Stage, Tensors, run
 from .swapping import LeanModule, drops
 
 # where the chunks of the modulations begin among what is given to the stages; rotations are last
 _IMAGE, _TEXT = 0, 6
+
+
+_stock_dual = FluxTransformerBlock.forward
+_stock_single = FluxSingleTransformerBlock.forward
 
 
 class LeanFluxTransformerBlock(LeanModule, FluxTransformerBlock):
@@ -41,11 +46,13 @@ class LeanFluxTransformerBlock(LeanModule, FluxTransformerBlock):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
+        inputs = (
+            hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
+        )  # fmt: skip
+        if torch.compiler.is_compiling():
+            return compiled(_stock_dual, self, inputs)
         if _is_other(self, image_rotary_emb, joint_attention_kwargs):
-            return FluxTransformerBlock.forward(
-                self, hidden_states, encoder_hidden_states, temb, image_rotary_emb,
-                joint_attention_kwargs,
-            )  # fmt: skip
+            return _stock_dual(self, *inputs)
         given = (
             *modulations(self.norm1, temb, 6), *modulations(self.norm1_context, temb, 6),
             *image_rotary_emb,
@@ -114,11 +121,13 @@ class LeanFluxSingleTransformerBlock(LeanModule, FluxSingleTransformerBlock):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
+        inputs = (
+            hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
+        )  # fmt: skip
+        if torch.compiler.is_compiling():
+            return compiled(_stock_single, self, inputs)
         if _is_other(self, image_rotary_emb, joint_attention_kwargs):
-            return FluxSingleTransformerBlock.forward(
-                self, hidden_states, encoder_hidden_states, temb, image_rotary_emb,
-                joint_attention_kwargs,
-            )  # fmt: skip
+            return _stock_single(self, *inputs)
         tokens = encoder_hidden_states.shape[1]
         state = (torch.cat([encoder_hidden_states, hidden_states], dim=1),)
         given = (*modulations(self.norm, temb, 3), *image_rotary_emb)

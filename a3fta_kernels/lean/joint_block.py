@@ -18,12 +18,16 @@ from diffusers.models.attention_processor import Attention, JointAttnProcessor2_
 from torch import Tensor
 
 from . import feed_forward
+from .compiled import compiled
 from .modulated import feed_forward_stage, heads, modulate, modulations
 from .rebuild import Stage, Tensors, run
 from .swapping import LeanModule, drops
 
 # where the chunks of the modulations begin among what is given to the stages
 _IMAGE, _TEXT = 0, 9
+
+
+_stock = JointTransformerBlock.forward
 
 
 class LeanJointTransformerBlock(LeanModule, JointTransformerBlock):
@@ -36,15 +40,16 @@ class LeanJointTransformerBlock(LeanModule, JointTransformerBlock):
         temb: Tensor,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor | None, Tensor]:
+        inputs = (hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
+        if torch.compiler.is_compiling():
+            return compiled(_stock, self, inputs)
         if (
             not torch.is_grad_enabled()
             or joint_attention_kwargs
             or why_not(self) is not None
             or drops(self)
         ):
-            return JointTransformerBlock.forward(
-                self, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs
-            )
+            return _stock(self, *inputs)
         image = modulations(self.norm1, temb, 9 if self.use_dual_attention else 6)
         blank = (temb.new_empty(0),) * (_TEXT - len(image))
         if self.context_pre_only:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers.models.activations import GEGLU
+from diffusers.models.activations import GEGLU, GELU
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_flux import (
@@ -15,7 +15,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import nn
 
-from . import conv, flux_block, geglu, joint_block, norm, resnet, transformer_block
+from . import conv, flux_block, geglu, gelu, joint_block, norm, resnet, transformer_block
 from .swapping import LeanModule, Settings, trains
 
 
@@ -43,6 +43,10 @@ def _narrow_norms(settings: Settings) -> bool:
     return settings.norms != "input"
 
 
+def _compressed(settings: Settings) -> bool:
+    return settings.level == "compressed"
+
+
 def _by_stages(settings: Settings) -> bool:
     return settings.level in ("recompute", "block")
 
@@ -54,6 +58,7 @@ def _fits(module: nn.Module) -> None:
 RULES = (
     Rule(nn.Conv2d, conv.LeanConv2d, _always, conv.why_not),
     Rule(GEGLU, geglu.LeanGEGLU, _always, _fits),
+    Rule(GELU, gelu.LeanGELU, _compressed, _fits),
     Rule(ResnetBlock2D, resnet.LeanResnetBlock2D, _always, resnet.why_not),
     Rule(
         BasicTransformerBlock, transformer_block.LeanTransformerBlock, _by_stages,
