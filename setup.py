@@ -166,7 +166,9 @@ class BuildLibrary(build_ext):
         # torch's headers are not ours to warn about
         for path in cpp_extension.include_paths():
             flags += ["-isystem", path]
-        registrations = sorted(CSRC.glob("cpu/adapter*.cpp"))
+        # kernels.cpp is compiled once per instruction set
+        apart = ("kernels.cpp", "runtime.cpp")
+        registrations = sorted(s for s in CSRC.glob("cpu/*.cpp") if s.name not in apart)
         sets = self.instruction_sets(cxx)
         if "avx2" in sets:
             flags.append("-DA3FTA_X86")

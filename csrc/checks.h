@@ -107,6 +107,22 @@ inline void check_modulation(
       "beta: expected as many samples as gamma has");
 }
 
+// 8-bit codes (n,) and their ranges, one for each 128 of them
+constexpr int64_t kCodesPerRange = 128;
+inline int64_t range_count(int64_t codes) { return (codes + kCodesPerRange - 1) / kCodesPerRange; }
+
+inline void check_quantized(const Tensor& codes, const Tensor& ranges) {
+  check_shape("codes", codes, {codes.numel()});
+  check_contiguous("codes", codes);
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Char, "codes: expected int8");
+  check_shape("ranges", ranges, {range_count(codes.numel()), 2});
+  check_contiguous("ranges", ranges);
+  STD_TORCH_CHECK(ranges.scalar_type() == ScalarType::BFloat16, "ranges: expected bfloat16");
+  STD_TORCH_CHECK(
+      ranges.is_cuda() == codes.is_cuda() && ranges.get_device_index() == codes.get_device_index(),
+      "ranges: expected the device of codes");
+}
+
 // the dtype that sums over rows are kept in
 inline ScalarType wide(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

@@ -65,6 +65,14 @@ STABLE_TORCH_LIBRARY(a3fta_native, m) {
   m.def(
       "adapter_linear_backward_dh(Tensor dy, Tensor da, Tensor weight, Tensor w_down, int start) "
       "-> Tensor dh");
+
+  // p (M, 2F) = [hidden | gate]: y = hidden * act(gate); dp, contiguous
+  m.def("geglu_forward(Tensor p, int activation) -> Tensor y");
+  m.def("geglu_backward(Tensor dy, Tensor p, int activation) -> Tensor dp");
+
+  // a contiguous vector in 8 bits: codes (n,) int8, ranges (blocks of 128, 2) bf16 = [mid, half]
+  m.def("quantize(Tensor x) -> (Tensor codes, Tensor ranges)");
+  m.def("dequantize(Tensor codes, Tensor ranges, ScalarType dtype) -> Tensor x");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(a3fta_native, CompositeExplicitAutograd, m) {

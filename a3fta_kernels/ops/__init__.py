@@ -3,13 +3,18 @@
 from .adapter import adapter
 from .adapter_linear import adapter_linear
 from .cross_attention_adapter import cross_attention_adapter
+from .geglu import geglu
 from .group_norm import group_norm
 from .layer_norm import layer_norm
+from .quantize import dequantize, quantize
 
 __all__ = [
     "adapter",
     "adapter_linear",
     "cross_attention_adapter",
+    "dequantize",
+    "geglu",
     "group_norm",
     "layer_norm",
+    "quantize",
 ]

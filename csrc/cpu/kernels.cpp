@@ -3,6 +3,8 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "geglu.h"
+#include "quantize.h"
 
 #ifndef A3FTA_ISA
 #error "A3FTA_ISA names the table of kernels that this build exports"
@@ -23,6 +25,14 @@ const Kernels A3FTA_ISA = {
      Backward<Float16>::backward},
     {Backward<double>::outer, Backward<float>::outer, Backward<BFloat16>::outer,
      Backward<Float16>::outer},
+    {Geglu<double>::forward, Geglu<float>::forward, Geglu<BFloat16>::forward,
+     Geglu<Float16>::forward},
+    {Geglu<double>::backward, Geglu<float>::backward, Geglu<BFloat16>::backward,
+     Geglu<Float16>::backward},
+    {Quantize<double>::quantize, Quantize<float>::quantize, Quantize<BFloat16>::quantize,
+     Quantize<Float16>::quantize},
+    {Quantize<double>::dequantize, Quantize<float>::dequantize, Quantize<BFloat16>::dequantize,
+     Quantize<Float16>::dequantize},
 };
 
 }  // namespace a3fta::cpu

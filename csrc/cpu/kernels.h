@@ -80,12 +80,39 @@ struct OuterArgs {
   void* da_sum;   // (R,)
 };
 
+// y = hidden * act(gate), dp = [dy * act(gate) | dy * hidden * act'(gate)]; p = [hidden | gate]
+struct GegluArgs {
+  int64_t rows, width;  // width: F, half the columns of p
+  int activation;
+  Matrix p, dy, out;  // dy: null in the forward; out: y or dp
+};
+
+constexpr int kQuantizeBlock = 128;
+
+struct QuantizeArgs {
+  int64_t count;
+  const void* x;
+  int8_t* codes;
+  void* ranges;  // (blocks, 2) bf16: mid, half
+};
+
+struct DequantizeArgs {
+  int64_t count;
+  const int8_t* codes;
+  const void* ranges;
+  void* x;
+};
+
 struct Kernels {
   const char* name;
   void (*forward[kDTypes])(const Host&, const ForwardArgs&);
   void (*up[kDTypes])(const Host&, const UpArgs&);
   void (*backward[kDTypes])(const Host&, const BackwardArgs&);
   void (*outer[kDTypes])(const Host&, const OuterArgs&);
+  void (*geglu_forward[kDTypes])(const Host&, const GegluArgs&);
+  void (*geglu_backward[kDTypes])(const Host&, const GegluArgs&);
+  void (*quantize[kDTypes])(const Host&, const QuantizeArgs&);
+  void (*dequantize[kDTypes])(const Host&, const DequantizeArgs&);
 };
 
 }  // namespace a3fta::cpu

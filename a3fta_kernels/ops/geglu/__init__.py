@@ -1,0 +1,3 @@
+from .api import geglu
+
+__all__ = ["geglu"]

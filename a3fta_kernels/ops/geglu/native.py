@@ -1,0 +1,26 @@
+"""`geglu` in the compiled library, on the CPU and on CUDA. The protocol is in contract.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...backends import BackendUnavailableError, native_status
+from ..activations import activation_code
+
+# loads the library: its operators exist from here on
+if not native_status().available:
+    raise BackendUnavailableError(f"backend 'native': {native_status().reason}")
+
+_forward = torch.ops.a3fta_native.geglu_forward.default
+_backward = torch.ops.a3fta_native.geglu_backward.default
+
+
+def forward(p: Tensor, activation: str) -> Tensor:
+    """y (M, F)."""
+    return _forward(p, activation_code(activation))
+
+
+def backward(dy: Tensor, p: Tensor, activation: str) -> Tensor:
+    """dp (M, 2F)."""
+    return _backward(dy, p, activation_code(activation))

@@ -1,0 +1,3 @@
+from .api import dequantize, quantize
+
+__all__ = ["dequantize", "quantize"]
