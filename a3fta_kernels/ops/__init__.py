@@ -6,4 +6,11 @@ from .cross_attention_adapter import cross_attention_adapter
 from .geglu import geglu
 from .quantize import dequantize, quantize
 
-__all__ = ["adapter", "adapter_linear", "cross_attention_adapter", "dequantize", "geglu", "quantize"]
+__all__ = [
+    "adapter",
+    "adapter_linear",
+    "cross_attention_adapter",
+    "dequantize",
+    "geglu",
+    "quantize",
+]
