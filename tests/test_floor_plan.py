@@ -44,6 +44,9 @@ LAYERS = [
     ["inject"],
     ["adapter_file"],
     ["storage"],
+    ["memory.account", "memory.fakes", "memory.operators", "memory.places"],
+    ["memory.saved", "memory.models", "memory.methods"],
+    ["memory"],
     ["cli", "cli.*"],
     [""],
     ["__main__"],
@@ -73,8 +76,8 @@ COMPOSED = {"cross_attention_adapter"}
 # a third-party package may be imported in these modules alone
 HOMES = {
     "triton": ["*triton", "triton_support"],
-    "diffusers": ["processors*", "inject", "cli*"],
-    "peft": ["cli*"],
+    "diffusers": ["processors*", "inject", "memory.models", "cli*"],
+    "peft": ["memory.methods", "cli*"],
     "xformers": ["backends", "processors*"],
     "flash_attn_interface": ["backends", "processors*"],
     "safetensors": ["adapter_file", "storage", "cli*"],
@@ -256,6 +259,7 @@ PUBLIC = {
     "fuse_qkv",
     "inject",
     "load_adapter",
+    "memory",
     "merge",
     "ops",
     "processors",
