@@ -46,6 +46,7 @@ LAYERS = [
     ["storage"],
     ["memory.account", "memory.fakes", "memory.operators", "memory.places"],
     ["memory.saved", "memory.models", "memory.methods"],
+    ["memory.peak"],
     ["memory"],
     ["cli", "cli.*"],
     [""],

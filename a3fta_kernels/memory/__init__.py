@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from .account import Entry, Ledger
+from .peak import Peak, step_peak
 from .saved import ledger
 
-__all__ = ["Entry", "Ledger", "ledger"]
+__all__ = ["Entry", "Ledger", "Peak", "ledger", "step_peak"]
