@@ -24,7 +24,7 @@ from ..forwards import check_forward
 from ..tree import denoiser, plain_name
 from .report import LeanReport
 from .rules import RULES, Rule, rule_for, why_not
-from .swapping import KEEPS, LEVELS, LeanModule, Settings, restore, swap, trains
+from .swapping import KEEPS, LEVELS, LeanModule, Settings, restore, swap
 
 __all__ = ["KEEPS", "LEVELS", "LeanReport", "lean"]
 
@@ -66,6 +66,11 @@ def lean(
         raise ValueError(f"norms: expected 'input' beside level 'off', got {norms!r}")
     root = denoiser(model)
     patterns = _check_levels(levels, root)
+    if level != "off" and all(p.requires_grad for p in root.parameters()):
+        raise ValueError(
+            f"model: expected one whose trunk is frozen, got a {type(root).__name__} of which "
+            f"every parameter trains; call inject first"
+        )
     plan, left = _plan(root, level, norms, patterns)
     if not plan and (left or not any(rule_for(module) for module in root.modules())):
         raise ValueError(_nothing(root, left))
@@ -154,9 +159,8 @@ def _nothing(root: nn.Module, left: dict[str, str]) -> str:
     got = f"got a {type(root).__name__} with none"
     if left:
         name, reason = next(iter(left.items()))
-        hint = "; call inject first, which freezes the model" if trains(*root.modules()) else ""
         got = (
             f"got a {type(root).__name__} whose {len(left)} such modules stay as they are "
-            f"({name}: {reason}{hint})"
+            f"({name}: {reason})"
         )
     return f"model: expected frozen modules that lean knows ({kinds}), {got}"
