@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..memory.account import mib
+from ..memory.account import mib, parse_size
 from ..memory.levels import LEVELS
-from ..memory.plan import ALLOWANCE, PRECISIONS, Plan, make_plan, parse_size, runs
+from ..memory.plan import ALLOWANCE, PRECISIONS, Plan, make_plan, runs
 from . import subject
 from .errors import CommandError
 

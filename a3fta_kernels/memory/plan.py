@@ -13,7 +13,6 @@ line is an upper bound.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -30,22 +29,6 @@ from .peak import Peak, step_peak
 ALLOWANCE = 768 << 20
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SAMPLES = (2, 3)  # the batches that are run
-_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "12GiB", "12 GB", "12000MB", "1.5TiB" or a plain number of bytes.
-
-    Raises ValueError for anything else, and for nothing at all.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT]?)(i?)B)?", text.strip(), re.IGNORECASE)
-    size = 0
-    if match:
-        base = 1024 if match[3] else 1000
-        size = int(float(match[1]) * base ** _UNITS[(match[2] or "").upper()])
-    if size < 1:
-        raise ValueError(f"expected a size such as 12GiB, 12GB or 12000MB, got {text!r}")
-    return size
 
 
 @dataclass(frozen=True)
