@@ -25,7 +25,7 @@ from ..triton_support import (
 )
 from .activations import activation_code
 
-ROW_LIMIT = 16384  # elements of a row that one program holds
+ROW_BYTES = 32768  # of a row that one program holds
 
 
 @triton.jit
@@ -107,9 +107,11 @@ def norm_rows_backward_kernel(
 
 
 def row_configs(itemsize: int, block_n: int, capability: int) -> list[Config]:
-    """A program takes 2048 elements, or one row; a thread 16 of them."""
+    """A program takes 2048 elements, or one row; a thread 16 of them, 32 of the widest."""
+    if block_n * itemsize > ROW_BYTES:
+        return []
     block_m = max(1, 2048 // block_n)
-    warps = max(4, block_m * block_n // 512)
+    warps = min(16, block_m * block_n // 512)
     return [config(warps, 1, BLOCK_M=block_m, BLOCK_N=block_n)]
 
 
@@ -126,21 +128,22 @@ AOT_KERNELS = (
         launch_rows_forward,
         pointers=_STATISTICS | {"eps": "fp32"},
         variants=_VARIANTS,
-        ranks=(64, 512, 4096, ROW_LIMIT),
+        ranks=(64, 512, 4096, 8192, 16384),
         products=False,
     ),
     AotKernel(
         launch_rows_backward,
         pointers=_STATISTICS,
         variants=_VARIANTS,
-        ranks=(64, 512, 4096, ROW_LIMIT),
+        ranks=(64, 512, 4096, 8192, 16384),
         products=False,
     ),
 )
 
 
-def fits_a_row(n: int) -> bool:
-    return n <= ROW_LIMIT
+def fits_a_row(n: int, x: Tensor) -> bool:
+    """Whether a program holds n elements of x's dtype."""
+    return triton.next_power_of_2(n) * x.element_size() <= ROW_BYTES
 
 
 def rows_forward(
@@ -152,7 +155,7 @@ def rows_forward(
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (M, N), mean and rstd (M,) of the rows of x (M, N), N at most ROW_LIMIT."""
+    """y (M, N), mean and rstd (M,) of the rows of x (M, N), of a width that `fits_a_row`."""
     m, n = x.shape
     y = x.new_empty(m, n)
     mean, rstd = (x.new_empty(m, dtype=torch.float32) for _ in range(2))

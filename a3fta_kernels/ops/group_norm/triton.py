@@ -57,4 +57,4 @@ def backward(
 
 def in_rows(x: Tensor, groups: int) -> bool:
     """Whether a group is one run of memory that a program holds."""
-    return x.is_contiguous() and fits_a_row(x.numel() // (x.shape[0] * groups))
+    return x.is_contiguous() and fits_a_row(x.numel() // (x.shape[0] * groups), x)
