@@ -65,6 +65,8 @@ BENCHES = {
     "bench-linear-16": ["--only", "adapter_linear", "--rank", "16"],
     "bench-cross": ["--only", "cross_attention_adapter"],
     "bench-block": ["--only", "block"],
+    "bench-geglu": ["--only", "geglu"],
+    "bench-quantize": ["--only", "quantize"],
 }
 STAGES = ("build", "test-ops", "test-rest", "sanitize", *BENCHES, "targets")
 GROUPS = {

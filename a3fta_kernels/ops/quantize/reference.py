@@ -1,4 +1,4 @@
-"""The specification of `quantize` and `dequantize` in eager PyTorch; the protocol of contract.py."""
+"""The specification of `quantize` and `dequantize` in eager PyTorch. The protocol: contract.py."""
 
 from __future__ import annotations
 
