@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from a3fta_kernels.memory import models, step_peak
+from a3fta_kernels.memory import methods, models, step_peak
 from a3fta_kernels.memory.plan import Job, Row, make_plan, parse_size, run, runs
 
 from .. import models as small
@@ -19,19 +19,17 @@ MIB = 2**20
 @pytest.mark.parametrize(
     ("text", "size"),
     [
-        ("12GiB", 12 * 2**30), ("12GB", 12 * 10**9), ("12000MB", 12 * 10**9), ("1.5 TiB", 3 * 2**39),
-        ("12gib", 12 * 2**30), ("800 B", 800), ("800", 800), (" 2KiB ", 2048),
+        ("12GiB", 12 * 2**30), ("12GB", 12 * 10**9), ("12000MB", 12 * 10**9),
+        ("1.5 TiB", 3 * 2**39), ("12gib", 12 * 2**30), ("800 B", 800), ("12", 12),
+        (" 2KiB ", 2048),
     ],
 )  # fmt: skip
 def test_sizes(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "12", "GiB", "12 GiBs", "-1GB", "0GB", "1e3MB", "12 gallons"])
+@pytest.mark.parametrize("text", ["", "GiB", "12 GiBs", "-1GB", "0GB", "1e3MB", "12 gallons"])
 def test_sizes_that_are_none(text):
-    if text == "12":
-        assert parse_size(text) == 12
-        return
     with pytest.raises(ValueError, match="a size such as 12GiB"):
         parse_size(text)
 
@@ -70,8 +68,6 @@ def test_the_largest_batch_fits_and_the_next_does_not(plan):
     assert (plan.best.level, plan.best.precision) == ("checkpointing", "bf16")
     assert plan.confirmed <= plan.memory
     model = models.build(plan.model)
-    from a3fta_kernels.memory import methods
-
     methods.adapt(model, "a3fta", 4, torch.bfloat16)
     model.enable_gradient_checkpointing()
     peak = step_peak(model, **models.inputs(model, plan.resolution, plan.batch))
