@@ -67,11 +67,10 @@ def group_norm(
     check_norm(x, channels, weight, bias, eps, keep)
     dtype = norm_dtype(x)
     chosen = resolve(backend, x.device, dtype)
-    if chosen != "reference" and trains(weight, bias):
-        if backend != "auto":
-            check_frozen(chosen, weight=weight, bias=bias)
-        chosen = "reference"
-    if chosen == "reference":
+    own = trains(weight, bias)
+    if own and backend not in ("auto", "reference"):
+        check_frozen(chosen, weight=weight, bias=bias)
+    if own or backend == "reference":
         return contract.like_layout(
             reference(x.to(dtype), num_groups, weight, bias, eps=eps, activation=activation), x
         )

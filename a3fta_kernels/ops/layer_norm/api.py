@@ -49,10 +49,9 @@ def layer_norm(
     check_norm(x, x.shape[-1], weight, bias, eps, keep)
     dtype = norm_dtype(x)
     chosen = resolve(backend, x.device, dtype)
-    if chosen != "reference" and trains(weight, bias):
-        if backend != "auto":
-            check_frozen(chosen, weight=weight, bias=bias)
-        chosen = "reference"
-    if chosen == "reference":
+    own = trains(weight, bias)
+    if own and backend not in ("auto", "reference"):
+        check_frozen(chosen, weight=weight, bias=bias)
+    if own or backend == "reference":
         return reference(x.to(dtype), weight, bias, eps=eps).contiguous()
     return contract.apply(x, weight, bias, float(eps), keep, dtype, chosen)
