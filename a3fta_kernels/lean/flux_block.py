@@ -81,11 +81,17 @@ class LeanFluxTransformerBlock(LeanModule, FluxTransformerBlock):
             m = modulate(self.norm1_context.norm, c, *given[_TEXT : _TEXT + 2])
             d = attn.head_dim
             query = torch.cat(
-                (heads(attn.add_q_proj, attn.norm_added_q, m, d), heads(attn.to_q, attn.norm_q, n, d)),
+                (
+                    heads(attn.add_q_proj, attn.norm_added_q, m, d),
+                    heads(attn.to_q, attn.norm_q, n, d),
+                ),
                 dim=1,
             )
             key = torch.cat(
-                (heads(attn.add_k_proj, attn.norm_added_k, m, d), heads(attn.to_k, attn.norm_k, n, d)),
+                (
+                    heads(attn.add_k_proj, attn.norm_added_k, m, d),
+                    heads(attn.to_k, attn.norm_k, n, d),
+                ),
                 dim=1,
             )
             value = torch.cat(

@@ -33,9 +33,7 @@ def forward(
     return layer_norm(x, weight, bias, eps=eps).contiguous(), mean, (variance + eps).rsqrt()
 
 
-def backward(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
-) -> Tensor:
+def backward(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
     wide = mean.dtype
     xhat = (x.to(wide) - mean[:, None]) * rstd[:, None]
     g = dy.to(wide) if weight is None else dy.to(wide) * weight.to(wide)
