@@ -67,6 +67,8 @@ BENCHES = {
     "bench-block": ["--only", "block"],
     "bench-geglu": ["--only", "geglu"],
     "bench-quantize": ["--only", "quantize"],
+    "bench-group-norm": ["--only", "group_norm"],
+    "bench-layer-norm": ["--only", "layer_norm"],
 }
 STAGES = ("build", "test-ops", "test-rest", "sanitize", *BENCHES, "targets")
 GROUPS = {

@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from a3fta_kernels import ops
-
 from ..oracle import gradient, run_id, runs
 from .norm_protocol import NormCase, layout, saved_tensors
 

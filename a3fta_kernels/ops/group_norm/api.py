@@ -39,7 +39,8 @@ def group_norm(
             `reference`, or is refused where a kernel backend is named.
         eps: added to the variance.
         activation: identity or silu.
-        keep: "input": the backward has x itself.
+        keep: what the backward has. "input": x itself; "int8": its 8-bit copy, `ops.quantize` of x,
+            whose gradient differs a little. On `reference` PyTorch keeps what it keeps.
         backend: auto, reference, triton or native.
 
     Returns:

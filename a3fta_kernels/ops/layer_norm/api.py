@@ -32,7 +32,8 @@ def layer_norm(
         weight, bias: (C,), of any floating dtype; frozen. One that requires grad takes the backend
             `reference`, or is refused where a kernel backend is named.
         eps: added to the variance.
-        keep: "input": the backward has x itself.
+        keep: what the backward has. "input": x itself; "int8": its 8-bit copy, `ops.quantize` of x,
+            whose gradient differs a little. On `reference` PyTorch keeps what it keeps.
         backend: auto, reference, triton or native.
 
     Returns:
