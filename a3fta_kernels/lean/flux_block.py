@@ -189,12 +189,14 @@ def _attention(attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def why_not(block: Any) -> str | None:
     """Why the block cannot be computed in stages; None where it can."""
-    attn, kind = block.attn, type(block.attn.processor)
+    attn: Any = block.attn
+    processor: Any = attn.processor
+    kind = type(processor)
     if type(attn) is not FluxAttention or kind is not FluxAttnProcessor:
         return f"its attention processor is a {kind.__name__}"
     if getattr(attn, "fused_projections", False):
         return "its projections are fused"
-    if attn.processor._parallel_config is not None:
+    if processor._parallel_config is not None:
         return "its attention is spread over devices"
     if isinstance(block, FluxSingleTransformerBlock):
         return None
