@@ -42,10 +42,7 @@ def op_arguments(case: NormCase, run, keep: str = "input") -> tuple:
     """The positional arguments of torch.ops.a3fta.<op> for a case."""
     i = case.inputs(run[2], run[1])
     parameters = (i["x"], i.get("weight"), i.get("bias"))
-    if case.groups:
-        options = (case.groups, case.eps, case.activation)
-    else:
-        options = (case.eps,)
+    options = (case.groups, case.eps, case.activation) if case.groups else (case.eps,)
     return (*parameters, *options, keep, run[2], run[0])
 
 
