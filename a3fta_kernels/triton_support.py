@@ -210,7 +210,8 @@ class AotKernel:
     `variants` are the sets of pointers that are None and of constants beside the tile sizes; an
     argument named `_desc` is given the names of its block's sizes. `targets` and `dtypes` are
     those that it is launched on; `suits` says which configurations a variant may take, and
-    `launchers` are those of variants whose configurations are not `launcher`'s.
+    `launchers` are those of variants whose configurations are not `launcher`'s. `products`: whether
+    it multiplies matrices, for which it is held to tensor cores in half precision.
     """
 
     launcher: Launcher
@@ -221,6 +222,7 @@ class AotKernel:
     dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")
     suits: Callable[[str, Config], bool] = lambda variant, choice: True
     launchers: dict[str, Launcher] = field(default_factory=dict)
+    products: bool = True
 
     @property
     def by_descriptors(self) -> bool:

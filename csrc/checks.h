@@ -128,6 +128,59 @@ inline ScalarType wide(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// a parameter (C,) of a normalisation, in x's dtype or wide
+inline void check_parameter(
+    const char* name, const std::optional<Tensor>& p, int64_t channels, const Tensor& x) {
+  if (!p.has_value()) return;
+  check_shape(name, *p, {channels});
+  check_contiguous(name, *p);
+  STD_TORCH_CHECK(
+      p->scalar_type() == x.scalar_type() || p->scalar_type() == wide(x), name,
+      ": expected the dtype of x, or that of its sums");
+  STD_TORCH_CHECK(
+      p->is_cuda() == x.is_cuda() && p->get_device_index() == x.get_device_index(), name,
+      ": expected the device of x");
+}
+
+// mean and rstd of this shape, in the dtype of the sums
+inline void check_statistics(
+    const Tensor& mean, const Tensor& rstd, std::initializer_list<int64_t> shape, const Tensor& x) {
+  for (const Tensor* t : {&mean, &rstd}) {
+    const char* name = t == &mean ? "mean" : "rstd";
+    check_shape(name, *t, shape);
+    check_contiguous(name, *t);
+    STD_TORCH_CHECK(t->scalar_type() == wide(x), name, ": expected the dtype of x's sums");
+    STD_TORCH_CHECK(
+        t->is_cuda() == x.is_cuda() && t->get_device_index() == x.get_device_index(), name,
+        ": expected the device of x");
+  }
+}
+
+// x (B, C, S) of group_norm
+inline void check_groups(const Tensor& x, int64_t groups, int64_t activation) {
+  STD_TORCH_CHECK(x.dim() == 3, "x: expected shape (B, C, S), got ", shape_text(x));
+  STD_TORCH_CHECK(
+      groups > 0 && x.size(1) > 0 && x.size(1) % groups == 0,
+      "groups: expected a divisor of x's ", x.size(1), " channels, got ", groups);
+  STD_TORCH_CHECK(
+      activation == kIdentity || activation == kSilu,
+      "activation: expected identity or silu, got ", activation);
+}
+
+// whether the channels of x (B, C, S) are neighbours; refuses what is neither that nor contiguous
+inline bool channels_last(const char* name, const Tensor& x) {
+  const int64_t c = x.size(1), s = x.size(2);
+  if (x.numel() == 0) return false;
+  const bool samples = x.size(0) == 1 || x.stride(0) == c * s;
+  // of one position either layout is both: the kernels for channels last have the longer rows
+  const bool last = (c == 1 || x.stride(1) == 1) && (s == 1 || x.stride(2) == c);
+  const bool first = (c == 1 || x.stride(1) == s) && (s == 1 || x.stride(2) == 1);
+  STD_TORCH_CHECK(
+      samples && (last || first), name, ": expected a contiguous tensor or one with channels last, ",
+      "got shape ", shape_text(x));
+  return last && !(first && s > 1);
+}
+
 inline Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
   return torch::stable::new_empty(like, shape, dtype);
 }

@@ -55,6 +55,20 @@ static A3FTA_HD double sigmoid(double x) { return 1.0 / (1.0 + exponential(-x));
 
 static A3FTA_HD float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
+// sigmoid(x) and its derivative, which s (1 - s) would round to nothing where s is close to 1
+template <typename T>
+struct Logistic {
+  T value;
+  T slope;
+};
+
+template <typename T>
+static A3FTA_HD Logistic<T> logistic(T x) {
+  const T e = exponential(x < T(0) ? x : -x);
+  const T r = T(1) / (T(1) + e);
+  return {x < T(0) ? e * r : r, e * r * r};
+}
+
 // the normal distribution's cdf and density at a
 template <typename T>
 struct Normal {
@@ -119,13 +133,13 @@ static A3FTA_HD T activate_backward(T dz, T a, int activation) {
       return dz * (n.cdf + a * n.density);
     }
     case kGeluTanh: {
-      const T s = sigmoid(T(1.5957691216057308) * (a + T(0.044715) * a * a * a));
+      const Logistic<T> s = logistic(T(1.5957691216057308) * (a + T(0.044715) * a * a * a));
       const T slope = T(1.5957691216057308) * (T(1) + T(3 * 0.044715) * a * a);
-      return dz * (s + a * s * (T(1) - s) * slope);
+      return dz * (s.value + a * s.slope * slope);
     }
     case kSilu: {
-      const T s = sigmoid(a);
-      return dz * (s + a * s * (T(1) - s));
+      const Logistic<T> s = logistic(a);
+      return dz * (s.value + a * s.slope);
     }
     default:
       return dz;

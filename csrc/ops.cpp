@@ -70,6 +70,22 @@ STABLE_TORCH_LIBRARY(a3fta_native, m) {
   m.def("geglu_forward(Tensor p, int activation) -> Tensor y");
   m.def("geglu_backward(Tensor dy, Tensor p, int activation) -> Tensor dp");
 
+  // y = act(weight * xhat + bias). x, dy, y, dx (B, C, S), contiguous or with channels last; mean,
+  // rstd (B, G) and, where they are not of x's dtype, weight and bias (C,): fp32, fp64 for fp64
+  m.def(
+      "group_norm_forward(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, "
+      "int activation) -> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "group_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, "
+      "Tensor? bias, int activation) -> Tensor dx");
+  // the same by rows; mean and rstd (M,)
+  m.def(
+      "layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, float eps) "
+      "-> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "layer_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight) "
+      "-> Tensor dx");
+
   // a contiguous vector in 8 bits: codes (n,) int8, ranges (blocks of 128, 2) bf16 = [mid, half]
   m.def("quantize(Tensor x) -> (Tensor codes, Tensor ranges)");
   m.def("dequantize(Tensor codes, Tensor ranges, ScalarType dtype) -> Tensor x");

@@ -53,8 +53,8 @@ def lean(
 
     Nothing but the class of modules changes: parameters, names in state dicts, hooks and
     processors stay, so saving, `eject`, deep copies, checkpointing, DDP and PEFT go on as before.
-    A module that is thawed later computes as its stock class does. Under torch.compile every
-    level computes like exact, and the compiler decides what is kept.
+    A module that is thawed later computes as its stock class does. Under torch.compile
+    recompute and block are PyTorch's selective checkpointing of whole blocks, less attention.
 
     Raises:
         TypeError, ValueError: an unknown level, a pattern that matches nothing, a model of which
@@ -67,7 +67,7 @@ def lean(
     root = denoiser(model)
     patterns = _check_levels(levels, root)
     plan, left = _plan(root, level, norms, patterns)
-    if not plan and (level != "off" or patterns):
+    if not plan and (left or not any(rule_for(module) for module in root.modules())):
         raise ValueError(_nothing(root, left))
     for module, _, _ in plan.values():
         check_forward(module)
@@ -86,6 +86,7 @@ def lean(
         {name: settings.level for name, (_, _, settings) in plan.items()},
         {name: rule.stock.__name__ for name, (_, rule, _) in plan.items()},
         left,
+        ("nothing of this model keeps less at this level",) if not plan and level != "off" else (),
     )
 
 

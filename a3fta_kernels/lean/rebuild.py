@@ -27,10 +27,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..backends import resolve
-from ..ops.quantize.contract import dequantize, quantize
-from ..ops.rule import is_plain, refuse_second_derivative
+from ..ops.rule import refuse_second_derivative
 from .forgetful import remember
+from .narrow import narrow, widen
 
 Tensors = tuple[Tensor, ...]
 
@@ -214,18 +213,12 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _pack(x: Tensor, keep: str) -> Tensors:
-    if keep == "int8":
-        narrow: Callable = quantize if is_plain(x) else torch.ops.a3fta.quantize
-        return narrow(x, resolve("auto", x.device, x.dtype))
-    return (x,)
+    return narrow(x) if keep == "int8" else (x,)
 
 
 def _unpack(saved: Any, dtype: torch.dtype, keep: str) -> Tensor:
     first = next(saved)
-    if keep == "int8":
-        widen: Callable = dequantize if is_plain(first) else torch.ops.a3fta.dequantize
-        return widen(first, next(saved), dtype, resolve("auto", first.device, dtype))
-    return first
+    return widen(first, next(saved), dtype) if keep == "int8" else first
 
 
 _Autocast = tuple[str, torch.dtype, bool] | None

@@ -6,12 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers.models.activations import GEGLU
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.activations import GEGLU, GELU
+from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_flux import (
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
 from torch import nn
 
-from . import conv, geglu, norm, resnet, transformer_block
+from . import conv, flux_block, geglu, gelu, joint_block, norm, resnet, transformer_block
 from .swapping import LeanModule, Settings, trains
 
 
@@ -39,6 +43,10 @@ def _narrow_norms(settings: Settings) -> bool:
     return settings.norms != "input"
 
 
+def _compressed(settings: Settings) -> bool:
+    return settings.level == "compressed"
+
+
 def _by_stages(settings: Settings) -> bool:
     return settings.level in ("recompute", "block")
 
@@ -50,10 +58,23 @@ def _fits(module: nn.Module) -> None:
 RULES = (
     Rule(nn.Conv2d, conv.LeanConv2d, _always, conv.why_not),
     Rule(GEGLU, geglu.LeanGEGLU, _always, _fits),
+    Rule(GELU, gelu.LeanGELU, _compressed, _fits),
     Rule(ResnetBlock2D, resnet.LeanResnetBlock2D, _always, resnet.why_not),
     Rule(
         BasicTransformerBlock, transformer_block.LeanTransformerBlock, _by_stages,
         transformer_block.why_not, is_block=True,
+    ),
+    Rule(
+        JointTransformerBlock, joint_block.LeanJointTransformerBlock, _by_stages,
+        joint_block.why_not, is_block=True,
+    ),
+    Rule(
+        FluxTransformerBlock, flux_block.LeanFluxTransformerBlock, _by_stages,
+        flux_block.why_not, is_block=True,
+    ),
+    Rule(
+        FluxSingleTransformerBlock, flux_block.LeanFluxSingleTransformerBlock, _by_stages,
+        flux_block.why_not, is_block=True,
     ),
     Rule(nn.GroupNorm, norm.LeanGroupNorm, _narrow_norms, _fits),
     Rule(nn.LayerNorm, norm.LeanLayerNorm, _narrow_norms, norm.why_not, in_stages=True),

@@ -21,8 +21,12 @@ from torch import Tensor, nn
 
 from ..processors.unet import A3FTAAttnProcessor, processor_for, project_out
 from . import feed_forward
+from .compiled import compiled
 from .rebuild import Stage, Tensors, run
 from .swapping import LeanModule, drops
+
+
+_stock = BasicTransformerBlock.forward
 
 
 class LeanTransformerBlock(LeanModule, BasicTransformerBlock):
@@ -39,6 +43,12 @@ class LeanTransformerBlock(LeanModule, BasicTransformerBlock):
         class_labels: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
+        inputs = (
+            hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask,
+            timestep, cross_attention_kwargs, class_labels, added_cond_kwargs,
+        )  # fmt: skip
+        if torch.compiler.is_compiling():
+            return compiled(_stock, self, inputs)
         if (
             not torch.is_grad_enabled()
             or any(key != "scale" for key in cross_attention_kwargs or ())
@@ -46,11 +56,7 @@ class LeanTransformerBlock(LeanModule, BasicTransformerBlock):
             or why_not(self) is not None
             or drops(self)
         ):
-            return BasicTransformerBlock.forward(
-                self, hidden_states, attention_mask, encoder_hidden_states,
-                encoder_attention_mask, timestep, cross_attention_kwargs, class_labels,
-                added_cond_kwargs,
-            )  # fmt: skip
+            return _stock(self, *inputs)
         text = encoder_hidden_states
         given: list[Tensor] = []
         stages = [

@@ -4,6 +4,8 @@
 #include "backward.h"
 #include "forward.h"
 #include "geglu.h"
+#include "group_norm.h"
+#include "layer_norm.h"
 #include "quantize.h"
 
 #ifndef A3FTA_ISA
@@ -33,6 +35,14 @@ const Kernels A3FTA_ISA = {
      Quantize<Float16>::quantize},
     {Quantize<double>::dequantize, Quantize<float>::dequantize, Quantize<BFloat16>::dequantize,
      Quantize<Float16>::dequantize},
+    {GroupNorm<double>::forward, GroupNorm<float>::forward, GroupNorm<BFloat16>::forward,
+     GroupNorm<Float16>::forward},
+    {GroupNorm<double>::backward, GroupNorm<float>::backward, GroupNorm<BFloat16>::backward,
+     GroupNorm<Float16>::backward},
+    {LayerNorm<double>::forward, LayerNorm<float>::forward, LayerNorm<BFloat16>::forward,
+     LayerNorm<Float16>::forward},
+    {LayerNorm<double>::backward, LayerNorm<float>::backward, LayerNorm<BFloat16>::backward,
+     LayerNorm<Float16>::backward},
 };
 
 }  // namespace a3fta::cpu

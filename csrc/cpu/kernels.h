@@ -103,6 +103,34 @@ struct DequantizeArgs {
   void* x;
 };
 
+// weight and bias (C,), each null, in the tensors' dtype, or wide: in the accumulation dtype
+struct Affine {
+  const void* weight = nullptr;
+  const void* bias = nullptr;
+  bool weight_wide = false, bias_wide = false;
+};
+
+// y = act(weight * xhat + bias); with dy, dx
+struct GroupNormArgs {
+  int64_t samples, channels, positions, groups;
+  bool last;       // strides (C * S, 1, C), else contiguous
+  int activation;  // identity or silu
+  double eps;
+  Affine affine;
+  const void *x, *dy;
+  void *mean, *rstd;  // (samples, groups) in the accumulation dtype: results of the forward
+  void* out;          // y or dx
+};
+
+struct LayerNormArgs {
+  int64_t rows, channels;
+  double eps;
+  Affine affine;
+  Matrix x, dy;
+  void *mean, *rstd;  // (rows,)
+  void* out;          // contiguous
+};
+
 struct Kernels {
   const char* name;
   void (*forward[kDTypes])(const Host&, const ForwardArgs&);
@@ -113,6 +141,10 @@ struct Kernels {
   void (*geglu_backward[kDTypes])(const Host&, const GegluArgs&);
   void (*quantize[kDTypes])(const Host&, const QuantizeArgs&);
   void (*dequantize[kDTypes])(const Host&, const DequantizeArgs&);
+  void (*group_norm_forward[kDTypes])(const Host&, const GroupNormArgs&);
+  void (*group_norm_backward[kDTypes])(const Host&, const GroupNormArgs&);
+  void (*layer_norm_forward[kDTypes])(const Host&, const LayerNormArgs&);
+  void (*layer_norm_backward[kDTypes])(const Host&, const LayerNormArgs&);
 };
 
 }  // namespace a3fta::cpu

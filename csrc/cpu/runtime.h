@@ -41,4 +41,15 @@ inline Modulation modulation(
   return {data_or_null(gamma), data_or_null(beta), samples};
 }
 
+inline Affine affine(
+    const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, int64_t channels,
+    const Tensor& x) {
+  check_parameter("weight", weight, channels, x);
+  check_parameter("bias", bias, channels, x);
+  const auto is_wide = [&](const std::optional<Tensor>& p) {
+    return p.has_value() && p->scalar_type() == wide(x);
+  };
+  return {data_or_null(weight), data_or_null(bias), is_wide(weight), is_wide(bias)};
+}
+
 }  // namespace a3fta::cpu

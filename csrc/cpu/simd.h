@@ -59,6 +59,11 @@ static A3FTA_INLINE float from_bits(uint32_t x) {
   return u.value;
 }
 
+// a or b by masks: where compilers see a branch they do not vectorise the loop around it
+static A3FTA_INLINE uint32_t select(bool which, uint32_t a, uint32_t b) {
+  return b ^ ((a ^ b) & (0u - uint32_t(which)));
+}
+
 static A3FTA_INLINE double widen(double x) { return x; }
 static A3FTA_INLINE float widen(float x) { return x; }
 static A3FTA_INLINE float widen(BFloat16 x) { return from_bits(uint32_t(x.bits) << 16); }
@@ -68,7 +73,7 @@ static A3FTA_INLINE float widen(Float16 x) {
   // 2^112 moves the exponent's bias, and makes denormals normal
   const uint32_t finite = to_bits(from_bits(magnitude) * from_bits(0x77800000u));
   const uint32_t special = magnitude | 0x7f800000u;
-  return from_bits(sign | (magnitude >= 0x0f800000u ? special : finite));
+  return from_bits(sign | select(magnitude >= 0x0f800000u, special, finite));
 }
 
 // to nearest, ties to even
@@ -86,9 +91,9 @@ static A3FTA_INLINE void narrow(float x, Float16& out) {
   // below 2^-14 the half is denormal: adding 0.5 lines the mantissa up and rounds it
   const uint32_t denormal = to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000u;
   const uint32_t normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
-  uint32_t half = magnitude < 0x38800000u ? denormal : normal;
-  half = magnitude >= 0x477ff000u ? 0x7c00u : half;
-  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  uint32_t half = select(magnitude < 0x38800000u, denormal, normal);
+  half = select(magnitude >= 0x477ff000u, 0x7c00u, half);
+  half = select(magnitude > 0x7f800000u, 0x7e00u, half);
   out.bits = uint16_t(sign | half);
 }
 

@@ -78,6 +78,16 @@ __device__ __forceinline__ void store16(void* to, const void* from) {
   *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
 }
 
+// A pack of up to 16 bytes of device memory, from or to a multiple of its size, at once.
+template <typename P>
+__device__ __forceinline__ P read_pack(const P* from) {
+  return *from;
+}
+template <typename P>
+__device__ __forceinline__ void write_pack(P* to, const P& pack) {
+  *to = pack;
+}
+
 #if defined(A3FTA_CLUSTERS)
 // The place of this block in its cluster.
 __device__ __forceinline__ unsigned cluster_rank() {

@@ -225,6 +225,25 @@ inline uint32_t __float_as_uint(float x) {
   return bits;
 }
 
+// a value of the lane whose number differs in the bits of the mask
+struct ExchangeLane {
+  float value, found;
+  int mask;
+};
+
+__attribute__((no_sanitize("thread", "address"))) inline void exchange_lanes(void* const* lanes) {
+  for (int i = 0; i < emulator::kWarp; ++i) {
+    ExchangeLane& lane = *static_cast<ExchangeLane*>(lanes[i]);
+    lane.found = static_cast<ExchangeLane*>(lanes[i ^ lane.mask])->value;
+  }
+}
+
+inline float __shfl_xor_sync(unsigned, float x, int mask, int line = __builtin_LINE()) {
+  ExchangeLane lane{x, x, mask};
+  emulator::collective(exchange_lanes, &lane, line);
+  return lane.found;
+}
+
 // 16-bit floats, rounded to nearest even
 
 struct __nv_bfloat16 {

@@ -71,7 +71,8 @@ def test_gradients_of_any_stride(kind, layout, run, poisoned):
 @pytest.mark.parametrize("mean", [-30.0, 300.0])
 def test_a_mean_far_beyond_the_deviation(mean, layout, run):
     """The variance is of differences from the mean, never a difference of squares."""
-    if run[2] in (torch.float16, torch.bfloat16):
+    # float64's own truth is no better; the 16-bit types hold few digits beside a large mean
+    if run[2] != torch.float32:
         mean /= 10
     check(NormCase((2, 8, 40, 40), 4, "silu", mean=mean, layout=layout), run)
 

@@ -50,7 +50,8 @@ def test_gradients_of_any_stride(kind, run, poisoned):
 @EVERY_RUN
 @pytest.mark.parametrize("mean", [-30.0, 300.0])
 def test_a_mean_far_beyond_the_deviation(mean, run):
-    if run[2] in (torch.float16, torch.bfloat16):
+    # float64's own truth is no better; the 16-bit types hold few digits beside a large mean
+    if run[2] != torch.float32:
         mean /= 10
     check(NormCase((20, 320), mean=mean), run)
 

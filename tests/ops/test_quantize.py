@@ -13,6 +13,8 @@ from a3fta_kernels.ops.quantize.layout import BLOCK, LARGEST, SMALLEST_HALF, is_
 
 from ..oracle import DTYPES, run_id, runs
 
+TINY = 2.0**-126  # bf16 conversions may make zeros of what is smaller
+
 EVERY = [
     *(("reference", "cpu", dtype) for dtype in DTYPES),
     *(r for r in runs()),
@@ -53,11 +55,11 @@ def check_bound(x: torch.Tensor, run: tuple[str, str, torch.dtype]) -> torch.Ten
         need = (values - mid[b * BLOCK]).abs().max()
         assert min(need * (1 - 1e-6), LARGEST) <= half[b * BLOCK] <= max(1.01 * need, SMALLEST_HALF)
         middle = (values.min() / 2 + values.max() / 2) - mid[b * BLOCK]
-        assert middle.abs() <= 0.004 * mid[b * BLOCK].abs() + 1e-40
+        assert middle.abs() <= 0.004 * mid[b * BLOCK].abs() + TINY
     eps = torch.finfo(x.dtype).eps
-    inner = max(eps, 2.0**-52) if x.dtype == torch.float64 else 2.0**-23
+    inner = 4 * (eps if x.dtype == torch.float64 else 2.0**-23)
     allowed = half / 254 + inner * (half + mid.abs()) + eps * exact.abs()
-    allowed += torch.finfo(x.dtype).smallest_normal * eps  # a step of the subnormals
+    allowed += TINY if x.dtype != torch.float16 else 2.0**-24
     assert ((ours - exact).abs() <= allowed).all()
     return back
 
@@ -93,7 +95,7 @@ def test_layouts(run, poisoned):
 
 @RUNS
 def test_constant_blocks_come_back_as_their_middle(run):
-    for value in (0.0, 1.5, -3.0, 2.0**-130 if run[2] != torch.float16 else 2.0**-14):
+    for value in (0.0, 1.5, -3.0, 2.0**-120 if run[2] != torch.float16 else 2.0**-14):
         x = torch.full((300,), value, dtype=run[2], device=run[1])
         if float(x[0].bfloat16()) != float(x[0]):
             continue
@@ -175,7 +177,10 @@ def test_agrees_with_the_reference(data, run):
     assert (codes.int() - expected[0].int()).abs().max() <= 1 if n else codes.numel() == 0
     ours = ops.dequantize(codes, ranges, run[2], backend=run[0])
     theirs = ops.dequantize(codes, ranges, run[2], backend="reference")
-    torch.testing.assert_close(ours, theirs, rtol=torch.finfo(run[2]).eps, atol=0)
+    # mid and half * code / 127 may cancel: what is lost there counts in their size
+    eps = torch.finfo(torch.float64 if run[2] == torch.float64 else torch.float32).eps
+    size = float(ranges.abs().max()) if n else 0.0
+    torch.testing.assert_close(ours, theirs, rtol=torch.finfo(run[2]).eps, atol=4 * eps * size)
 
 
 def test_it_takes_x_as_a_constant():

@@ -9,7 +9,8 @@ Over blocks of 128 consecutive elements in memory order, the last of which may b
 
 Codes count from mid, so that an offset common to a block costs no precision. A block with a NaN or
 an infinity gets NaN for mid and half: all of it comes back NaN. A finite block comes back finite.
-`half` is 0 or at least 2^-120. Float64 blocks wider than bf16 reaches count as infinite.
+`half` is 0 or at least 2^-120; numbers below 2^-126 may count as 0. Float64 blocks wider than bf16
+reaches count as infinite.
 
 A backend is a module with two functions, without autograd, on vectors (n,), n = 0 included:
 

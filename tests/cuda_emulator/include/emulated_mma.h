@@ -107,6 +107,19 @@ inline void store16(void* to, const void* from) {
   std::memcpy(to, from, 16);
 }
 
+template <typename P>
+P read_pack(const P* from) {
+  emulator::require_aligned(from, sizeof(P));
+  emulator::count_read(from);
+  return *from;
+}
+template <typename P>
+void write_pack(P* to, const P& pack) {
+  emulator::require_aligned(to, sizeof(P));
+  emulator::count_written(to);
+  *to = pack;
+}
+
 inline unsigned char* shared_memory() { return emulator::shared_memory(); }
 inline unsigned cluster_rank() { return emulator::cluster_rank(); }
 inline void cluster_arrive() { emulator::cluster_arrive(); }

@@ -1,0 +1,191 @@
+"""The blocks of Flux in stages.
+
+Dual blocks have a stream of the image and one of the text, as SD3's; text comes first in
+attention, and q and k are rotated by position. Single blocks have one stream of both:
+
+    y = s + gate proj_out([attention(q, k, v) | gelu(proj_mlp(n))]),  n = modulated norm of s
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
+    FluxAttnProcessor,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
+from torch import Tensor
+
+from . import feed_forward
+from .compiled import compiled
+from .modulated import clipped, feed_forward_stage, heads, modulate, modulations
+from .rebuild import Stage, Tensors, run
+from .swapping import LeanModule, drops
+
+# where the chunks of the modulations begin among what is given to the stages; rotations are last
+_IMAGE, _TEXT = 0, 6
+
+
+_stock_dual = FluxTransformerBlock.forward
+_stock_single = FluxSingleTransformerBlock.forward
+
+
+class LeanFluxTransformerBlock(LeanModule, FluxTransformerBlock):
+    """A dual block by stages; any other call goes to the stock forward."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        inputs = (
+            hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
+        )  # fmt: skip
+        if torch.compiler.is_compiling():
+            return compiled(_stock_dual, self, inputs)
+        if _is_other(self, image_rotary_emb, joint_attention_kwargs):
+            return _stock_dual(self, *inputs)
+        given = (
+            *modulations(self.norm1, temb, 6), *modulations(self.norm1_context, temb, 6),
+            *image_rotary_emb,
+        )  # fmt: skip
+        feed_forwards = feed_forward_stage(
+            [
+                (self.norm2, self.ff, _IMAGE + 3),
+                (self.norm2_context, self.ff_context, _TEXT + 3),
+            ]
+        )
+        stages = [self._attention_stage(), feed_forwards]
+        state, keep = (hidden_states, encoder_hidden_states), self.settings.norms
+        if self.settings.level == "block":
+            state = run(stages, state, given, keep)
+        else:
+            for stage in stages:
+                state = run([stage], state, given, keep)
+        return clipped(state[1]), state[0]
+
+    def _attention_stage(self) -> Stage:
+        attn = self.attn
+
+        def head(state: Tensors, given: Tensors) -> Tensors:
+            x, c = state
+            n = modulate(self.norm1.norm, x, *given[_IMAGE : _IMAGE + 2])
+            m = modulate(self.norm1_context.norm, c, *given[_TEXT : _TEXT + 2])
+            d = attn.head_dim
+            query = torch.cat(
+                (heads(attn.add_q_proj, attn.norm_added_q, m, d), heads(attn.to_q, attn.norm_q, n, d)),
+                dim=1,
+            )
+            key = torch.cat(
+                (heads(attn.add_k_proj, attn.norm_added_k, m, d), heads(attn.to_k, attn.norm_k, n, d)),
+                dim=1,
+            )
+            value = torch.cat(
+                (heads(attn.add_v_proj, None, m, d), heads(attn.to_v, None, n, d)), dim=1
+            )
+            return _rotated(query, given), _rotated(key, given), value
+
+        def core(parts: Tensors, given: Tensors) -> Tensors:
+            return (_attention(attn, *parts),)
+
+        def tail(outs: Tensors, state: Tensors, given: Tensors) -> Tensors:
+            x, c = state
+            tokens = c.shape[1]
+            after = x + given[_IMAGE + 2] * attn.to_out[0](outs[0][:, tokens:].contiguous())
+            text = attn.to_add_out(outs[0][:, :tokens].contiguous())
+            return after, c + given[_TEXT + 2] * text
+
+        children = list(attn.named_children())
+        reads = [m for name, m in children if name not in ("to_out", "to_add_out")]
+        writes = [m for name, m in children if name in ("to_out", "to_add_out")]
+        norms = (self.norm1.norm, self.norm1_context.norm)
+        return Stage(head, core, tail, (*norms, *reads), writes)
+
+
+class LeanFluxSingleTransformerBlock(LeanModule, FluxSingleTransformerBlock):
+    """A single block as one stage; any other call goes to the stock forward."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        inputs = (
+            hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
+        )  # fmt: skip
+        if torch.compiler.is_compiling():
+            return compiled(_stock_single, self, inputs)
+        if _is_other(self, image_rotary_emb, joint_attention_kwargs):
+            return _stock_single(self, *inputs)
+        tokens = encoder_hidden_states.shape[1]
+        state = (torch.cat([encoder_hidden_states, hidden_states], dim=1),)
+        given = (*modulations(self.norm, temb, 3), *image_rotary_emb)
+        (y,) = run([self._stage()], state, given, self.settings.norms)
+        y = clipped(y)
+        return y[:, :tokens], y[:, tokens:]
+
+    def _stage(self) -> Stage:
+        attn = self.attn
+
+        def head(state: Tensors, given: Tensors) -> Tensors:
+            n = modulate(self.norm.norm, state[0], *given[:2])
+            query = heads(attn.to_q, attn.norm_q, n, attn.head_dim)
+            key = heads(attn.to_k, attn.norm_k, n, attn.head_dim)
+            value = heads(attn.to_v, None, n, attn.head_dim)
+            return _rotated(query, given), _rotated(key, given), value, self.proj_mlp(n)
+
+        def core(parts: Tensors, given: Tensors) -> Tensors:
+            return _attention(attn, *parts[:3]), self.act_mlp(parts[3])
+
+        def tail(outs: Tensors, state: Tensors, given: Tensors) -> Tensors:
+            return (state[0] + given[2] * self.proj_out(torch.cat(outs, dim=2)),)
+
+        return Stage(head, core, tail, (self.norm.norm, attn, self.proj_mlp), (self.proj_out,))
+
+
+def _is_other(block: Any, rotation: Any, kwargs: dict[str, Any] | None) -> bool:
+    """Whether a call is one for the stock forward."""
+    known = isinstance(rotation, tuple) and all(isinstance(x, Tensor) for x in rotation)
+    return (
+        not torch.is_grad_enabled()
+        or bool(kwargs)
+        or not known
+        or why_not(block) is not None
+        or drops(block)
+    )
+
+
+def _rotated(x: Tensor, given: Tensors) -> Tensor:
+    return apply_rotary_emb(x, (given[-2], given[-1]), sequence_dim=1)
+
+
+def _attention(attn: FluxAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """(B, L, H, D) each -> (B, L, H * D), by the kernel that diffusers is told to use."""
+    processor = attn.processor
+    h = dispatch_attention_fn(query, key, value, backend=processor._attention_backend)
+    return h.flatten(2).to(query.dtype)
+
+
+def why_not(block: Any) -> str | None:
+    """Why the block cannot be computed in stages; None where it can."""
+    attn = block.attn
+    if type(attn) is not FluxAttention or type(attn.processor) is not FluxAttnProcessor:
+        return f"its attention processor is a {type(attn.processor).__name__}"
+    if getattr(attn, "fused_projections", False):
+        return "its projections are fused"
+    if attn.processor._parallel_config is not None:
+        return "its attention is spread over devices"
+    if isinstance(block, FluxSingleTransformerBlock):
+        return None
+    return feed_forward.why_not(block.ff) or feed_forward.why_not(block.ff_context)

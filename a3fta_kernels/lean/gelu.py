@@ -1,0 +1,39 @@
+"""The activation of feed-forwards without a gate: what it keeps can be 8 bits wide."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.activations import GELU
+from torch import Tensor
+
+from ..ops.rule import refuse_second_derivative
+from .narrow import narrow, widen
+from .swapping import LeanModule
+
+
+class LeanGELU(LeanModule, GELU):
+    """gelu of the projection, of which an 8-bit copy is kept."""
+
+    def gelu(self, gate: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and gate.requires_grad):
+            return GELU.gelu(self, gate)
+        return NarrowGELU.apply(gate, self.approximate)
+
+
+class NarrowGELU(torch.autograd.Function):
+    """y = gelu(x);  dx = dy gelu'(x~), x~ as `ops.quantize` keeps x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, approximate: str) -> Tensor:
+        ctx.save_for_backward(*narrow(x))
+        ctx.options = (x.dtype, approximate)
+        return torch.nn.functional.gelu(x, approximate=approximate)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple:
+        refuse_second_derivative()
+        dtype, approximate = ctx.options
+        x = widen(*ctx.saved_tensors, dtype)
+        return torch.ops.aten.gelu_backward(grad_outputs[0], x, approximate=approximate), None

@@ -1,0 +1,142 @@
+"""JointTransformerBlock (SD3, SD3.5) in stages: attention of image and text together, then one
+feed-forward each.
+
+    x1 = x0 + gate_x to_out(h_x),      c1 = c0 + gate_c to_add_out(h_c),  h of modulated norms
+    x2 = x1 + gate_x' ff(norm2(x1)),   c2 = c1 + gate_c' ff_context(norm2_context(c1))
+
+SD3.5's image stream has a second attention beside the first; the last block leaves the text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import JointTransformerBlock
+from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
+from torch import Tensor
+
+from . import feed_forward
+from .compiled import compiled
+from .modulated import feed_forward_stage, heads, modulate, modulations
+from .rebuild import Stage, Tensors, run
+from .swapping import LeanModule, drops
+
+# where the chunks of the modulations begin among what is given to the stages
+_IMAGE, _TEXT = 0, 9
+
+
+_stock = JointTransformerBlock.forward
+
+
+class LeanJointTransformerBlock(LeanModule, JointTransformerBlock):
+    """A joint block by stages; any other call goes to the stock forward."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor | None, Tensor]:
+        inputs = (hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
+        if torch.compiler.is_compiling():
+            return compiled(_stock, self, inputs)
+        if (
+            not torch.is_grad_enabled()
+            or joint_attention_kwargs
+            or why_not(self) is not None
+            or drops(self)
+        ):
+            return _stock(self, *inputs)
+        image = modulations(self.norm1, temb, 9 if self.use_dual_attention else 6)
+        blank = (temb.new_empty(0),) * (_TEXT - len(image))
+        if self.context_pre_only:
+            scale, shift = modulations(self.norm1_context, temb, 2)
+            given = (*image, *blank, shift, scale)
+        else:
+            given = (*image, *blank, *modulations(self.norm1_context, temb, 6))
+        branches = [(self.norm2, self.ff, _IMAGE + 3)]
+        if not self.context_pre_only:
+            branches.append((self.norm2_context, self.ff_context, _TEXT + 3))
+        stages = [self._attention_stage(), feed_forward_stage(branches)]
+        state, keep = (hidden_states, encoder_hidden_states), self.settings.norms
+        if self.settings.level == "block":
+            state = run(stages, state, given, keep)
+        else:
+            for stage in stages:
+                state = run([stage], state, given, keep)
+        return None if self.context_pre_only else state[1], state[0]
+
+    def _attention_stage(self) -> Stage:
+        attn, second = self.attn, self.attn2
+
+        def head(state: Tensors, given: Tensors) -> Tensors:
+            x, c = state
+            n = modulate(self.norm1.norm, x, *given[_IMAGE : _IMAGE + 2])
+            m = modulate(self.norm1_context.norm, c, *given[_TEXT : _TEXT + 2])
+            parts = [
+                torch.cat(pair, dim=1) for pair in zip(_image(attn, n), _text(attn, m), strict=True)
+            ]
+            if second is not None:
+                parts += _image(second, modulate(self.norm1.norm, x, *given[6:8]))
+            return tuple(parts)
+
+        def core(parts: Tensors, given: Tensors) -> Tensors:
+            return tuple(_attention(*parts[i : i + 3]) for i in range(0, len(parts), 3))
+
+        def tail(outs: Tensors, state: Tensors, given: Tensors) -> Tensors:
+            x, c = state
+            tokens = x.shape[1]
+            after = x + given[_IMAGE + 2] * attn.to_out[0](outs[0][:, :tokens])
+            if second is not None:
+                after = after + given[8] * second.to_out[0](outs[1])
+            if not self.context_pre_only:
+                c = c + given[_TEXT + 2] * attn.to_add_out(outs[0][:, tokens:])
+            return after, c
+
+        layers = [attn] if second is None else [attn, second]
+        children = [(n, m) for layer in layers for n, m in layer.named_children()]
+        reads = [m for name, m in children if name not in ("to_out", "to_add_out")]
+        writes = [m for name, m in children if name in ("to_out", "to_add_out")]
+        norms = (self.norm1.norm, self.norm1_context.norm)
+        return Stage(head, core, tail, (*norms, *reads), writes)
+
+
+def _image(attn: Attention, x: Tensor) -> Tensors:
+    """q, k, v (B, L, H, D) of the image."""
+    head_dim = attn.inner_dim // attn.heads
+    return (
+        heads(attn.to_q, attn.norm_q, x, head_dim),
+        heads(attn.to_k, attn.norm_k, x, head_dim),
+        heads(attn.to_v, None, x, head_dim),
+    )
+
+
+def _text(attn: Attention, c: Tensor) -> Tensors:
+    head_dim = attn.inner_dim // attn.heads
+    return (
+        heads(attn.add_q_proj, attn.norm_added_q, c, head_dim),
+        heads(attn.add_k_proj, attn.norm_added_k, c, head_dim),
+        heads(attn.add_v_proj, None, c, head_dim),
+    )
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """(B, L, H, D) each -> (B, L, H * D)."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+def why_not(block: JointTransformerBlock) -> str | None:
+    """Why the block cannot be computed in stages; None where it can."""
+    if block._chunk_size is not None:
+        return "its feed-forward is computed in chunks"
+    for attn in (block.attn, block.attn2):
+        if attn is not None and type(attn.get_processor()) is not JointAttnProcessor2_0:
+            return f"its attention processor is a {type(attn.get_processor()).__name__}"
+    reason = feed_forward.why_not(block.ff)
+    if reason is None and not block.context_pre_only:
+        reason = feed_forward.why_not(block.ff_context)
+    return reason
