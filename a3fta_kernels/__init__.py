@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import ops, processors
+    from . import memory, ops, processors
     from .adapters import AdapterConfig
     from .attention import fuse_qkv, set_attention, unfuse_qkv
     from .backends import BackendStatus, BackendUnavailableError, backends
@@ -58,6 +58,7 @@ __all__ = [
     "inject",
     "lean",
     "load_adapter",
+    "memory",
     "merge",
     "ops",
     "processors",
@@ -111,8 +112,8 @@ class _Package(ModuleType):
 
 
 def __getattr__(name: str) -> Any:
-    if name == "processors":
-        return import_module(".processors", __name__)
+    if name in ("memory", "processors"):
+        return import_module(f".{name}", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)

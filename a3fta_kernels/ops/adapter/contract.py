@@ -46,6 +46,8 @@ _SIGNATURE = (
     "Tensor? beta, Tensor? scale_tensor, float scale, str activation, str backend"
 )
 _TENSORS = 8  # leading arguments of _SIGNATURE that may need a gradient
+# what `save` keeps, in order
+SAVED = ("a", *(part.split()[1] for part in _SIGNATURE.split(", ")[:_TENSORS]))
 
 _backends: dict[str, ModuleType] = {}
 
@@ -160,6 +162,8 @@ def rule(ctx: Any, *grad_outputs: Any) -> tuple:
 
 class AdapterFunction(torch.autograd.Function):
     """The cheap eager entry to the rule; compiled code takes torch.ops.a3fta.adapter."""
+
+    operator, saved_names = "adapter", SAVED
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:

@@ -63,6 +63,7 @@ _SIGNATURE = (
 )
 _OPTIONS = 5  # trailing arguments of _SIGNATURE that are no tensors
 _NAMES = tuple(part.split()[1] for part in _SIGNATURE.split(", ")[:-_OPTIONS])
+SAVED = ("a", "v", *_NAMES[: _NAMES.index("residual")])  # what `save` keeps, in order
 
 _backends: dict[str, ModuleType] = {}
 
@@ -306,6 +307,8 @@ def rule(ctx: Any, *grad_outputs: Any) -> tuple:
 
 class AdapterLinearFunction(torch.autograd.Function):
     """The cheap eager entry to the rule; compiled code takes torch.ops.a3fta.adapter_linear."""
+
+    operator, saved_names = "adapter_linear", SAVED
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:

@@ -48,6 +48,7 @@ _SIGNATURE = (
 _OPTIONS = 4  # trailing arguments of _SIGNATURE that are no tensors
 _NAMES = tuple(part.split()[1] for part in _SIGNATURE.split(", ")[:-_OPTIONS])
 _SAVED = _NAMES[: _NAMES.index("residual")]
+SAVED = ("hz", "a", "v_up", *_SAVED)  # what `save` keeps, in order
 _WANTED = tuple(name for name in _SAVED if name not in ("mask", "weight"))
 
 
@@ -211,6 +212,8 @@ def rule(ctx: Any, *grad_outputs: Any) -> tuple:
 
 class CrossAttentionAdapterFunction(torch.autograd.Function):
     """The cheap eager entry to the rule; compiled code takes torch.ops.a3fta.cross_attention."""
+
+    operator, saved_names = "cross_attention_adapter", SAVED
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
