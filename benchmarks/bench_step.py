@@ -14,6 +14,7 @@ Exit status is not zero where a cell was wrong or failed.
                         ("SDXL 1024x1024, batch 4 | adapters | A3FTA r64 | exact")
     --without PATTERN   leaves such cells out
     --minutes N         begins no cell after this
+    --compile           torch.compile on the CPU too, where it takes many minutes
     --list              names the cells and measures nothing
 """
 
@@ -36,7 +37,7 @@ import torch  # noqa: E402
 
 from benchmarks import measure, step_measure  # noqa: E402
 from benchmarks.run import write  # noqa: E402
-from benchmarks.step_methods import ANCHOR, Batch, Cell, batches  # noqa: E402
+from benchmarks.step_methods import ANCHOR, COMPILE, Batch, Cell, batches  # noqa: E402
 from benchmarks.step_models import Model, models  # noqa: E402
 
 
@@ -51,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=20.0, help="of rounds for each batch")
     parser.add_argument("--threads", type=int, help="of the CPU (default: PyTorch's)")
     parser.add_argument("--commit", default="", help="named in the results where git is not there")
+    parser.add_argument("--compile", action="store_true", help="on the CPU too")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args(arguments)
@@ -110,12 +112,15 @@ def run(plan: list[tuple[Model, Batch]], device: torch.device, options: argparse
     failed = False
     held: tuple[Model, torch.nn.Module] | None = None
     for model, batch in plan:
-        if held is None or held[0] != model:
-            held = None
-            gc.collect()
-            held = model, model.trunk(device, dtype)
         print(f"\n{model}, {batch.name}: {len(batch.cells)} cells", flush=True)
-        found = step_measure.measure_batch(model, held[1], batch, device, limits)
+        if batch.name == "compiled" and device.type == "cpu" and not options.compile:
+            found = step_measure.Found(absent=not_compiled(batch))
+        else:
+            if held is None or held[0] != model:
+                held = None
+                gc.collect()
+                held = model, model.trunk(device, dtype)
+            found = step_measure.measure_batch(model, held[1], batch, device, limits)
         rows = [labelled(model, dtype, cell) | row for cell, row in found.rows.items()]
         absent = [
             labelled(model, dtype, cell) | {"batch": batch.name, "reason": why}
@@ -126,6 +131,11 @@ def run(plan: list[tuple[Model, Batch]], device: torch.device, options: argparse
         failed |= any(why.startswith("failed: ") for why in found.absent.values())
     print(f"\nwritten: {path}")
     return int(failed)
+
+
+def not_compiled(batch: Batch) -> dict[Cell, str]:
+    why = "compiling takes many minutes on a CPU: --compile asks for it"
+    return {cell: why for cell in batch.cells if COMPILE in cell.variant}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -146,16 +146,17 @@ def count(cell: Cell, step: Step, trunk: nn.Module, device: torch.device) -> dic
     # a hook around a compiled forward would have it compiled anew, without what it was asked for
     if COMPILE not in cell.variant:
         row["saved_bytes"] = measure.saved_bytes(step.loss, constant)
-    row |= peak(step, device)
+    row |= peak(cell, step, device)
     # the loops that inductor generates for the CPU are no operators: nothing to count
     if not (COMPILE in cell.variant and device.type == "cpu"):
         row["counts"] = measure.count(step.run, device, warm=True)
     return row
 
 
-def peak(step: Step, device: torch.device) -> dict[str, Any]:
+def peak(cell: Cell, step: Step, device: torch.device) -> dict[str, Any]:
     """The most that a step holds at once above the trunk's weights: adapters, their gradients and
-    optimizer states included. On the CPU by the live bytes of tensors that operators see."""
+    the optimizer's states included. On the CPU what operators are seen to hold in forward and
+    backward: no workspaces, and nothing of compiled code."""
     if device.type == "cuda":
         taken = measure.peak_bytes(step.run, device)
         assert taken is not None
@@ -163,11 +164,15 @@ def peak(step: Step, device: torch.device) -> dict[str, Any]:
             "peak_bytes": taken + step.resident_bytes,
             "peak_by": "torch.cuda.max_memory_allocated",
         }
-    try:
-        from a3fta_kernels.memory import track_peak
-    except ImportError:
-        return {"peak_bytes": None, "peak_by": "not tracked on the CPU"}
-    return {"peak_bytes": track_peak(step.run) + step.resident_bytes, "peak_by": "live tensors"}
+    if not step.trained or COMPILE in cell.variant:
+        return {"peak_bytes": None}
+    from a3fta_kernels.memory import peak as tracker
+
+    inputs = {k: x for k, x in step.inputs.items() if k != "target"}
+    seen = tracker.measure(step.model, (), inputs | {"return_dict": False})
+    for p in step.trained.values():
+        p.grad = None
+    return {"peak_bytes": seen.bytes + step.resident_bytes, "peak_by": "live tensors"}
 
 
 Sample = tuple[float, float]  # seconds of a step, and until all of it was started

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
-from .count_saved import SD15, SDXL
+from a3fta_kernels.memory.models import ARCHITECTURES
 
 TEXT_TOKENS = 77
+SD15, SDXL = (ARCHITECTURES[name].config for name in ("sd15", "sdxl"))
 SMALL_SD15 = {
     **SD15,
     "block_out_channels": (320, 640, 640),
