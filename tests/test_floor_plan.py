@@ -63,6 +63,7 @@ EXCEPTIONS = [
         "it is attention, then adapter_linear; where its kernels cannot run, literally",
     ),
     ("ops.*.contract", "ops.quantize*", "what an op keeps for its backward may be held in 8 bits"),
+    ("ops.norm", "ops.quantize*", "the same, for the two normalisations together"),
     ("adapters.config", "adapters", "the table of designs, read when a config is checked"),
     ("cli*", "cli.*", "the command line is one unit"),
     ("cli*", "", "the command line is a user of the public names"),

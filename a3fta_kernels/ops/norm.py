@@ -10,23 +10,26 @@ with means over what shares a mean: a group, a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_device, check_dtype, check_shape, check_tensor, describe
-from .rule import acc_dtype, autocasts
+from .quantize import contract as quantize
+from .rule import acc_dtype, autocasts, is_plain
 from .validate import FLOATS
 
-KEEP = ("input",)
+KEEP = ("input", "int8")
 
 
 def check_norm(
     x: Tensor, channels: int, weight: Tensor | None, bias: Tensor | None, eps: float, keep: str
 ) -> None:
     """Checks all but x, against x of so many channels."""
+    if keep in KEEP and type(eps) is float and eps >= 0 and _fit(x, channels, weight, bias):
+        return
     check_choice("keep", keep, KEEP)
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not eps >= 0:
         raise ValueError(f"eps: expected a number of at least 0, got {describe(eps)}")
@@ -39,10 +42,23 @@ def check_norm(
         check_device(name, value, x.device, "x")
 
 
+def _fit(x: Tensor, channels: int, *parameters: Tensor | None) -> bool:
+    """Whether the usual call is right, in one look; False leaves it to the checks one by one."""
+    for p in parameters:
+        if p is not None and not (
+            isinstance(p, Tensor)
+            and p.shape == (channels,)
+            and p.dtype in FLOATS
+            and p.device == x.device
+        ):
+            return False
+    return True
+
+
 def norm_dtype(x: Tensor) -> torch.dtype:
     """The dtype of y: x's own. Under autocast on a GPU PyTorch normalises in float32; on a CPU it
     does as without."""
-    if x.device.type == "cuda" and x.dtype != torch.float64 and autocasts(x):
+    if x.is_cuda and x.dtype != torch.float64 and autocasts(x):
         return torch.float32
     return x.dtype
 
@@ -58,7 +74,10 @@ def common_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
 
 def trains(*parameters: Tensor | None) -> bool:
     """Whether autograd would want a gradient of a parameter, which the kernels do not have."""
-    return torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
+    wanted = False
+    for p in parameters:
+        wanted = wanted or (p is not None and p.requires_grad)
+    return wanted and torch.is_grad_enabled()
 
 
 def check_frozen(backend: str, **parameters: Tensor | None) -> None:
@@ -74,18 +93,24 @@ def parameter(p: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """As kernels read it: contiguous, in x's dtype or in that of the sums."""
     if p is None:
         return None
-    wide = acc_dtype(dtype)
-    return (p if p.dtype in (dtype, wide) else p.to(wide)).contiguous()
+    if p.dtype != dtype and p.dtype != acc_dtype(dtype):
+        p = p.to(acc_dtype(dtype))
+    return p.contiguous()
 
 
 def keep_input(x: Tensor, keep: str, backend: str) -> tuple[Tensor, ...]:
-    """What stays of x until the backward."""
-    return (x,)
+    """What stays of x until the backward: x, or its 8-bit codes and their ranges."""
+    if keep == "input":
+        return (x,)
+    return (quantize.quantize if is_plain(x) else torch.ops.a3fta.quantize)(x, backend)
 
 
-def kept_input(kept: tuple[Tensor, ...], keep: str, backend: str, dtype: torch.dtype) -> Tensor:
-    """x again, in the dtype it is computed in."""
-    return kept[0].to(dtype)
+def kept_input(kept: Sequence[Tensor], backend: str, dtype: torch.dtype) -> Tensor:
+    """x again, or what its codes stand for, in the dtype it is computed in."""
+    if len(kept) == 1:
+        return kept[0].to(dtype)
+    plain = is_plain(kept[0])
+    return (quantize.dequantize if plain else torch.ops.a3fta.dequantize)(*kept, dtype, backend)
 
 
 def save_norm(
@@ -109,12 +134,12 @@ def save_norm(
             )
     kept = keep_input(x, keep, backend)
     ctx.save_for_backward(*kept, *statistics, *parameters)
-    ctx.options = (x.dtype, len(kept), keep, backend, options)
+    ctx.options = (x.dtype, len(kept), backend, options)
 
 
 def norm_rule(ctx: Any, dy: Tensor, backward: Callable[..., Tensor]) -> Tensor:
     """dx in x's dtype, of `backward(dy, x, mean, rstd, *parameters, *options, backend)`."""
-    dtype, count, keep, backend, options = ctx.options
+    dtype, count, backend, options = ctx.options
     saved = ctx.saved_tensors
-    x = kept_input(saved[:count], keep, backend, dy.dtype)
+    x = kept_input(saved[:count], backend, dy.dtype)
     return backward(dy, x, *saved[count:], *options, backend).to(dtype)

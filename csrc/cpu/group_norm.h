@@ -64,33 +64,45 @@ struct GroupNorm : Norm<T> {
   static void backward_groups(const Host& host, const GroupNormArgs& x, const Parameters& p) {
     const int64_t size = width(x) * x.positions;
     run(host, x.samples * x.groups, [&](Tasks& tasks) {
-      alignas(64) Acc xhat[N::kTile], g[N::kTile];
+      alignas(64) Acc xhat[N::kTile], tile[N::kTile];
       for (int64_t task; (task = tasks.next()) >= 0;) {
         const Same<Acc> center{mean(x, task)}, scale{rstd(x, task)};
-        const auto each_tile = [&](const auto& body) {
+        // body(first element, elements, their slopes)
+        const auto each_tile = [&](bool computed, const auto& body) {
           for (int64_t d = 0; d < width(x); ++d) {
             const int64_t c = task % x.groups * width(x) + d;
             for (int64_t i = 0; i < x.positions; i += N::kTile) {
               const int64_t at = task * size + d * x.positions + i;
               const int64_t n = min_of(N::kTile, x.positions - i);
-              N::template slopes<ACT>(
-                  in(x.dy, at), in(x.x, at), n, center, scale, Same<Acc>{p.weight[c]},
-                  Same<Acc>{p.bias[c]}, xhat, g);
-              body(at, n);
+              Acc* g = slopes_at<ACT>(x, at, tile);
+              if (!computed)
+                N::template slopes<ACT>(
+                    in(x.dy, at), in(x.x, at), n, center, scale, Same<Acc>{p.weight[c]},
+                    Same<Acc>{p.bias[c]}, xhat, g);
+              body(at, n, g);
             }
           }
         };
         Sums sums{0.0, 0.0};
-        each_tile([&](int64_t, int64_t n) {
+        each_tile(false, [&](int64_t, int64_t n, const Acc* g) {
           const Sums s = N::sums_of(xhat, g, n);
           sums = {sums.g + s.g, sums.gx + s.gx};
         });
         const Same<Acc> mean_g{Acc(sums.g / double(size))}, mean_gx{Acc(sums.gx / double(size))};
-        each_tile([&](int64_t at, int64_t n) {
-          N::finish(xhat, g, n, scale, mean_g, mean_gx, out(x, at));
+        each_tile(N::template kHeld<ACT>, [&](int64_t at, int64_t n, const Acc* g) {
+          N::finish(in(x.x, at), g, n, center, scale, mean_g, mean_gx, out(x, at));
         });
       }
     });
+  }
+
+  // where the slopes of the elements from `at` on are: in dx, or in the task's scratch
+  template <int ACT>
+  static Acc* slopes_at(const GroupNormArgs& x, int64_t at, Acc* scratch) {
+    if constexpr (N::template kHeld<ACT>)
+      return out(x, at);
+    else
+      return scratch;
   }
 
   // blocks of positions of one sample
@@ -128,14 +140,9 @@ struct GroupNorm : Norm<T> {
         const int64_t rows = blocks.length(x, task);
         moments_of_channels(from, rows, channels, center, lacks, squares);
         for (int64_t group = 0; group < x.groups; ++group) {
-          Moments m{};
-          for (int64_t c = group * width(x); c < (group + 1) * width(x); ++c) {
-            const double lack = double(lacks[c]) / double(rows);
-            const Moments one{double(rows), double(center[c]) + lack,
-                              double(squares[c]) - lack * double(lacks[c])};
-            m = c == group * width(x) ? one : merged(m, one);
-          }
-          parts[task * x.groups + group] = m;
+          const int64_t c = group * width(x);
+          parts[task * x.groups + group] =
+              moments_of_group(width(x), rows, center + c, lacks + c, squares + c);
         }
       }
     });
@@ -168,23 +175,56 @@ struct GroupNorm : Norm<T> {
     });
   }
 
-  // of each channel over the rows: a mean, the sum of differences from it, and of their squares
+  // of each channel over the rows: a center near its mean, the sums of differences and of squares
   static void moments_of_channels(
       const T* x, int64_t rows, int64_t channels, Acc* center, Acc* lacks, Acc* squares) {
-    for (int64_t c = 0; c < channels; ++c) center[c] = lacks[c] = squares[c] = 0;
-    for (int64_t i = 0; i < rows; ++i) {
-      const T* row = x + i * channels;
-#pragma GCC ivdep
-      for (int64_t c = 0; c < channels; ++c) center[c] += widen(row[c]);
+    const int64_t few = min_of(rows, 4);
+    for (int64_t c = 0; c < channels; ++c) center[c] = 0;
+    for (int64_t i = 0; i < few; ++i)
+      for (int64_t c = 0; c < channels; ++c) center[c] += widen(x[i * channels + c]) / Acc(few);
+    differences(x, rows, channels, center, lacks, squares);
+    bool off = false;
+    for (int64_t c = 0; c < channels; ++c) off |= N::is_off(lacks[c], squares[c], Acc(rows));
+    if (!off) return;
+    for (int64_t c = 0; c < channels; ++c) center[c] += lacks[c] / Acc(rows);
+    differences(x, rows, channels, center, lacks, squares);
+  }
+
+  // of the channels of a group together
+  static Moments moments_of_group(
+      int64_t channels, int64_t rows, const Acc* center, const Acc* lacks, const Acc* squares) {
+    const double each = 1.0 / double(rows);
+    double mean = 0.0, sum = 0.0;
+    for (int64_t c = 0; c < channels; ++c) mean += double(center[c]) + double(lacks[c]) * each;
+    mean /= double(channels);
+    for (int64_t c = 0; c < channels; ++c) {
+      const double lack = double(lacks[c]) * each, apart = double(center[c]) + lack - mean;
+      sum += double(squares[c]) - lack * double(lacks[c]) + double(rows) * apart * apart;
     }
-    for (int64_t c = 0; c < channels; ++c) center[c] /= Acc(rows);
-    for (int64_t i = 0; i < rows; ++i) {
-      const T* row = x + i * channels;
+    return {double(rows * channels), mean, sum};
+  }
+
+  static void differences(
+      const T* x, int64_t rows, int64_t channels, const Acc* center, Acc* lacks, Acc* squares) {
+    for (int64_t c = 0; c < channels; ++c) lacks[c] = squares[c] = 0;
+    int64_t i = 0;
+    for (; i + 4 <= rows; i += 4) {
+      const T *a = x + i * channels, *b = a + channels, *d = b + channels, *e = d + channels;
 #pragma GCC ivdep
       for (int64_t c = 0; c < channels; ++c) {
-        const Acc d = widen(row[c]) - center[c];
-        lacks[c] += d;
-        squares[c] += d * d;
+        const Acc p = widen(a[c]) - center[c], q = widen(b[c]) - center[c];
+        const Acc r = widen(d[c]) - center[c], s = widen(e[c]) - center[c];
+        lacks[c] += (p + q) + (r + s);
+        squares[c] += (p * p + q * q) + (r * r + s * s);
+      }
+    }
+    for (; i < rows; ++i) {
+      const T* a = x + i * channels;
+#pragma GCC ivdep
+      for (int64_t c = 0; c < channels; ++c) {
+        const Acc p = widen(a[c]) - center[c];
+        lacks[c] += p;
+        squares[c] += p * p;
       }
     }
   }
@@ -197,11 +237,11 @@ struct GroupNorm : Norm<T> {
     const Buffer<Acc> means(host, 2 * x.samples * x.groups);
     Acc *mean_g = means, *mean_gx = means + x.samples * x.groups;
 
-    // slopes of every row of every block, then what `body` and `end` of the block make of them
-    const auto each_row = [&](const auto& begin, const auto& body, const auto& end) {
+    // slopes of every row of every block, and what the block's begin, body and end make of them
+    const auto each_row = [&](bool computed, const auto& begin, const auto& body, const auto& end) {
       run(host, blocks.count(x), [&](Tasks& tasks) {
         const Buffer<Acc> center(host, channels), scale(host, channels), xhat(host, channels),
-            g(host, channels), one(host, channels), two(host, channels);
+            scratch(host, channels), one(host, channels), two(host, channels);
         int64_t sample = -1;
         for (int64_t task; (task = tasks.next()) >= 0;) {
           if (blocks.sample(task) != sample) {
@@ -212,10 +252,12 @@ struct GroupNorm : Norm<T> {
           begin(sample, one, two);
           for (int64_t i = 0; i < blocks.length(x, task); ++i) {
             const int64_t at = blocks.at(x, task) + i * channels;
-            N::template slopes<ACT>(
-                in(x.dy, at), in(x.x, at), channels, Each<Acc>{center}, Each<Acc>{scale},
-                Each<Acc>{p.weight}, Each<Acc>{p.bias}, xhat, g);
-            body(at, xhat, g, scale, one, two);
+            Acc* g = slopes_at<ACT>(x, at, scratch);
+            if (!computed)
+              N::template slopes<ACT>(
+                  in(x.dy, at), in(x.x, at), channels, Each<Acc>{center}, Each<Acc>{scale},
+                  Each<Acc>{p.weight}, Each<Acc>{p.bias}, xhat, g);
+            body(at, xhat, g, center, scale, one, two);
           }
           end(task, one, two);
         }
@@ -223,10 +265,12 @@ struct GroupNorm : Norm<T> {
     };
 
     each_row(
+        false,
         [&](int64_t, Acc* sum_g, Acc* sum_gx) {
           for (int64_t c = 0; c < channels; ++c) sum_g[c] = sum_gx[c] = 0;
         },
-        [&](int64_t, const Acc* xhat, const Acc* g, const Acc*, Acc* sum_g, Acc* sum_gx) {
+        [&](int64_t, const Acc* xhat, const Acc* g, const Acc*, const Acc*, Acc* sum_g,
+            Acc* sum_gx) {
 #pragma GCC ivdep
           for (int64_t c = 0; c < channels; ++c) {
             sum_g[c] += g[c];
@@ -253,14 +297,16 @@ struct GroupNorm : Norm<T> {
       mean_gx[i] = Acc(s.gx / n);
     }
     each_row(
+        N::template kHeld<ACT>,
         [&](int64_t sample, Acc* one, Acc* two) {
           spread(x, mean_g + sample * x.groups, one);
           spread(x, mean_gx + sample * x.groups, two);
         },
-        [&](int64_t at, const Acc* xhat, const Acc* g, const Acc* scale, const Acc* one,
-            const Acc* two) {
+        [&](int64_t at, const Acc*, const Acc* g, const Acc* center, const Acc* scale,
+            const Acc* one, const Acc* two) {
           N::finish(
-              xhat, g, channels, Each<Acc>{scale}, Each<Acc>{one}, Each<Acc>{two}, out(x, at));
+              in(x.x, at), g, channels, Each<Acc>{center}, Each<Acc>{scale}, Each<Acc>{one},
+              Each<Acc>{two}, out(x, at));
         },
         [](int64_t, const Acc*, const Acc*) {});
   }

@@ -72,35 +72,56 @@ struct Norm {
       for (int k = 0; k < kSums; ++k) whole(j + k * V::kLanes, sums[k]);
     for (; j + V::kLanes <= n; j += V::kLanes) whole(j, sums[0]);
     for (int i = 0; i < N; ++i) {
-      const Vec all = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
-      out[i] = 0;
-      for (int lane = 0; lane < V::kLanes; ++lane) out[i] += all[lane];
+      alignas(64) Acc lanes[V::kLanes];
+      V::store(lanes, (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]));
+      for (int half = V::kLanes / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+      out[i] = lanes[0];
     }
     for (; j < n; ++j) one(j, out);
   }
 
-  static Moments moments_of_part(const Acc* x, int64_t n) {
-    Acc sum[1];
-    reduce(
-        n, sum, [&](int64_t j, Vec* s) { s[0] += V::load(x + j); },
-        [&](int64_t j, Acc* s) { s[0] += x[j]; });
-    const Acc mean = sum[0] / Acc(n);
-    Acc d[2];
+  // sums of x - center and of its square
+  static void differences(const Acc* x, int64_t n, Acc center, Acc (&d)[2]) {
     reduce(
         n, d,
         [&](int64_t j, Vec* s) {
-          const Vec v = V::load(x + j) - mean;
+          const Vec v = V::load(x + j) - center;
           s[0] += v;
           s[1] += v * v;
         },
         [&](int64_t j, Acc* s) {
-          const Acc v = x[j] - mean;
+          const Acc v = x[j] - center;
           s[0] += v;
           s[1] += v * v;
         });
-    // the mean was rounded: d[0] is what it lacks
-    const double lacks = double(d[0]) / double(n);
-    return {double(n), double(mean) + lacks, double(d[1]) - lacks * double(d[0])};
+  }
+
+  // from a guess of the mean, and where that was no good from a better one
+  static Moments moments_of_part(const Acc* x, int64_t n) {
+    const int64_t few = min_of(n, kSums * V::kLanes);
+    Acc sum[1], d[2];
+    reduce(
+        few, sum, [&](int64_t j, Vec* s) { s[0] += V::load(x + j); },
+        [&](int64_t j, Acc* s) { s[0] += x[j]; });
+    Acc center = sum[0] / Acc(few);
+    differences(x, n, center, d);
+    if (is_off(d[0], d[1], Acc(n))) {
+      center += d[0] / Acc(n);
+      differences(x, n, center, d);
+    }
+    return around(center, d[0], d[1], n);
+  }
+
+  // whether the center is so far from the mean, over 2.6 deviations, that the squares of
+  // differences tell of little else
+  static A3FTA_INLINE bool is_off(Acc lacks, Acc squares, Acc n) {
+    return lacks * lacks > Acc(0.875) * squares * n;
+  }
+
+  static A3FTA_INLINE Moments around(Acc center, Acc lacks, Acc squares, int64_t n) {
+    const double lack = double(lacks) / double(n);
+    return {double(n), double(center) + lack, double(squares) - lack * double(lacks)};
   }
 
   static Moments moments(const T* x, int64_t n) {
@@ -135,6 +156,10 @@ struct Norm {
           a3fta::scalar::activate<Acc>((widen(x[j]) - mean[j]) * scale[j] + shift[j], ACT), y[j]);
   }
 
+  // in the type of the sums, what is dear to compute twice waits in dx
+  template <int ACT>
+  static constexpr bool kHeld = !kCopied && ACT != a3fta::kIdentity;
+
   // xhat and g
   template <int ACT, class Mean, class Parameter>
   static A3FTA_INLINE void slopes(
@@ -165,13 +190,16 @@ struct Norm {
     return {double(s[0]), double(s[1])};
   }
 
-  // dx = rstd * (g - mean_g - xhat * mean_gx)
+  // dx = rstd * (g - mean_g - xhat * mean_gx); g may lie in dx
   template <class Mean>
   static A3FTA_INLINE void finish(
-      const Acc* xhat, const Acc* g, int64_t n, Mean rstd, Mean mean_g, Mean mean_gx, T* dx) {
+      const T* x, const Acc* g, int64_t n, Mean mean, Mean rstd, Mean mean_g, Mean mean_gx,
+      T* dx) {
 #pragma GCC ivdep
-    for (int64_t j = 0; j < n; ++j)
-      narrow(rstd[j] * (g[j] - mean_g[j] - xhat[j] * mean_gx[j]), dx[j]);
+    for (int64_t j = 0; j < n; ++j) {
+      const Acc h = (widen(x[j]) - mean[j]) * rstd[j];
+      narrow(rstd[j] * (g[j] - mean_g[j] - h * mean_gx[j]), dx[j]);
+    }
   }
 
   // weight and bias of every channel, 1 and 0 where there are none

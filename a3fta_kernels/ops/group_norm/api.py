@@ -7,7 +7,6 @@ from torch import Tensor
 from ...backends import resolve
 from ...checks import check_choice, check_dtype, check_tensor, describe
 from ..norm import check_frozen, check_norm, norm_dtype, trains
-from ..rule import without_autocast
 from ..validate import FLOATS
 from . import contract
 from .reference import group_norm as reference
@@ -76,7 +75,4 @@ def group_norm(
         return contract.like_layout(
             reference(x.to(dtype), num_groups, weight, bias, eps=eps, activation=activation), x
         )
-    with without_autocast(x):
-        return contract.apply(
-            x, weight, bias, num_groups, float(eps), activation, keep, dtype, chosen
-        )
+    return contract.apply(x, weight, bias, num_groups, float(eps), activation, keep, dtype, chosen)

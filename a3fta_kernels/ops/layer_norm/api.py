@@ -6,7 +6,6 @@ from torch import Tensor
 
 from ...backends import resolve
 from ..norm import check_frozen, check_norm, norm_dtype, trains
-from ..rule import without_autocast
 from ..validate import check_input
 from . import contract
 from .reference import layer_norm as reference
@@ -56,5 +55,4 @@ def layer_norm(
         chosen = "reference"
     if chosen == "reference":
         return reference(x.to(dtype), weight, bias, eps=eps).contiguous()
-    with without_autocast(x):
-        return contract.apply(x, weight, bias, float(eps), keep, dtype, chosen)
+    return contract.apply(x, weight, bias, float(eps), keep, dtype, chosen)
