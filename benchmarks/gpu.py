@@ -13,6 +13,7 @@
     bench-linear-16                       with R = 16
     bench-cross      attention to text
     bench-block      a whole transformer block
+    bench-step       whole training steps of SDXL and SD1.5: results/step_<device>.json
     targets          what the results met and missed, by how much, and what bounds it
 
 `test` and `bench` stand for all of their kind; `bench` ends with the targets.
@@ -57,7 +58,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# what `run.py` is given
+# what the script of a stage is given
 BENCHES = {
     "bench-adapter": ["--only", "adapter", "--rank", "64"],
     "bench-adapter-16": ["--only", "adapter", "--rank", "16"],
@@ -65,7 +66,9 @@ BENCHES = {
     "bench-linear-16": ["--only", "adapter_linear", "--rank", "16"],
     "bench-cross": ["--only", "cross_attention_adapter"],
     "bench-block": ["--only", "block"],
+    "bench-step": [],
 }
+SCRIPTS = {"bench-step": "benchmarks/bench_step.py"}  # of a stage, where it is not run.py
 STAGES = ("build", "test-ops", "test-rest", "sanitize", *BENCHES, "targets")
 GROUPS = {
     "all": STAGES, "test": ("test-ops", "test-rest"), "bench": (*BENCHES, "targets")
@@ -217,7 +220,8 @@ def steps(stage: str, options: argparse.Namespace, arch: str, folder: Path) -> l
         command = [python, "-m", "benchmarks.targets", "--results", str(options.out)]
         command += ["--quick"] * options.quick
         return [Step("targets", command, limit_s=120, read=read_targets)]
-    command = [python, "benchmarks/run.py", "--device", "cuda", *BENCHES[stage]]
+    script = SCRIPTS.get(stage, "benchmarks/run.py")
+    command = [python, script, "--device", "cuda", *BENCHES[stage]]
     command += ["--minutes", f"{options.minutes:g}", "--out", str(options.out)]
     command += ["--quick"] * options.quick
     command += ["--commit", options.commit] if options.commit else []
