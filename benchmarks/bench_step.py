@@ -41,7 +41,6 @@ from benchmarks.step_methods import ANCHOR, COMPILE, Batch, Cell, batches  # noq
 from benchmarks.step_models import Model, models  # noqa: E402
 
 
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="whole training steps, ours and rivals")
     parser.add_argument("--device", choices=("cpu", "cuda"))

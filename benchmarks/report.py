@@ -131,7 +131,7 @@ def said(placed: list[Point]) -> list[str]:
 def step_table(rows: dict[Cell, Row], about: dict[str, Any]) -> Iterator[str]:
     counted = "kernels" if "capability" in about else "operators"
     yield (
-        f"| method · trunk | step, ms | 20–80 % | over LoRA | peak, MiB | saved, MiB | {counted} | "
+        f"| method · trunk | step, ms | 20 % to 80 % | over LoRA | peak, MiB | saved, MiB | {counted} | "
         "trains, M |"
     )
     yield "|---|---:|---:|---:|---:|---:|---:|---:|"
@@ -139,7 +139,7 @@ def step_table(rows: dict[Cell, Row], about: dict[str, Any]) -> Iterator[str]:
         ratio = over_lora(cell, row)
         cells = [
             f"{cell.method} · {cell.variant}", f"{row['q50_us'] / 1e3:.0f}",
-            f"{row['q20_us'] / 1e3:.0f}–{row['q80_us'] / 1e3:.0f}",
+            f"{row['q20_us'] / 1e3:.0f} to {row['q80_us'] / 1e3:.0f}",
             "" if ratio is None else f"{ratio:.2f}", mib(row.get("peak_bytes")),
             mib(row.get("saved_bytes")), str(row.get("counts", {}).get(counted, "")),
             f"{row['trainable_parameters'] / 1e6:.2f}",

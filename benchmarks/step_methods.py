@@ -139,7 +139,9 @@ def build(cell: Cell, trunk: nn.Module, inputs: dict[str, Any]) -> Step:
     if cell.method in (LORA, EQUAL) and importlib.util.find_spec("peft") is None:
         raise CannotRun("peft is not installed")
     # all but a full fine-tuning computes with the same frozen tensors
-    memo = {} if cell.method == FULL else {id(p): p for p in (*trunk.parameters(), *trunk.buffers())}
+    memo = (
+        {} if cell.method == FULL else {id(p): p for p in (*trunk.parameters(), *trunk.buffers())}
+    )
     model = copy.deepcopy(trunk, memo)
     leaf: list[Tensor] = []
     _adapt(model, cell.method, leaf)
