@@ -131,8 +131,8 @@ def said(placed: list[Point]) -> list[str]:
 def step_table(rows: dict[Cell, Row], about: dict[str, Any]) -> Iterator[str]:
     counted = "kernels" if "capability" in about else "operators"
     yield (
-        f"| method · trunk | step, ms | 20 % to 80 % | over LoRA | peak, MiB | saved, MiB | {counted} | "
-        "trains, M |"
+        "| method · trunk | step, ms | 20 % to 80 % | over LoRA | peak, MiB | saved, MiB | "
+        f"{counted} | trains, M |"
     )
     yield "|---|---:|---:|---:|---:|---:|---:|---:|"
     for cell, row in rows.items():

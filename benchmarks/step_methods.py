@@ -1,7 +1,7 @@
 """Ways to train a U-Net, and the table of those that `bench_step.py` measures.
 
 A cell is a method, what trains, and a variant, how the frozen trunk is computed. Cells that are
-timed in one loop are a batch; each batch has PEFT LoRA on the stock trunk, which all is compared to.
+timed in one loop are a batch; each has PEFT LoRA on the stock trunk, to which all is compared.
 
 The frozen floor is the trunk's own cost: a forward, and a backward to the output of the first
 attention layer, which is as far as the gradient of every adapter method has to go. Nothing trains
@@ -139,10 +139,8 @@ def build(cell: Cell, trunk: nn.Module, inputs: dict[str, Any]) -> Step:
     if cell.method in (LORA, EQUAL) and importlib.util.find_spec("peft") is None:
         raise CannotRun("peft is not installed")
     # all but a full fine-tuning computes with the same frozen tensors
-    memo = (
-        {} if cell.method == FULL else {id(p): p for p in (*trunk.parameters(), *trunk.buffers())}
-    )
-    model = copy.deepcopy(trunk, memo)
+    frozen = () if cell.method == FULL else (*trunk.parameters(), *trunk.buffers())
+    model = copy.deepcopy(trunk, {id(x): x for x in frozen})
     leaf: list[Tensor] = []
     _adapt(model, cell.method, leaf)
     call = _vary(model, cell)
@@ -176,7 +174,7 @@ def _adapt(model: nn.Module, method: str, leaf: list[Tensor]) -> None:
 
 
 def lora(model: nn.Module, rank: int) -> None:
-    """In the trunk's dtype, which is PEFT's faster and smaller way: in float32 it casts its inputs."""
+    """In the trunk's dtype: PEFT's way in float32 casts its inputs, which is slower and larger."""
     from peft import LoraConfig
 
     dtype = next(model.parameters()).dtype

@@ -46,7 +46,7 @@ def test_each_target_is_missed_by_what_it_names():
     assert slow == {"exact: time over PEFT LoRA, eager", "exact: time over PEFT LoRA, compiled",
                     "exact: time over the stock trunk"}  # fmt: skip
     assert missed(Cell(OURS, "exact"), peak=1.5) == {"exact: peak above weights over PEFT LoRA"}
-    assert missed(Cell(OURS, "recompute"), time=1.2) == {
+    assert missed(Cell(OURS, "recompute"), time=1.16) == {
         "recompute: time over PEFT LoRA, eager", "recompute: time over the stock trunk"
     }  # fmt: skip
     assert missed(Cell(OURS, "recompute"), peak=1.3) == {"recompute: peak over PEFT LoRA"}
