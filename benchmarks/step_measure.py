@@ -206,7 +206,7 @@ def clock(step: Step, device: torch.device) -> Callable[[], Sample]:
 def rounds(
     clocks: dict[Cell, Callable[[], Sample]], limits: Limits
 ) -> tuple[dict[Cell, list[Sample]], dict[Cell, str]]:
-    """One step of every cell a round, from another one each time; the first round warms up.
+    """One step of every cell a round, from another one each time; every cell is warm.
 
     A cell that fails leaves, and is named with the reason.
     """
@@ -214,9 +214,9 @@ def rounds(
     samples: dict[Cell, list[Sample]] = {cell: [] for cell in order}
     failed: dict[Cell, str] = {}
     begun = time.perf_counter()
-    for turn in range(limits.most + 1):
-        enough = turn > limits.rounds and time.perf_counter() - begun > limits.seconds
-        if enough or (turn > 3 and limits.over):
+    for turn in range(limits.most):
+        enough = turn >= limits.rounds and time.perf_counter() - begun > limits.seconds
+        if enough or (turn >= 3 and limits.over):
             break
         first = turn % max(1, len(order))
         for cell in (*order[first:], *order[:first]):
@@ -228,8 +228,7 @@ def rounds(
                 failed[cell] = reason(error)
                 del samples[cell]
                 continue
-            if turn:
-                samples[cell].append(taken)
+            samples[cell].append(taken)
     return samples, failed
 
 

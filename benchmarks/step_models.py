@@ -28,7 +28,7 @@ SMALL_SD15 = {
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     "layers_per_block": 1,
-    "sample_size": 48,
+    "sample_size": 40,
 }
 SMALL_SDXL = {
     **SDXL,
@@ -38,7 +38,7 @@ SMALL_SDXL = {
     "transformer_layers_per_block": (1, 8),
     "layers_per_block": 1,
     "attention_head_dim": (5, 10),
-    "sample_size": 32,
+    "sample_size": 24,
 }
 # for tests and a first look: every kind of layer, next to no work
 TINY = {

@@ -187,11 +187,11 @@ def test_a_round_takes_one_step_of_every_cell_and_rotates():
         return sample
 
     samples, failed = rounds({c: clock(i) for i, c in enumerate(cells)}, limits(6))
-    assert not failed and len(taken) == 4 * 7  # the first round warms up
+    assert not failed and len(taken) == 4 * 6
     turns = [taken[i : i + 4] for i in range(0, len(taken), 4)]
     assert all(sorted(turn) == [0, 1, 2, 3] for turn in turns)
-    assert [turn[0] for turn in turns] == [0, 1, 2, 3, 0, 1, 2]
-    assert all(len(s) == 6 and min(s)[0] > 4 for s in samples.values())
+    assert [turn[0] for turn in turns] == [0, 1, 2, 3, 0, 1]
+    assert all(len(s) == 6 for s in samples.values())
 
 
 def test_a_cell_that_fails_in_a_round_leaves_and_is_named():
@@ -199,14 +199,14 @@ def test_a_cell_that_fails_in_a_round_leaves_and_is_named():
 
     def fails():
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried\nand more")
         return 1.0, 1.0
 
     good, bad = Cell(FUSED, STOCK), Cell(FUSED, "exact")
     samples, failed = rounds({good: lambda: (1.0, 1.0), bad: fails}, limits(5))
     assert failed == {bad: "failed: OutOfMemoryError: CUDA out of memory. Tried"}
-    assert set(samples) == {good} and len(samples[good]) == 5 and len(calls) == 3
+    assert set(samples) == {good} and len(samples[good]) == 5 and len(calls) == 2
 
 
 def test_what_time_did_not_reach_is_named(device):
