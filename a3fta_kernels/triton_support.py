@@ -206,7 +206,8 @@ Plan = Callable[[dict[str, int]], tuple[tuple[int, ...], dict[str, Any]]]
 class AotKernel:
     """How to build a kernel where no GPU is.
 
-    `pointers` names the Triton type of each pointer argument that is not of the op's own dtype.
+    `pointers` names the Triton type of each pointer argument that is not of the op's own dtype, and
+    of each number that is no integer.
     `variants` are the sets of pointers that are None and of constants beside the tile sizes; an
     argument named `_desc` is given the names of its block's sizes. `targets` and `dtypes` are
     those that it is launched on; `suits` says which configurations a variant may take, and

@@ -126,7 +126,8 @@ def compiled(
             fixed[(i,)] = value
         else:
             pointer = name.endswith("_ptr")
-            signature[name] = f"*{entry.pointers.get(name, build.dtype)}" if pointer else "i32"
+            kind = entry.pointers.get(name, build.dtype if pointer else "i32")
+            signature[name] = f"*{kind}" if pointer else kind
             if aligned and not parameter.do_not_specialize:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     if constants:

@@ -14,20 +14,21 @@ from collections.abc import Mapping
 
 import torch
 
-from .workloads import BENCHES, DIRECTIONS, Workload, workloads
+from .workloads import BENCHES, ELEMENTWISE, Workload, possible, workloads
 
 H200 = {"copy_bytes_per_s": 4.3e12, "bfloat16_flop_per_s": 790e12}
 
 
 def flop(op: str, w: Workload, direction: str) -> int:
-    forward, backward = _FLOP[op](w)
+    forward, backward = (0, 0) if op in ELEMENTWISE else _FLOP[op](w)
     return _of(direction, forward, backward, 0)
 
 
 def moved(op: str, w: Workload, direction: str, dtype: torch.dtype) -> int:
     """Bytes."""
     forward, backward, between = _ELEMENTS[op](w)
-    return _of(direction, forward, backward, between) * dtype.itemsize
+    narrow = _narrow_bytes(w) if op == "quantize" else 0
+    return _of(direction, forward, backward, between) * dtype.itemsize + narrow
 
 
 def _of(direction: str, forward: int, backward: int, between: int) -> int:
@@ -97,6 +98,20 @@ def _block_elements(w: Workload) -> tuple[int, int, int]:
     return 2 * m * c + frozen + text + 4 * c * w.r, 3 * m * c + frozen + 4 * c * w.r, 0
 
 
+def _geglu_elements(w: Workload) -> tuple[int, int, int]:
+    # p has two columns for each of y
+    return 3 * w.m * w.c, 5 * w.m * w.c, 0
+
+
+def _quantize_elements(w: Workload) -> tuple[int, int, int]:
+    return 2 * w.m * w.c, 0, 0
+
+
+def _narrow_bytes(w: Workload) -> int:
+    """Codes and ranges, written and read again."""
+    return 2 * (w.m * w.c + 4 * -(-w.m * w.c // 128))
+
+
 _FLOP = {
     "adapter": _adapter_flop,
     "adapter_linear": _linear_flop,
@@ -108,6 +123,8 @@ _ELEMENTS = {
     "adapter_linear": _linear_elements,
     "cross_attention_adapter": _cross_elements,
     "block": _block_elements,
+    "geglu": _geglu_elements,
+    "quantize": _quantize_elements,
 }
 
 
@@ -128,11 +145,14 @@ def terms(
 def copied(op: str, w: Workload, direction: str, dtype: torch.dtype) -> dict[str, int]:
     """Yardsticks that only copy, and the bytes they read and write together.
 
-    clone: what `adapter` must move at least, 2MC elements forward and 3MC backward.
+    clone: what `adapter` must move at least, 2MC elements forward and 3MC backward; `geglu` 3MF
+    and 5MF.
     read: dy and h once, the term that the backward of `adapter_linear` adds to the products.
     """
     if op == "adapter":
         return {"clone": _of(direction, 2, 3, 0) * w.m * w.c * dtype.itemsize}
+    if op == "geglu":
+        return {"clone": moved(op, w, direction, dtype)}
     if op == "adapter_linear" and direction != "forward":
         return {"read": w.m * (w.n + w.c) * dtype.itemsize}
     return {}
@@ -154,7 +174,7 @@ def table(ceilings: Mapping[str, float], telling: bool = False) -> list[str]:
     ]
     for op in BENCHES:
         for w, dtype in workloads(op, "cuda", quick=telling):
-            for direction in DIRECTIONS:
+            for direction in possible(op):
                 t = terms(op, w, dtype, direction, ceilings)
                 lines.append(
                     f"| {op} | {w.name(op)} | {direction} | "

@@ -67,6 +67,8 @@ BENCHES = {
     "bench-cross": ["--only", "cross_attention_adapter"],
     "bench-block": ["--only", "block"],
     "bench-step": [],
+    "bench-geglu": ["--only", "geglu"],
+    "bench-quantize": ["--only", "quantize"],
 }
 SCRIPTS = {"bench-step": "benchmarks/bench_step.py"}  # of a stage, where it is not run.py
 STAGES = ("build", "test-ops", "test-rest", "sanitize", *BENCHES, "targets")

@@ -244,7 +244,7 @@ def _fresh(inputs: dict[str, Any]) -> dict[str, Any]:
 def evaluate(variant: Variant, inputs: dict[str, Any], dy: Tensor) -> Outcome:
     leaves = variant.leaves(inputs)
     y = variant.run(**inputs)
-    found = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
+    found = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype)) if leaves else ()
     return Outcome(y.detach(), dict(zip(leaves, found, strict=True)))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,31 @@ def check_cross(w: Workload, run: Run) -> None:
         compare(f"d{name}", grad, others, exact.grads[name], dtype, factor)
 
 
+def check_elementwise(m: int, width: int, run: Run) -> None:
+    """`geglu` as above; the 8-bit copy of its input, there and back, beside the CPU's."""
+    backend, device, dtype = run
+    g = torch.Generator().manual_seed(m)
+    p = torch.randn(m, 2 * width, generator=g).to(dtype).requires_grad_()
+    dy = gradient(torch.Size((m, width)), dtype, "cpu", "plain", 0)
+    here = {"p": _moved(p, device)}
+    ours = evaluate(partial(ops.geglu, backend=backend), here, dy.to(device)).to("cpu")
+    wide, eager = upcast({"p": p}), EAGER["geglu"]
+    exact = evaluate(eager, wide, dy.double())
+    bars = [evaluate(eager, {"p": p}, dy)]
+    for seed in range(4):
+        moved = jitter(wide, dtype, seed), jitter(dy.double(), dtype, seed)
+        bars.append(evaluate(eager, *moved))
+    compare("y", ours.y, [b.y for b in bars], exact.y, dtype, 2.0)
+    compare("dp", ours.grads["p"], [b.grads["p"] for b in bars], exact.grads["p"], dtype, 2.0)
+    codes, ranges = ops.quantize(here["p"], backend=backend)
+    back = ops.dequantize(codes, ranges, dtype, backend=backend)
+    expected = ops.quantize(p, backend="reference")
+    assert torch.equal(ranges.cpu(), expected[1])
+    assert (codes.cpu().int() - expected[0].int()).abs().max() <= 1
+    restored = ops.dequantize(codes.cpu(), expected[1], dtype, backend="reference")
+    torch.testing.assert_close(back.cpu(), restored, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
 def _moved(x: Any, device: str) -> Any:
     if not isinstance(x, Tensor):
         return x
@@ -121,6 +147,11 @@ def main() -> int:
                 check_cross(workload, run)
                 print(f"{arguments.backend} {dtype} {workload}", flush=True)
                 ran += 1
+        # rows of whole vectors and not, blocks of 128 that end short
+        for m, width in ((33, 320), (7, 35)):
+            check_elementwise(m, width, run)
+            print(f"{arguments.backend} {dtype} geglu and quantize, {m} x {width}", flush=True)
+            ran += 1
     print(f"sanitize_case: done, {ran} cases agree with the oracle")
     return 0
 

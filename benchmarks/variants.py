@@ -31,14 +31,16 @@ from a3fta_kernels.backends import why_not
 from a3fta_kernels.ops.adapter.reference import adapter as eager_adapter
 from a3fta_kernels.ops.adapter_linear.contract import paths_for
 from a3fta_kernels.ops.adapter_linear.reference import adapter_linear as eager_adapter_linear
+from a3fta_kernels.ops.geglu.reference import geglu as eager_geglu
+from a3fta_kernels.ops.quantize import reference as eager_quantize
 from tests.oracle import Case
 
 from . import blocks, floors
-from .workloads import Workload
+from .workloads import ELEMENTWISE, Workload
 
 Op = Callable[..., Any]
 # what no layer's parameters hold: these get fresh places in every buffer set
-MOVED = ("h", "residual", "q", "k", "v", "x")
+MOVED = ("h", "residual", "q", "k", "v", "x", "p")
 
 COPIES = ("clone", "read")
 # these compute something else than the op: its floor and its oracle say nothing about them
@@ -92,6 +94,8 @@ class Subject:
             subject.inputs = blocks.inputs(workload, dtype, device)
         elif op == "cross_attention_adapter":
             subject.inputs = cross_inputs(workload, dtype, device)
+        elif op in ELEMENTWISE:
+            subject.inputs = elementwise_inputs(op, workload, dtype, device)
         else:
             subject.inputs = case_of(op, workload).inputs(dtype, str(device))
         return subject
@@ -101,7 +105,9 @@ class Subject:
         return torch.Size((self.workload.batch, self.workload.tokens, self.workload.n))
 
     def exact(self) -> Variant:
-        """The specification in float64."""
+        """The specification in float64; of `quantize`, there and back, what it is given."""
+        if self.op == "quantize":
+            return Variant(lambda x: x)
         if self.block is None:
             return Variant(EAGER[self.op])
         return block_variant(self, "reference", exact=True)
@@ -131,6 +137,26 @@ def cross_inputs(w: Workload, dtype: torch.dtype, device: torch.device) -> dict[
     return inputs | {"heads": w.heads}
 
 
+def elementwise_inputs(
+    op: str, w: Workload, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(7)
+    columns = 2 * w.c if op == "geglu" else w.c
+    x = torch.randn(w.batch, w.tokens, columns, generator=g).to(device, dtype)
+    return {"p": x.requires_grad_()} if op == "geglu" else {"x": x}
+
+
+def eager_there_and_back(x: Tensor) -> Tensor:
+    """Of a contiguous x, without the registered op: torch.compile looks inside."""
+    codes, ranges = eager_quantize.quantize(x.view(-1))
+    return eager_quantize.dequantize(codes, ranges, x.dtype).view(x.shape)
+
+
+def there_and_back(x: Tensor, backend: str) -> Tensor:
+    codes, ranges = ops.quantize(x, backend=backend)
+    return ops.dequantize(codes, ranges, x.dtype, backend=backend)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """PyTorch's own; (B, L, C) in and out, heads merged."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
@@ -157,6 +183,8 @@ EAGER: dict[str, Op] = {
     "adapter": eager_adapter,
     "adapter_linear": eager_adapter_linear,
     "cross_attention_adapter": after_attention(eager_adapter_linear),
+    "geglu": eager_geglu,
+    "quantize": eager_there_and_back,
 }
 
 
@@ -170,11 +198,11 @@ def names(op: str, w: Workload, dtype: torch.dtype, direction: str, device: str)
         ours = []
     found = ["eager", *ours, *(["auto"] if len(ours) > 1 else [])]
     # inductor takes long: where a target asks for it, and on the CPU once per shape
-    if op == "adapter" and (device == "cuda" or w.r == 64):
+    if op in ELEMENTWISE or (op == "adapter" and (device == "cuda" or w.r == 64)):
         found.append("compile")
     if op == "cross_attention_adapter":
         found.append("sdpa+auto")
-    if op != "adapter":
+    if op not in ("adapter", *ELEMENTWISE):
         found += ["peft", "frozen"]
     return found + list(floors.copied(op, w, direction, dtype))
 
@@ -197,6 +225,8 @@ def build(name: str, subject: Subject, direction: str) -> Variant:
         if op == "cross_attention_adapter":
             return Variant(after_attention(run), ("q",), layer, checked=False)
         return Variant(run, ("h", "residual"), layer, checked=False)
+    if op == "quantize":
+        return Variant(lambda x: there_and_back(x, name))
     if name == "sdpa+auto":
         return Variant(after_attention(ops.adapter_linear))
     backend, _, path = name.partition("-")

@@ -10,10 +10,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-OPS = ("adapter", "adapter_linear", "cross_attention_adapter")
+# no adapter, so no rank, and no products: w.r is 0, w.c the columns of the result
+ELEMENTWISE = ("geglu", "quantize")
+OPS = ("adapter", "adapter_linear", "cross_attention_adapter", *ELEMENTWISE)
 # "block" is no op: a whole transformer block of diffusers, with the ops inside
 BENCHES = (*OPS, "block")
 DIRECTIONS = ("forward", "backward", "forward+backward")
+
+
+def possible(op: str) -> tuple[str, ...]:
+    """`quantize` is there and back in one, without a derivative."""
+    return DIRECTIONS[:1] if op == "quantize" else DIRECTIONS
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,8 @@ class Workload:
         return self.c
 
     def name(self, op: str) -> str:
+        if op in ELEMENTWISE:
+            return f"{self.m}x{self.c}"
         inputs = f"{self.width}to{self.n}" if self.k and op != "adapter" else f"{self.c}"
         heads = f"-h{self.heads}" if op in ("cross_attention_adapter", "block") else ""
         keys = f"-k{self.keys}" if heads and self.keys != 77 else ""
@@ -57,11 +66,17 @@ def _cpu(c: int, r: int) -> Workload:
     return Workload("SD1.5", 1, 4096, c, r)
 
 
+def _columns(*shapes: tuple[str, int, int, int]) -> tuple[Workload, ...]:
+    return tuple(Workload(model, batch, tokens, c, r=0) for model, batch, tokens, c in shapes)
+
+
 CPU = {
     "adapter": tuple(_cpu(c, r) for r in (64, 16) for c in (320, 640)),
     "adapter_linear": tuple(_cpu(c, r) for r in (64, 16) for c in (320, 640)),
     "cross_attention_adapter": (Workload("SD1.5", 1, 1024, 320, heads=8),),
     "block": (Workload("SD1.5", 1, 256, 320, heads=8, text=768),),
+    "geglu": _columns(("SD1.5", 1, 4096, 1280), ("SD1.5", 1, 1024, 2560)),
+    "quantize": _columns(("SD1.5", 1, 4096, 2560), ("SD1.5", 1, 1024, 5120)),
 }
 
 
@@ -70,6 +85,14 @@ def _ranks(*shapes: Workload) -> tuple[Workload, ...]:
     return (*shapes, *(replace(w, r=16) for w in shapes))
 
 
+# the feed-forward's inner width is 4 C; p has twice as many columns
+_GATED = (
+    ("SDXL 1024", 4, 4096, 2560),
+    ("SDXL 1024", 4, 1024, 5120),
+    ("SD1.5 512", 4, 4096, 1280),
+    ("SD1.5 512", 4, 1024, 2560),
+    ("SD1.5 512", 4, 256, 5120),
+)
 _ROWS = (
     Workload("SDXL 1024", 4, 4096, 640),
     Workload("SDXL 1024", 4, 1024, 1280),
@@ -106,6 +129,8 @@ GPU = {
         Workload("SD1.5 512", 4, 1024, 640, heads=8, text=768),
         Workload("SD1.5 512", 4, 256, 1280, heads=8, text=768),
     ),
+    "geglu": _columns(*_GATED),
+    "quantize": _columns(*((model, b, tokens, 2 * c) for model, b, tokens, c in _GATED)),
 }
 
 
@@ -124,8 +149,8 @@ def workloads(
 
 def directions(op: str, w: Workload, device: str) -> tuple[str, ...]:
     """What is timed of a workload: all of it with R = 64, else what the targets ask for."""
-    if w.r == 64:
-        return DIRECTIONS
+    if w.r == 64 or op in ELEMENTWISE:
+        return possible(op)
     if device == "cpu":
         return DIRECTIONS[::2]
     return DIRECTIONS[:2] if op == "adapter" else DIRECTIONS[2:]

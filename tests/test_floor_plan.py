@@ -24,7 +24,7 @@ LAYERS = [
     ["backends"],
     ["triton_support"],
     ["ops.activations", "ops.rule", "ops.*.layout"],
-    ["ops.validate", "ops.skinny_triton", "ops.*.tiles_triton"],
+    ["ops.validate", "ops.skinny_triton", "ops.norm_triton", "ops.*.tiles_triton"],
     ["ops.norm"],
     ["ops.*_triton"],
     ["ops.*.reference", "ops.*.triton", "ops.*.native", "ops.*.choice"],

@@ -42,6 +42,10 @@ OPERATORS = {
     "-> (Tensor y, Tensor a)",
     "adapter_linear_backward_dh": "(Tensor dy, Tensor da, Tensor weight, Tensor w_down, "
     "int start) -> Tensor dh",
+    "geglu_forward": "(Tensor p, int activation) -> Tensor y",
+    "geglu_backward": "(Tensor dy, Tensor p, int activation) -> Tensor dp",
+    "quantize": "(Tensor x) -> (Tensor codes, Tensor ranges)",
+    "dequantize": "(Tensor codes, Tensor ranges, ScalarType dtype) -> Tensor x",
 }
 
 
@@ -285,6 +289,25 @@ def test_wrong_calls_are_refused() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             NATIVE.adapter_forward(*arguments)
+
+
+def test_wrong_calls_of_element_wise_operators_are_refused() -> None:
+    p, codes = torch.randn(4, 8), torch.zeros(130, dtype=torch.int8)
+    ranges = torch.zeros(2, 2, dtype=torch.bfloat16)
+    for call, message in (
+        (lambda: NATIVE.geglu_forward(p[:, :7], 2), "p: expected an even number of columns"),
+        (lambda: NATIVE.geglu_forward(p.t(), 2), "p: expected unit column stride"),
+        (lambda: NATIVE.geglu_forward(p, 9), "activation: expected 0 to 4"),
+        (lambda: NATIVE.geglu_backward(p, p, 2), r"dy: expected shape \(4, 4\)"),
+        (lambda: NATIVE.geglu_backward(p[:, :4].double(), p, 2), "dy: expected the dtype"),
+        (lambda: NATIVE.quantize(p), r"x: expected shape \(32\)"),
+        (lambda: NATIVE.quantize(p.view(-1)[::2]), "x: expected a contiguous"),
+        (lambda: NATIVE.dequantize(p.view(-1), ranges, torch.float32), "codes: expected int8"),
+        (lambda: NATIVE.dequantize(codes, ranges[:1], torch.float32), "ranges: expected shape"),
+        (lambda: NATIVE.dequantize(codes, ranges.half(), torch.float32), "ranges: expected bfl"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
 
 
 def test_obeys_the_number_of_threads() -> None:

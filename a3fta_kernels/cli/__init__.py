@@ -17,6 +17,8 @@ from .errors import CommandError
 
 COMMANDS = {
     "backends": "what can run on this machine, and the reason for what cannot",
+    "ledger": "where the memory of a training step goes, counted without running it",
+    "plan": "which batch, level and precision of a training step fit into a memory",
     "demo": "adapt a small diffusion model to 20 handwritten digits, against its rivals",
 }
 

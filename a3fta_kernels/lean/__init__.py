@@ -6,6 +6,7 @@
     block       and rebuild the residual stream inside a block; attention is never computed twice
     compressed  exact, with what norms and activations keep in 8 bits
     off         the stock modules
+    auto        of these, for each block, what fits into a budget and costs the least time
 
 Gradients of exact, recompute and block are those of the stock model up to rounding; 8 bits are
 close (`norms="int8"`, compressed). One file per kind of module; the table is RULES in rules.py.
@@ -14,7 +15,7 @@ close (`norms="int8"`, compressed). One file per kind of module; the table is RU
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -22,9 +23,12 @@ from torch import nn
 from ..checks import check_choice, describe
 from ..forwards import check_forward
 from ..tree import denoiser, plain_name
+from ..memory.account import mib, parse_size
+from ..memory.saved import ledger
+from .budget import fit
 from .report import LeanReport
 from .rules import RULES, Rule, rule_for, why_not
-from .swapping import KEEPS, LEVELS, LeanModule, Settings, restore, swap, trains
+from .swapping import KEEPS, LEVELS, LeanModule, Settings, restore, swap
 
 __all__ = ["KEEPS", "LEVELS", "LeanReport", "lean"]
 
@@ -35,18 +39,24 @@ def lean(
     *,
     norms: str = "input",
     levels: Mapping[str, str] | None = None,
+    budget: int | str | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> LeanReport:
     """Makes the frozen part of a model keep less memory for the backward.
 
     Args:
         model: a diffusers model, or a pipeline, whose denoiser is taken; after `inject` (or with
             PEFT's adapters), as what trains is left alone.
-        level: off, exact, recompute, block or compressed, as above. A second call replaces the
-            first; "off" restores every class.
+        level: off, exact, recompute, block, compressed or auto, as above. A second call replaces
+            the first; "off" restores every class.
         norms: "input", or "int8": inputs of normalisations are kept in 8 bits (compressed implies
             it), with the first state of a block.
         levels: patterns (`re.search` in module names) with levels of their own; the first that
             matches decides. A transformer block decides for the modules inside it.
+        budget: for "auto", the bytes that the forward may keep for its backward (the total of
+            `memory.ledger`): a number, or "6GiB". `norms="int8"` allows 8 bits there.
+        inputs: for "auto", keyword arguments of the model's forward of the size that training
+            will have. Nothing is computed: the ledger runs on fake tensors.
 
     Returns:
         What became lean, and what was left alone and why.
@@ -58,36 +68,125 @@ def lean(
 
     Raises:
         TypeError, ValueError: an unknown level, a pattern that matches nothing, a model of which
-            nothing is known or everything trains. The model is unchanged then.
+            nothing is known or everything trains, a budget below the least that can be. The
+            model is unchanged then.
     """
-    check_choice("level", level, LEVELS)
+    check_choice("level", level, (*LEVELS, "auto"))
     check_choice("norms", norms, KEEPS)
     if norms != "input" and level == "off":
         raise ValueError(f"norms: expected 'input' beside level 'off', got {norms!r}")
     root = denoiser(model)
     patterns = _check_levels(levels, root)
-    plan, left = _plan(root, level, norms, patterns)
+    limit = _check_budget(level, budget, inputs)
+    if level != "off" and all(p.requires_grad for p in root.parameters()):
+        raise ValueError(
+            f"model: expected one whose trunk is frozen, got a {type(root).__name__} of which "
+            f"every parameter trains; call inject first"
+        )
+    if limit is not None:
+        return _auto(root, norms, patterns, limit, inputs or {})
+
+    def choose(name: str) -> Settings:
+        own = next((own for pattern, own in patterns if pattern.search(name)), level)
+        return Settings(own, "int8" if own == "compressed" else norms)
+
+    plan, left = _plan(root, choose)
     if not plan and (left or not any(rule_for(module) for module in root.modules())):
         raise ValueError(_nothing(root, left))
-    for module, _, _ in plan.values():
+    _apply(root, plan)
+    notes = ("nothing of this model keeps less at this level",)
+    return _report(level, plan, left, () if plan or level == "off" else notes)
+
+
+Planned = dict[str, tuple[nn.Module, Rule, Settings]]
+
+
+def _apply(root: nn.Module, plan: Planned) -> None:
+    """Makes the planned modules lean and every other stock, or changes nothing."""
+    lean_now = [module for module in root.modules() if isinstance(module, LeanModule)]
+    for module in [*(module for module, _, _ in plan.values()), *lean_now]:
         check_forward(module)
-    for module in list(root.modules()):
-        if isinstance(module, LeanModule):
-            check_forward(module)
     planned = {id(module) for module, _, _ in plan.values()}
-    for module in list(root.modules()):
-        if isinstance(module, LeanModule) and id(module) not in planned:
+    for module in lean_now:
+        if id(module) not in planned:
             restore(module)
     for module, rule, settings in plan.values():
         swap(module, rule.lean, settings)
+
+
+def _report(
+    level: str, plan: Planned, left: dict[str, str], notes: tuple[str, ...] = ()
+) -> LeanReport:
     return LeanReport(
         level,
-        "int8" if level == "compressed" else norms,
-        {name: settings.level for name, (_, _, settings) in plan.items()},
+        {name: settings for name, (_, _, settings) in plan.items()},
         {name: rule.stock.__name__ for name, (_, rule, _) in plan.items()},
         left,
-        ("nothing of this model keeps less at this level",) if not plan and level != "off" else (),
+        notes,
     )
+
+
+def _auto(
+    root: nn.Module, norms: str, patterns: list[tuple[re.Pattern, str]], limit: int,
+    inputs: Mapping[str, Any],
+) -> LeanReport:  # fmt: skip
+    before = {
+        name: (module, rule_for(module), module.settings)
+        for name, module in root.named_modules()
+        if isinstance(module, LeanModule)
+    }
+    fixed = {
+        name: own
+        for name, _ in root.named_modules()
+        if (own := next((own for pattern, own in patterns if pattern.search(name)), None))
+    }
+    left: dict[str, str] = {}
+
+    def measure(choose: Callable[[str], Settings]) -> Any:
+        def chosen(name: str) -> Settings:
+            own = fixed.get(name)
+            return choose(name) if own is None else Settings(own, norms)
+
+        plan, now_left = _plan(root, chosen)
+        left.clear()
+        left.update(now_left)
+        _apply(root, plan)
+        return plan, ledger(root, **inputs)
+
+    try:
+        plan, found = fit(root, norms, limit, measure)
+    except BaseException:
+        _apply(root, before)  # type: ignore[arg-type]
+        raise
+    note = (
+        f"{mib(found.total)} kept for the backward, {mib(limit - found.total)} under the budget "
+        f"of {mib(limit)}"
+    )
+    return _report("auto", plan, left, (note,))
+
+
+def _check_budget(level: str, budget: Any, inputs: Any) -> int | None:
+    if level != "auto":
+        for name, value in (("budget", budget), ("inputs", inputs)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None beside level {level!r}, got {value!r:.60}")
+        return None
+    if inputs is None or not isinstance(inputs, Mapping):
+        raise TypeError(
+            f"inputs: expected the keyword arguments of the model's forward beside level 'auto', "
+            f"got {describe(inputs)}"
+        )
+    if isinstance(budget, str):
+        try:
+            return parse_size(budget)
+        except ValueError as error:
+            raise ValueError(f"budget: {error}") from None
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+        raise TypeError(
+            f"budget: expected bytes, or a size such as '6GiB', beside level 'auto', "
+            f"got {describe(budget)}"
+        )
+    return budget
 
 
 def _check_levels(levels: Any, root: nn.Module) -> list[tuple[re.Pattern, str]]:
@@ -115,11 +214,9 @@ def _check_levels(levels: Any, root: nn.Module) -> list[tuple[re.Pattern, str]]:
     return found
 
 
-def _plan(
-    root: nn.Module, level: str, norms: str, patterns: list[tuple[re.Pattern, str]]
-) -> tuple[dict[str, tuple[nn.Module, Rule, Settings]], dict[str, str]]:
+def _plan(root: nn.Module, choose: Callable[[str], Settings]) -> tuple[Planned, dict[str, str]]:
     """The modules that become lean, and those that are left alone."""
-    plan: dict[str, tuple[nn.Module, Rule, Settings]] = {}
+    plan: Planned = {}
     left: dict[str, str] = {}
     blocks: dict[str, tuple[Settings, bool]] = {}  # settings, and whether it is in stages
     for full, module in root.named_modules():
@@ -128,7 +225,7 @@ def _plan(
         if rule is None:
             continue
         around = next((b for n, b in blocks.items() if name.startswith(f"{n}.")), None)
-        settings = around[0] if around else _settings(name, level, norms, patterns)
+        settings = around[0] if around else choose(name)
         acts = settings.level != "off" and rule.acts(settings)
         reason = why_not(rule, module) if acts else None
         if rule.is_block and around is None:
@@ -142,21 +239,13 @@ def _plan(
     return plan, left
 
 
-def _settings(
-    name: str, level: str, norms: str, patterns: list[tuple[re.Pattern, str]]
-) -> Settings:
-    chosen = next((own for pattern, own in patterns if pattern.search(name)), level)
-    return Settings(chosen, "int8" if chosen == "compressed" else norms)
-
-
 def _nothing(root: nn.Module, left: dict[str, str]) -> str:
     kinds = ", ".join(rule.stock.__name__ for rule in RULES)
     got = f"got a {type(root).__name__} with none"
     if left:
         name, reason = next(iter(left.items()))
-        hint = "; call inject first, which freezes the model" if trains(*root.modules()) else ""
         got = (
             f"got a {type(root).__name__} whose {len(left)} such modules stay as they are "
-            f"({name}: {reason}{hint})"
+            f"({name}: {reason})"
         )
     return f"model: expected frozen modules that lean knows ({kinds}), {got}"

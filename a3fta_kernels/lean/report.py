@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from .swapping import Settings
 
 
 @dataclass(frozen=True)
 class LeanReport:
     """What `lean` did.
 
-    levels: the lean modules by name, with their level. kinds: their stock classes. left: modules
-    of a kind that lean knows, or blocks it does not, that stay as they are, with the reason.
+    settings: those of the lean modules by name. kinds: their stock classes. left: modules of a
+    kind that lean knows that stay as they are, with the reason.
     """
 
     level: str
-    norms: str
-    levels: dict[str, str]
+    settings: dict[str, Settings]
     kinds: dict[str, str]
     left: dict[str, str]
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+
+    @property
+    def levels(self) -> dict[str, str]:
+        """The level of every lean module by name."""
+        return {name: settings.level for name, settings in self.settings.items()}
 
     def __str__(self) -> str:
-        narrow = ", inputs of norms in 8 bits" if self.norms == "int8" else ""
-        lines = [f"lean {self.level!r}{narrow}: {len(self.levels)} modules"]
-        by_kind = Counter((self.kinds[name], level) for name, level in self.levels.items())
-        for (kind, level), count in sorted(by_kind.items()):
-            lines.append(f"  {count} x {kind}, {level}")
+        lines = [f"lean {self.level!r}: {len(self.settings)} modules"]
+        by_kind = Counter((self.kinds[name], str(s)) for name, s in self.settings.items())
+        for (kind, settings), count in sorted(by_kind.items()):
+            lines.append(f"  {count} x {kind}, {settings}")
         reasons: dict[str, list[str]] = {}
         for name, reason in self.left.items():
             reasons.setdefault(reason, []).append(name)

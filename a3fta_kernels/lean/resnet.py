@@ -58,4 +58,4 @@ def why_not(block: ResnetBlock2D) -> str | None:
     for norm in (block.norm1, block.norm2):
         if not isinstance(norm, nn.GroupNorm):
             return f"its norm is a {type(norm).__name__}"
-    return None
+    return "its norms train" if trains(block.norm1, block.norm2) else None

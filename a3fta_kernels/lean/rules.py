@@ -24,7 +24,8 @@ class Rule:
     """stock: the class, exactly. acts: at which settings. why_not: what keeps a module stock.
 
     is_block: its settings are those of all modules inside. in_stages: a block that is computed in
-    stages has no use for it, as it computes that module again.
+    stages has no use for it, as it computes that module again. is_residual: a unit of its own
+    where levels are chosen.
     """
 
     stock: type[nn.Module]
@@ -33,6 +34,7 @@ class Rule:
     why_not: Callable[[Any], str | None]
     is_block: bool = False
     in_stages: bool = False
+    is_residual: bool = False
 
 
 def _always(settings: Settings) -> bool:
@@ -59,7 +61,9 @@ RULES = (
     Rule(nn.Conv2d, conv.LeanConv2d, _always, conv.why_not),
     Rule(GEGLU, geglu.LeanGEGLU, _always, _fits),
     Rule(GELU, gelu.LeanGELU, _compressed, _fits),
-    Rule(ResnetBlock2D, resnet.LeanResnetBlock2D, _always, resnet.why_not),
+    Rule(
+        ResnetBlock2D, resnet.LeanResnetBlock2D, _always, resnet.why_not, is_residual=True
+    ),
     Rule(
         BasicTransformerBlock, transformer_block.LeanTransformerBlock, _by_stages,
         transformer_block.why_not, is_block=True,

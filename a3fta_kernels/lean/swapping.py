@@ -25,6 +25,10 @@ class Settings:
     level: str
     norms: str = "input"
 
+    def __str__(self) -> str:
+        narrow = self.norms == "int8" and self.level != "compressed"
+        return f"{self.level}, norms in 8 bits" if narrow else self.level
+
     @property
     def activations(self) -> str:
         """How inputs of activations are kept."""

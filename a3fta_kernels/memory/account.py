@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -122,3 +123,21 @@ def mib(n: float) -> str:
     if 0 < value < 0.1:
         return f"{n / 2**10:,.1f} KiB"
     return f"{value:,.0f} MiB" if value >= 10 or value == 0 else f"{value:,.1f} MiB"
+
+
+_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "12GiB", "12 GB", "12000MB", "1.5TiB" or a plain number of bytes.
+
+    Raises ValueError for anything else, and for nothing at all.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT]?)(i?)B)?", text.strip(), re.IGNORECASE)
+    size = 0
+    if match:
+        base = 1024 if match[3] else 1000
+        size = int(float(match[1]) * base ** _UNITS[(match[2] or "").upper()])
+    if size < 1:
+        raise ValueError(f"expected a size such as 12GiB, 12GB or 12000MB, got {text!r}")
+    return size

@@ -34,7 +34,8 @@ class Faked(NamedTuple):
 class _Faker:
     """Fakes of tensors, one per tensor; tensors that share a storage share the fake's, too."""
 
-    def __init__(self) -> None:
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self.mode = mode
         self.fakes: dict[int, Tensor] = {}
         self.storages: dict[int, Tensor] = {}
         self.held: list[Any] = []  # so that an id stays its own
@@ -52,14 +53,16 @@ class _Faker:
         storage = x.untyped_storage()
         if storage._cdata not in self.storages:
             self.held.append(storage)
-            self.storages[storage._cdata] = torch.empty(storage.nbytes(), dtype=torch.uint8)
+            whole = torch.empty(storage.nbytes(), dtype=torch.uint8, device="meta")
+            self.storages[storage._cdata] = whole
         whole = self.storages[storage._cdata]
-        count = whole.numel() // x.itemsize
-        flat = whole[: count * x.itemsize].view(x.dtype)
-        fake = flat.as_strided(x.shape, x.stride(), x.storage_offset()).detach()
+        flat = whole[: whole.numel() // x.itemsize * x.itemsize].view(x.dtype)
+        meta = flat.as_strided(x.shape, x.stride(), x.storage_offset()).detach()
+        # what the mode does for an operator's result, at a tenth of the time
+        fake = FakeTensor(self.mode, meta, torch.device("cpu")).requires_grad_(x.requires_grad)
         if isinstance(x, nn.Parameter):
-            return nn.Parameter(fake, x.requires_grad)
-        return fake.requires_grad_(x.requires_grad)
+            fake._is_param = True
+        return fake
 
     def tree(self, value: Any, name: str) -> Any:
         """`value` with every tensor in its lists, tuples and dicts faked."""
@@ -75,20 +78,16 @@ def on_fakes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     Raises TypeError for tensors that are not plain (quantized, sparse, of a subclass).
     """
     before = [(module, *_state(module)) for module in model.modules()]
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with (
-            torch.random.fork_rng(devices=[]),
-            torch.inference_mode(False),
-            FakeTensorMode(allow_non_fake_inputs=True),
-            _autocast(),
-        ):
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
             with torch.no_grad():
-                faker = _Faker()
+                faker = _Faker(mode)
                 for name, module in model.named_modules():
                     _swap(module, faker, f"model: {name}." if name else "model: ")
                 args, kwargs = faker.tree(args, "args"), faker.tree(kwargs, "kwargs")
             notes = _settle(model)
-            with torch.enable_grad():
+            with torch.enable_grad(), mode, _autocast():
                 yield Faked(model, args, kwargs, notes)
     finally:
         for module, attributes, members in before:

@@ -140,9 +140,11 @@ def measure(
         if collecting:
             gc.enable()
     return Peak(
-        live.most,
-        *live.at,
-        after_forward,
+        bytes=live.most,
+        phase=live.at[0],
+        module=live.at[1],
+        operator=live.at[2],
+        after_forward=after_forward,
         gradients=sum(storages(p.grad for p in trained if p.grad is not None).values()),
         parameters=sum(parameters.values()),
         trainable=sum(storages(trained).values()),

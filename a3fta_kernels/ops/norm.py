@@ -109,8 +109,9 @@ def kept_input(kept: Sequence[Tensor], backend: str, dtype: torch.dtype) -> Tens
     """x again, or what its codes stand for, in the dtype it is computed in."""
     if len(kept) == 1:
         return kept[0].to(dtype)
-    plain = is_plain(kept[0])
-    return (quantize.dequantize if plain else torch.ops.a3fta.dequantize)(*kept, dtype, backend)
+    codes, ranges = kept
+    restore = quantize.dequantize if is_plain(codes) else torch.ops.a3fta.dequantize
+    return restore(codes, ranges, dtype, backend)
 
 
 def save_norm(

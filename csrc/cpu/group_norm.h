@@ -201,7 +201,7 @@ struct GroupNorm : Norm<T> {
       const double lack = double(lacks[c]) * each, apart = double(center[c]) + lack - mean;
       sum += double(squares[c]) - lack * double(lacks[c]) + double(rows) * apart * apart;
     }
-    return {double(rows * channels), mean, sum};
+    return {double(rows * channels), mean, sum < 0.0 ? 0.0 : sum};
   }
 
   static void differences(

@@ -120,8 +120,8 @@ struct Norm {
   }
 
   static A3FTA_INLINE Moments around(Acc center, Acc lacks, Acc squares, int64_t n) {
-    const double lack = double(lacks) / double(n);
-    return {double(n), double(center) + lack, double(squares) - lack * double(lacks)};
+    const double lack = double(lacks) / double(n), sum = double(squares) - lack * double(lacks);
+    return {double(n), double(center) + lack, sum < 0.0 ? 0.0 : sum};
   }
 
   static Moments moments(const T* x, int64_t n) {

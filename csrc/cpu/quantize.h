@@ -26,8 +26,10 @@ constexpr double kLargest<Float16> = 65504.0;
 template <typename T>
 struct Quantize {
   using Acc = typename Accumulator<T>::type;
+  using E = Plain<Acc>;
+  using Vec = typename E::Vec;
+  static constexpr int kLanes = E::kLanes;
   static constexpr int64_t kBlocks = 64;  // of a task
-  static constexpr int kLanes = 16;
   static constexpr Acc kReach = Acc(kLargest<BFloat16>);
   static constexpr Acc kSmallest = Acc(7.52316384526264e-37);  // 2^-120: 127 / half stays finite
 
@@ -76,32 +78,28 @@ struct Quantize {
   }
 
   static A3FTA_INLINE void encode(const Acc* v, BFloat16* range, int8_t* codes) {
-    alignas(64) Acc lo[kLanes], hi[kLanes], spoiled[kLanes];
-    for (int j = 0; j < kLanes; ++j) {
-      lo[j] = hi[j] = v[j];
-      spoiled[j] = v[j] * Acc(0);
+    Vec low = E::load(v), high = low, spoiled = low * Acc(0);
+    for (int i = kLanes; i < kQuantizeBlock; i += kLanes) {
+      const Vec x = E::load(v + i);
+      low = x < low ? x : low;
+      high = x > high ? x : high;
+      spoiled += x * Acc(0);  // NaN of NaN and infinity
     }
-    for (int i = kLanes; i < kQuantizeBlock; i += kLanes)
-      for (int j = 0; j < kLanes; ++j) {
-        const Acc x = v[i + j];
-        lo[j] = x < lo[j] ? x : lo[j];
-        hi[j] = x > hi[j] ? x : hi[j];
-        spoiled[j] += x * Acc(0);  // NaN of NaN and infinity
-      }
+    Acc lo = low[0], hi = high[0], lost = spoiled[0];
     for (int j = 1; j < kLanes; ++j) {
-      lo[0] = lo[j] < lo[0] ? lo[j] : lo[0];
-      hi[0] = hi[j] > hi[0] ? hi[j] : hi[0];
-      spoiled[0] += spoiled[j];
+      lo = low[j] < lo ? low[j] : lo;
+      hi = high[j] > hi ? high[j] : hi;
+      lost += spoiled[j];
     }
     // halves first: lo + hi may be more than Acc holds
-    narrow(float(Acc(0.5) * lo[0] + Acc(0.5) * hi[0]), range[0]);
+    narrow(float(Acc(0.5) * lo + Acc(0.5) * hi), range[0]);
     // bf16's rounding carries the largest numbers to infinity: its largest number instead
     if ((range[0].bits & 0x7fffu) == 0x7f80u) range[0].bits -= 1;
     const Acc mid = widen(range[0]);
-    const Acc above = hi[0] - mid, below = mid - lo[0];
+    const Acc above = hi - mid, below = mid - lo;
     range[1] = rounded_up(above > below ? above : below);
     const Acc half = widen(range[1]);
-    if (!(spoiled[0] == 0 && half <= kReach)) {
+    if (!(lost == 0 && half <= kReach)) {
       range[0].bits = range[1].bits = 0x7fc0u;
       memset(codes, 0, kQuantizeBlock);
       return;

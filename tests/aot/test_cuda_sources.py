@@ -32,6 +32,9 @@ KERNELS = {
     "row_product_kernel": 3,
     "sample_sums_kernel": 3,
     "reduce_kernel": 1,
+    "geglu_kernel": 12,
+    "quantize_kernel": 3,
+    "dequantize_kernel": 3,
 }
 MATRIX_KERNELS = (
     "adapter_kernel", "adapter_rows_kernel", "adapter_cluster_kernel", "cluster_forward_kernel",
@@ -40,11 +43,18 @@ MATRIX_KERNELS = (
 # the kernels that read and write each element once: how they must do it
 STREAMING = ("adapter_rows_kernel", "adapter_cluster_kernel", "cluster_forward_kernel")
 STREAMED = ("LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "STG.E.128")
+# the kernels without products, and the vectors they read and write where addresses allow it: of 16
+# bytes, codes of eight
+ELEMENTWISE = {
+    "geglu_kernel": (r"\bLDG\.E\S*\.128", r"\bSTG\.E\S*\.128"),
+    "quantize_kernel": (r"\bLDG\.E\S*\.128", r"\bSTG\.E\S*\.64"),
+    "dequantize_kernel": (r"\bLDG\.E\S*\.64", r"\bSTG\.E\S*\.128"),
+}
 # the kernels for clusters, empty where the chip has none; what they send does not wait, and no
 # fence of the whole device stands in their loop
 CLUSTERED = ("adapter_cluster_kernel", "cluster_forward_kernel")
-# the most that leave room for the blocks a kernel is planned for: two of 256 threads
-REGISTERS = {"adapter_rows_kernel": 128}
+# the most that leave room for the blocks a kernel is planned for: two of 256 threads; four
+REGISTERS = {"adapter_rows_kernel": 128, **dict.fromkeys(ELEMENTWISE, 64)}
 
 
 @dataclass(frozen=True)
@@ -194,6 +204,25 @@ def test_tensor_cores(arch, binaries):
             if kernel.short in STREAMING:
                 assert all(found in section for found in STREAMED), kernel.name
     assert len(seen) == sum(KERNELS[k] for k in MATRIX_KERNELS)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_elementwise(arch, binaries):
+    """Whole vectors and no local memory; one element at a time only where geglu's rows are odd."""
+    cuobjdump, files = binaries
+    vectors = dict.fromkeys(ELEMENTWISE, 0)
+    for file in files:
+        if file != LIBRARY and f".{arch}." not in file.name:
+            continue
+        listing = output(cuobjdump, "-sass", "-arch", arch, str(file))
+        for section in listing.split("Function : ")[1:]:
+            kernel = Kernel(arch, section.split(maxsplit=1)[0], {})
+            if "a3fta" not in kernel.name or kernel.short not in ELEMENTWISE:
+                continue
+            assert not re.search(r"\b(LDL|STL)\b", section), kernel.name
+            wanted = ELEMENTWISE[kernel.short]
+            vectors[kernel.short] += all(re.search(pattern, section) for pattern in wanted)
+    assert vectors == {"geglu_kernel": 6, "quantize_kernel": 3, "dequantize_kernel": 3}
 
 
 def test_hopper(binaries):

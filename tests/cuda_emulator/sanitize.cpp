@@ -14,7 +14,9 @@
 #include "../../csrc/cuda/adapter.h"
 #include "../../csrc/cuda/adapter_cluster.h"
 #include "../../csrc/cuda/adapter_linear.h"
+#include "../../csrc/cuda/geglu.h"
 #include "../../csrc/cuda/product.h"
+#include "../../csrc/cuda/quantize.h"
 #include "../../csrc/cuda/row_sums.h"
 #include "../../csrc/cuda/tile.cuh"
 #include "emulator.h"
@@ -275,6 +277,29 @@ void run_one_pass(const Case& c) {
   b.expect_finite("one-pass da_sum", g.da_sum, c.rank);
 }
 
+void run_elementwise(DType dtype, int64_t m, int64_t width, bool aligned) {
+  Buffers b({dtype, 1, 1, 1, 1, 1, 0, 0, aligned});
+  Geglu g{};
+  g.p = b.input(m, 2 * width);
+  g.out = b.output(m, width);
+  g.activation = 2;
+  geglu(dtype, g, nullptr);
+  b.expect_finite("geglu y", g.out);
+  g.dy = b.input(m, width);
+  g.out = b.output(m, 2 * width);
+  geglu(dtype, g, nullptr);
+  b.expect_finite("geglu dp", g.out);
+
+  const int64_t n = m * width;
+  const Matrix x = b.input(1, n), back = b.output(1, n);
+  std::vector<int8_t> codes(static_cast<size_t>(n));
+  std::vector<uint16_t> ranges(static_cast<size_t>(2 * ceil_div(n, 128)));
+  const Quantized kept{codes.data(), ranges.data(), n};
+  quantize(dtype, x.data, kept, nullptr);
+  dequantize(dtype, kept, back.data, nullptr);
+  b.expect_finite("dequantized", back);
+}
+
 // Rows so far into memory that their elements have no 32-bit index: first by their stride, then
 // by their number.
 void run_far(int64_t m, int64_t stride, bool last_only) {
@@ -320,6 +345,15 @@ void run_far(int64_t m, int64_t stride, bool last_only) {
     adapter_cluster_backward(DType::bf16, g, sizes.clusters, nullptr);
     expect_written();
   }
+  Geglu pair{};
+  pair.p = {f.h.data, m, channels, stride};
+  pair.out = {f.y.data, m, channels / 2, stride};
+  pair.activation = 2;
+  std::memset(static_cast<uint16_t*>(f.y.data) + (m - 1) * stride, 0, 2 * channels);
+  if (!last_only) {
+    geglu(DType::bf16, pair, nullptr);
+    expect_written();
+  }
   munmap(f.h.data, static_cast<size_t>(bytes));
   munmap(f.y.data, static_cast<size_t>(bytes));
   munmap(f.a.data, static_cast<size_t>(2 * m * rank));
@@ -340,6 +374,9 @@ int main(int argc, char** argv) {
       run({dtype, 3, 23, 40, 8, 24, 0, 0, aligned});
       run({dtype, 2, 33, 67, 70, 131, 5, 9, aligned});
       run({dtype, 1, 64, 64, 64, 128, 8, 64, aligned});
+      run_elementwise(dtype, 1, 1, aligned);
+      run_elementwise(dtype, 23, 40, aligned);
+      run_elementwise(dtype, 9, 131, aligned);
     }
     run({dtype, 1, 600, 16, 4, 8, 0, 8, true});
     if (dtype == DType::fp32) continue;

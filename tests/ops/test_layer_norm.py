@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from a3fta_kernels import ops
 
-from ..oracle import run_id, runs
 from .norm_protocol import NormCase, check, saved_tensors
 from .test_group_norm import EVERY_RUN, RUNS
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...checks import check_device, check_dtype, check_shape, check_tensor, describe
-from ..rule import autocast_dtype, cast, without_autocast
+from ..rule import autocast_dtype, autocasts, cast, without_autocast
 from ..validate import FLOATS
 from . import contract, reference
 
@@ -63,7 +63,7 @@ def frozen_conv(
         groups,
     )  # fmt: skip
     dtype = autocast_dtype(x)
-    if dtype == x.dtype and weight.dtype != dtype:
+    if weight.dtype != dtype and not autocasts(x):
         raise TypeError(f"weight: expected dtype {dtype} (that of x), got {weight.dtype}")
     x, weight, bias = x.to(dtype), weight.to(dtype), cast(bias, dtype)
     with without_autocast(x):

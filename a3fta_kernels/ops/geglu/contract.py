@@ -65,8 +65,9 @@ def rule(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:
     if len(ctx.saved_tensors) == 1:
         (p,) = ctx.saved_tensors
     else:
+        codes, ranges = ctx.saved_tensors
         restore = quantize.dequantize if plain else torch.ops.a3fta.dequantize
-        p = restore(*ctx.saved_tensors, ctx.dtype, backend)
+        p = restore(codes, ranges, ctx.dtype, backend)
     run = backward if plain else torch.ops.a3fta.geglu_backward
     return run(dy, p, activation, backend), None, None, None
 
@@ -77,8 +78,9 @@ class GegluFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         p, activation, keep, backend = inputs
+        output: tuple[Tensor, ...]
         if keep == "int8":
-            output = forward(*inputs)
+            output = forward(p, activation, keep, backend)
         else:
             output = (backend_module(backend).forward(rows(p), activation),)
         save(ctx, inputs, output)

@@ -155,9 +155,7 @@ _library.impl("group_norm_backward", backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("a3fta::group_norm", lib=_library)
-def _(
-    x: Tensor, weight: Any, bias: Any, groups: int, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, weight: Any, bias: Any, groups: int, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = rest[-2]
     mean = x.new_empty(x.shape[0], groups, dtype=acc_dtype(dtype))
     return torch.empty_like(laid_out(x), dtype=dtype), mean, torch.empty_like(mean)

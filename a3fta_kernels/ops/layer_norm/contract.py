@@ -58,9 +58,7 @@ def backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, backend: str
 ) -> Tensor:
     """dx of x's shape; dy and x of one dtype."""
-    dx = backend_module(backend).backward(
-        flat(dy), flat(x), mean, rstd, parameter(weight, x.dtype)
-    )
+    dx = backend_module(backend).backward(flat(dy), flat(x), mean, rstd, parameter(weight, x.dtype))
     return dx.view(x.shape)
 
 

@@ -1,4 +1,4 @@
-"""The specification of `quantize` and `dequantize` in eager PyTorch, by the protocol of contract.py."""
+"""The specification of `quantize` and `dequantize` in eager PyTorch. The protocol: contract.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     lost = ~((hi - mid).isfinite() & (mid - lo).isfinite() & (half < torch.inf))
     mid, half = (t.masked_fill(lost, torch.nan) for t in (mid, half))
     scale = torch.where(half > 0, 127 / half, 0)
-    codes = ((blocks - mid) * scale).round().clamp(-127, 127).nan_to_num(0)
+    codes = ((blocks - mid) * scale).round().nan_to_num(0)
     ranges = torch.cat([mid, half], 1).bfloat16()
     return codes.to(torch.int8).view(-1)[: x.numel()].clone(), ranges
 

@@ -1,0 +1,120 @@
+"""`a3fta plan`: which batch, level and precision fit into a memory."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..memory.account import mib, parse_size
+from ..memory.levels import LEVELS
+from ..memory.plan import ALLOWANCE, PRECISIONS, Plan, make_plan, runs
+from . import subject
+from .errors import CommandError
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    subject.add_arguments(parser)
+    parser.add_argument(
+        "--memory", type=_size, required=True, help="of the device: 12GiB, 12GB, 12000MB"
+    )
+    parser.add_argument(
+        "--batch", type=subject.positive, help="wanted images per step (the most that fit)"
+    )
+    parser.add_argument("--level", choices=LEVELS, help="this level alone (all)")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of the weights (all)")
+    parser.add_argument(
+        "--allowance", type=_size, default=f"{ALLOWANCE >> 20}MiB",
+        help="for the CUDA context, workspaces and fragmentation: assumed, not measured",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=subject.positive, default=min(4, os.cpu_count() or 1), help="processes"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    subject.check(args)
+    levels = list(LEVELS) if args.level is None else [args.level]
+    precisions = list(PRECISIONS) if args.precision is None else [args.precision]
+    with _progress(args.json, runs(levels, precisions)) as progress:
+        try:
+            plan = make_plan(
+                args.model, args.memory, args.resolution, args.method, args.rank, args.batch,
+                levels, precisions, args.allowance, args.workers, progress,
+            )  # fmt: skip
+        except (ValueError, TypeError) as error:
+            raise CommandError(str(error)) from error
+    if args.json:
+        print(plan.to_json())
+    else:
+        _print(plan, args.batch)
+    if plan.best is None:
+        raise CommandError(_too_little(plan, args.batch))
+    return 0
+
+
+def _too_little(plan: Plan, batch: int | None) -> str:
+    """The least memory that would do, for what was asked."""
+    size = batch or 1
+    row = min(plan.rows, key=lambda r: r.need(size, plan.allowance))
+    return (
+        f"memory: {mib(plan.memory)} fit nothing; batch {size} needs at least "
+        f"{mib(row.need(size, plan.allowance))}, with level {row.level} in {row.precision}"
+    )
+
+
+def _print(plan: Plan, batch: int | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    rank = f", rank {plan.rank}" if plan.rank else ""
+    table = Table(
+        title=f"{plan.model} {plan.resolution} x {plan.resolution}, {plan.method}{rank}, "
+        f"in {mib(plan.memory)}",
+        title_justify="left",
+        caption=f"batch 1 = weights + AdamW + peak + {mib(plan.allowance)} allowance (assumed: "
+        f"CUDA context, workspaces, fragmentation)",
+        caption_justify="left",
+    )
+    for i, name in enumerate(
+        ("level", "precision", "weights", "AdamW", "peak", "batch 1", "per image", "fits")
+    ):
+        table.add_column(name, justify="left" if i < 2 else "right")
+    for row in plan.rows:
+        fits = f"batch {row.batch}" if row.batch else "[red]no[/red]"
+        table.add_row(
+            row.level, row.precision, mib(row.weights), mib(row.optimizer), mib(row.peak(1)),
+            mib(row.need(1, plan.allowance)), mib(row.per_sample), fits,
+            style="bold" if row is plan.best else None,
+        )  # fmt: skip
+    console.print(table)
+    if plan.best is not None and plan.confirmed is not None:
+        why = "the cheapest level that fits it" if batch else "the largest batch that fits"
+        console.print(
+            f"batch {plan.batch}, level {plan.best.level} ({LEVELS[plan.best.level].title}), "
+            f"{plan.best.precision}: {mib(plan.confirmed)}; {why}",
+            highlight=False,
+        )
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool, total: int) -> Iterator[Callable[[], None]]:
+    if quiet:
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task: Any = bar.add_task("steps on fake tensors", total=total)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,43 @@
+"""What `a3fta ledger` and `a3fta plan` are asked about: a model, a method, a resolution."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..memory.levels import LEVELS
+from ..memory.methods import METHODS
+from ..memory.models import ARCHITECTURES
+from .errors import CommandError, require
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    known = ", ".join(ARCHITECTURES)
+    parser.add_argument(
+        "--model", required=True, help=f"{known}, or a folder with a diffusers model's config.json"
+    )
+    parser.add_argument("--resolution", type=positive, help="pixels along an edge (its own)")
+    parser.add_argument("--method", default="a3fta", choices=METHODS, help="what trains")
+    ranks = ", ".join(f"{m.rank} for {name}" for name, m in METHODS.items() if m.rank is not None)
+    parser.add_argument("--rank", type=positive, help=f"of adapters or LoRA ({ranks})")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises CommandError where a package is missing."""
+    needs = ["diffusers"] + (["peft"] if args.method.startswith("lora") else [])
+    require(needs if args.json else [*needs, "rich"], "demo")
+
+
+def level_choices() -> list[str]:
+    return list(LEVELS)
+
+
+def explain(error: Exception) -> CommandError:
+    return CommandError(str(error))
