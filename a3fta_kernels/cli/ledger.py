@@ -54,17 +54,17 @@ def run(args: argparse.Namespace) -> int:
 
     known = models.ARCHITECTURES.get(args.model)
     title = known.title if known else f"{type(model).__name__} of {args.model}"
-    setup = [f"{resolution} x {resolution}", f"batch {args.batch}", args.dtype, args.method]
-    setup += [f"rank {rank}"] if rank else []
+    trains = args.method + (f" of rank {rank}" if rank else "")
     if args.method == "a3fta":
-        setup.append(f"adapters by {methods.backend()}")
+        trains += f" (backend {methods.backend()})"
+    setup = [f"{resolution} x {resolution}", f"batch {args.batch}", args.dtype, trains]
     setup += [args.level] if args.level != "stock" else []
     setup += ["checkpointing"] if args.checkpointing else []
     if args.out is not None:
         from .ledger_picture import draw
 
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        draw(args.out, found, title, ", ".join(setup), [name for name, _ in model.named_modules()])
+        draw(args.out, found, title, ", ".join(setup))
     if args.json:
         print(json.dumps({"model": args.model, "setup": setup, **json.loads(found.to_json())}))
         return 0
@@ -79,9 +79,7 @@ def _print(found: Ledger, title: str, depth: int, rows: int) -> None:
     console.print(f"[bold]{title}[/bold]", highlight=False)
     console.print(_table("held in a training step", totals(found), 0, ("", "")))
     console.print(_table("saved, by operator", found.by_operator(), rows, ("operator", "saved")))
-    console.print(
-        _table("saved, by module", found.by_module(depth), rows, ("module", "saved"))
-    )
+    console.print(_table("saved, by module", found.by_module(depth), rows, ("module", "saved")))
     largest = _rich("largest tensors", ("module", "operator.tensor", "tensors", "saved", ""))
     for module, operator, tensor, count, size in found.table(rows):
         share = f"{100 * size / max(found.total, 1):.1f} %"

@@ -78,26 +78,31 @@ def _print(plan: Plan, batch: int | None) -> None:
 
     console = Console()
     rank = f", rank {plan.rank}" if plan.rank else ""
-    table = Table(
-        title=f"{plan.model} {plan.resolution} x {plan.resolution}, {plan.method}{rank}, "
-        f"in {mib(plan.memory)}",
-        title_justify="left",
-        caption=f"batch 1 = weights + AdamW + peak + {mib(plan.allowance)} allowance (assumed: "
-        f"CUDA context, workspaces, fragmentation)",
-        caption_justify="left",
+    console.print(
+        f"[bold]{plan.model} {plan.resolution} x {plan.resolution}, {plan.method}{rank}, in "
+        f"{mib(plan.memory)}[/bold]",
+        highlight=False,
     )
+    table = Table(title="MiB", title_justify="left")
     for i, name in enumerate(
-        ("level", "precision", "weights", "AdamW", "peak", "batch 1", "per image", "fits")
+        ("level", "in", "weights", "AdamW", "peak", "batch 1", "+ image", "fits")
     ):
-        table.add_column(name, justify="left" if i < 2 else "right")
+        table.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
     for row in plan.rows:
-        fits = f"batch {row.batch}" if row.batch else "[red]no[/red]"
+        sizes = (
+            row.weights, row.optimizer, row.peak(1), row.need(1, plan.allowance), row.per_sample
+        )  # fmt: skip
         table.add_row(
-            row.level, row.precision, mib(row.weights), mib(row.optimizer), mib(row.peak(1)),
-            mib(row.need(1, plan.allowance)), mib(row.per_sample), fits,
+            row.level, row.precision, *(f"{n / 2**20:,.0f}" for n in sizes),
+            f"batch {row.batch}" if row.batch else "[red]no[/red]",
             style="bold" if row is plan.best else None,
         )  # fmt: skip
     console.print(table)
+    console.print(
+        f"batch 1: weights + AdamW + peak + {mib(plan.allowance)} for the CUDA context, "
+        f"workspaces and fragmentation, which are assumed",
+        highlight=False,
+    )
     if plan.best is not None and plan.confirmed is not None:
         why = "the cheapest level that fits it" if batch else "the largest batch that fits"
         console.print(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from ..memory.levels import LEVELS
 from ..memory.methods import METHODS
 from ..memory.models import ARCHITECTURES
-from .errors import CommandError, require
+from .errors import require
 
 
 def positive(text: str) -> int:
@@ -30,14 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises CommandError where a package is missing."""
+    """Raises CommandError, naming the extra, where a package is missing."""
     needs = ["diffusers"] + (["peft"] if args.method.startswith("lora") else [])
     require(needs if args.json else [*needs, "rich"], "demo")
-
-
-def level_choices() -> list[str]:
-    return list(LEVELS)
-
-
-def explain(error: Exception) -> CommandError:
-    return CommandError(str(error))

@@ -11,7 +11,6 @@ from torch import nn
 from ..adapters import AdapterConfig
 from ..backends import native_status
 from ..checks import check_choice
-from ..inject import inject
 
 
 @dataclass(frozen=True)
@@ -24,12 +23,14 @@ class Method:
 
 
 def _a3fta(model: nn.Module, rank: int, dtype: torch.dtype) -> None:
-    # Triton saves what the compiled library does; the reference keeps h' besides
+    from ..inject import inject  # imports diffusers
+
     inject(model, AdapterConfig(rank=rank), backend=backend())
 
 
 def backend() -> str:
-    """What the adapters are counted as: the compiled library, or the reference without it."""
+    """What the adapters are counted as: the compiled library, which saves what Triton does, or
+    the reference where there is none, which keeps h' besides."""
     return "native" if native_status().available else "reference"
 
 

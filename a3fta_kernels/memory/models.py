@@ -221,13 +221,17 @@ def _flux(config: Any, size: int, of: Make) -> dict[str, Any]:
 
 
 def _pixart(config: Any, size: int, of: Make) -> dict[str, Any]:
-    # both widths are None where the model has no such conditions
-    conditions = {"resolution": of(2), "aspect_ratio": of(1)} if size == 128 else {}
+    conditions = config.get("use_additional_conditions")
+    if conditions is None:  # diffusers' rule: the models made for 1024 have them
+        conditions = config["sample_size"] == 128
     return {
         "hidden_states": of(config["in_channels"], size, size),
         "encoder_hidden_states": of(120, config["caption_channels"]),
         "timestep": _steps(of),
-        "added_cond_kwargs": conditions or {"resolution": None, "aspect_ratio": None},
+        "added_cond_kwargs": {
+            "resolution": of(2) if conditions else None,
+            "aspect_ratio": of(1) if conditions else None,
+        },
     }
 
 

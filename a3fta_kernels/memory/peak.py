@@ -6,6 +6,7 @@ what the backward computes again; a weak reference to its storage says when it i
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Iterable
@@ -90,9 +91,9 @@ class _Live(TorchDispatchMode):
             if key not in self.known:
                 size = storage.nbytes()
                 self.bytes += size
-                self.known[key] = weakref.ref(storage, lambda _, k=key, n=size: self._gone(k, n))
+                self.known[key] = weakref.ref(storage, functools.partial(self._gone, key, size))
 
-    def _gone(self, key: int, size: int) -> None:
+    def _gone(self, key: int, size: int, _: Any) -> None:
         self.bytes -= size
         del self.known[key]
 

@@ -156,9 +156,7 @@ def make_plan(
         confirmed = best.weights + best.optimizer + allowance
         confirmed += max(exact, best.gradients + best.update)
     found = methods.METHODS[method].rank if rank is None else rank
-    return Plan(
-        model, resolution, method, found, memory, allowance, rows, best, chosen, confirmed
-    )
+    return Plan(model, resolution, method, found, memory, allowance, rows, best, chosen, confirmed)
 
 
 def runs(levels: Iterable[str] = LEVELS, precisions: Iterable[str] = PRECISIONS) -> int:

@@ -62,12 +62,10 @@ def rule(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:
     """Codes and ranges are saved outputs that no caller sees: their gradients never come."""
     activation, backend = ctx.options
     plain = is_plain(dy)
-    if len(ctx.saved_tensors) == 1:
-        (p,) = ctx.saved_tensors
-    else:
-        codes, ranges = ctx.saved_tensors
+    p, *ranges = ctx.saved_tensors  # once: checkpointing refuses to be asked again
+    if ranges:
         restore = quantize.dequantize if plain else torch.ops.a3fta.dequantize
-        p = restore(codes, ranges, ctx.dtype, backend)
+        p = restore(p, *ranges, ctx.dtype, backend)
     run = backward if plain else torch.ops.a3fta.geglu_backward
     return run(dy, p, activation, backend), None, None, None
 

@@ -1,0 +1,103 @@
+"""Plans: sizes as text, the line over the batch, what fits, and the recommendation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from a3fta_kernels.memory import methods, models, step_peak
+from a3fta_kernels.memory.plan import Job, Row, make_plan, parse_size, run, runs
+
+from .. import models as small
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("12GiB", 12 * 2**30), ("12GB", 12 * 10**9), ("12000MB", 12 * 10**9),
+        ("1.5 TiB", 3 * 2**39), ("12gib", 12 * 2**30), ("800 B", 800), ("12", 12),
+        (" 2KiB ", 2048),
+    ],
+)  # fmt: skip
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "12 GiBs", "-1GB", "0GB", "1e3MB", "12 gallons"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(ValueError, match="a size such as 12GiB"):
+        parse_size(text)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    small.build("sd15").save_config(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def plan(folder):
+    return make_plan(folder, 800 * MIB, allowance=700 * MIB, rank=4)
+
+
+def test_the_line_is_what_runs_need(folder, plan):
+    assert [(r.level, r.precision) for r in plan.rows] == [
+        ("stock", "bf16"), ("checkpointing", "bf16"), ("stock", "fp32"), ("checkpointing", "fp32")
+    ]  # fmt: skip
+    for row in plan.rows:
+        job = Job(folder, plan.resolution, "a3fta", 4, row.level, row.precision, 7)
+        found = run(job)
+        assert row.weights == found.parameters and row.gradients == found.gradients
+        assert row.optimizer == 2 * found.trainable
+        assert row.peak(7) == pytest.approx(found.bytes, rel=1e-3)
+        one = run(dataclasses.replace(job, batch=1)).bytes
+        assert one <= row.peak(1) <= 1.05 * one
+
+
+def test_the_largest_batch_fits_and_the_next_does_not(plan):
+    for row in plan.rows:
+        assert row.need(row.batch, plan.allowance) <= plan.memory
+        assert row.need(row.batch + 1, plan.allowance) > plan.memory
+    assert plan.batch == max(row.batch for row in plan.rows) == plan.best.batch
+    assert (plan.best.level, plan.best.precision) == ("checkpointing", "bf16")
+    assert plan.confirmed <= plan.memory
+    model = models.build(plan.model)
+    methods.adapt(model, "a3fta", 4, torch.bfloat16)
+    model.enable_gradient_checkpointing()
+    peak = step_peak(model, **models.inputs(model, plan.resolution, plan.batch))
+    expected = peak.parameters + 2 * peak.trainable + peak.bytes + plan.allowance
+    assert plan.confirmed == expected
+
+
+def test_a_wanted_batch_takes_the_cheapest_level_that_fits_it(folder, plan):
+    stock = plan.rows[0].batch
+    calls = []
+    options = dict(allowance=700 * MIB, rank=4, precisions=["bf16"])
+    found = make_plan(folder, 800 * MIB, batch=stock, progress=lambda: calls.append(1), **options)
+    assert (found.best.level, found.batch) == ("stock", stock)
+    assert len(calls) == runs(precisions=["bf16"]) == 5
+    found = make_plan(folder, 800 * MIB, batch=stock + 1, **options)
+    assert (found.best.level, found.batch) == ("checkpointing", stock + 1)
+    found = make_plan(folder, 800 * MIB, batch=10**6, **options)
+    assert (found.best, found.batch, found.confirmed) == (None, 0, None)
+
+
+def test_nothing_fits(folder):
+    found = make_plan(folder, 700 * MIB, allowance=700 * MIB, precisions=["bf16"], workers=2)
+    assert found.best is None and all(row.batch == 0 for row in found.rows)
+    row, need = found.least
+    assert row.level == "checkpointing" and need == row.need(1, 700 * MIB) > 700 * MIB
+    read = json.loads(found.to_json())
+    assert read["least"] == {"level": "checkpointing", "precision": "bf16", "bytes": need}
+
+
+def test_the_update_can_be_the_peak():
+    row = Row("stock", "bf16", 100, 200, 90, 80, per_sample=10, constant=5)
+    assert (row.peak(1), row.peak(100)) == (170, 1005)
+    assert row.need(1, 7) == 100 + 200 + 170 + 7
