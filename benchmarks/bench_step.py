@@ -81,7 +81,10 @@ def chosen(device: str, options: argparse.Namespace) -> Iterator[tuple[Model, Ba
     """The first batch of every model, then the second of every model."""
     for index in range(len(batches(device))):
         for model in models(device, options.quick):
-            batch = batches(device)[index]
+            table = batches(device, model.brief)
+            if index >= len(table):
+                continue
+            batch = table[index]
 
             def wanted(cell: Cell, model: Model = model, batch: Batch = batch) -> bool:
                 name = full_name(model, batch, cell)

@@ -135,43 +135,44 @@ def cosine(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 def count(cell: Cell, step: Step, trunk: nn.Module, device: torch.device) -> dict[str, Any]:
-    """What needs no clock. The first step makes the optimizer's state."""
-    step.run()
-    constant = [*step.model.parameters(), *step.model.buffers()]
+    """What needs no clock."""
     row: dict[str, Any] = {
         "trainable_parameters": sum(p.numel() for p in step.trained.values()),
         "weights_bytes": sum(p.nbytes for p in (*trunk.parameters(), *trunk.buffers())),
-        "resident_bytes": step.resident_bytes,
     }
     # a hook around a compiled forward would have it compiled anew, without what it was asked for
     if COMPILE not in cell.variant:
+        constant = [*step.model.parameters(), *step.model.buffers()]
         row["saved_bytes"] = measure.saved_bytes(step.loss, constant)
-    row |= peak(cell, step, device)
+    row |= peak_on_gpu(step, device) if device.type == "cuda" else peak_on_cpu(cell, step)
+    row["resident_bytes"] = step.resident_bytes
     # the loops that inductor generates for the CPU are no operators: nothing to count
     if not (COMPILE in cell.variant and device.type == "cpu"):
         row["counts"] = measure.count(step.run, device, warm=True)
     return row
 
 
-def peak(cell: Cell, step: Step, device: torch.device) -> dict[str, Any]:
+def peak_on_gpu(step: Step, device: torch.device) -> dict[str, Any]:
     """The most that a step holds at once above the trunk's weights: adapters, their gradients and
-    the optimizer's states included. On the CPU what operators are seen to hold in forward and
-    backward: no workspaces, and nothing of compiled code."""
-    if device.type == "cuda":
-        taken = measure.peak_bytes(step.run, device)
-        assert taken is not None
-        return {
-            "peak_bytes": taken + step.resident_bytes,
-            "peak_by": "torch.cuda.max_memory_allocated",
-        }
-    if not step.trained or COMPILE in cell.variant:
+    the optimizer's states included."""
+    step.run()  # makes those states
+    taken = measure.peak_bytes(step.run, device)
+    assert taken is not None
+    return {"peak_bytes": taken + step.resident_bytes, "peak_by": "torch.cuda.max_memory_allocated"}
+
+
+def peak_on_cpu(cell: Cell, step: Step) -> dict[str, Any]:
+    """The same, by what operators are seen to hold in forward and backward: without workspaces,
+    and of nothing compiled."""
+    if step.optimizer is None or COMPILE in cell.variant:
+        step.run()
         return {"peak_bytes": None}
-    from a3fta_kernels.memory import peak as tracker
+    from a3fta_kernels.memory import peak
 
     inputs = {k: x for k, x in step.inputs.items() if k != "target"}
-    seen = tracker.measure(step.model, (), inputs | {"return_dict": False})
-    for p in step.trained.values():
-        p.grad = None
+    seen = peak.measure(step.model, (), inputs | {"return_dict": False})
+    step.optimizer.step()
+    step.optimizer.zero_grad(set_to_none=True)
     return {"peak_bytes": seen.bytes + step.resident_bytes, "peak_by": "live tensors"}
 
 

@@ -68,16 +68,18 @@ class Batch(NamedTuple):
     cells: tuple[Cell, ...]
 
 
-def batches(device: str) -> tuple[Batch, ...]:
-    """The most telling first."""
+def batches(device: str, brief: bool = False) -> tuple[Batch, ...]:
+    """The most telling first; `brief`: these alone."""
     adapters = [
         ANCHOR, Cell(EQUAL, STOCK), Cell(FUSED, STOCK), Cell(FUSED, "exact"),
         Cell(FUSED, "recompute"), Cell(FUSED, "block, int8 norms"), Cell(FUSED, "block"),
-        Cell(FUSED, CHECKPOINTING), Cell(LORA, CHECKPOINTING), Cell(FLOOR, STOCK),
-        Cell(FLOOR, "exact"), Cell(EAGER, STOCK), Cell(FUSED, "recompute, int8 norms"),
-        Cell(FUSED, "compressed"), Cell(LORA, "exact"), Cell(LORA, "recompute"),
+        Cell(FUSED, CHECKPOINTING), Cell(LORA, CHECKPOINTING),
+        Cell(FUSED, "recompute, int8 norms"), Cell(FUSED, "compressed"), Cell(FLOOR, STOCK),
+        Cell(FLOOR, "exact"), Cell(EAGER, STOCK), Cell(LORA, "exact"), Cell(LORA, "recompute"),
         Cell(LORA, "block, int8 norms"),
     ]  # fmt: skip
+    if brief:
+        return (Batch("adapters", tuple(adapters[:12])),)
     if device == "cuda":  # xformers has no operators for the CPU
         adapters += [Cell(LORA, XFORMERS), Cell(FUSED, XFORMERS)]
     compiled = (
