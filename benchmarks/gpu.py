@@ -14,6 +14,7 @@
     bench-cross      attention to text
     bench-block      a whole transformer block
     bench-step       whole training steps of SDXL and SD1.5: results/step_<device>.json
+    bench-step-compile          beside rivals under torch.compile
     targets          what the results met and missed, by how much, and what bounds it
 
 `test` and `bench` stand for all of their kind; `bench` ends with the targets.
@@ -66,11 +67,13 @@ BENCHES = {
     "bench-linear-16": ["--only", "adapter_linear", "--rank", "16"],
     "bench-cross": ["--only", "cross_attention_adapter"],
     "bench-block": ["--only", "block"],
-    "bench-step": [],
+    "bench-step": ["--only", r"\| (adapters|full) \|"],
+    "bench-step-compile": ["--only", r"batch 4 \| compiled \|"],
     "bench-geglu": ["--only", "geglu"],
     "bench-quantize": ["--only", "quantize"],
 }
-SCRIPTS = {"bench-step": "benchmarks/bench_step.py"}  # of a stage, where it is not run.py
+# of a stage, where it is not run.py
+SCRIPTS = dict.fromkeys(("bench-step", "bench-step-compile"), "benchmarks/bench_step.py")
 STAGES = ("build", "test-ops", "test-rest", "sanitize", *BENCHES, "targets")
 GROUPS = {
     "all": STAGES, "test": ("test-ops", "test-rest"), "bench": (*BENCHES, "targets")

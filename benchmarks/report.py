@@ -18,6 +18,7 @@ from . import report_figures as figures
 from . import step_targets
 from .report_figures import Bar, Point
 from .step_methods import ANCHOR, EAGER, EQUAL, FLOOR, FULL, FUSED, LEVELS, LORA, STOCK, Cell
+from .workloads import BENCHES
 
 HERE = Path(__file__).parent
 MIB = 2**20
@@ -26,8 +27,6 @@ SHORT = {FUSED: "A3FTA", EAGER: "A3FTA in eager", LORA: "LoRA", EQUAL: "LoRA, as
          FULL: "full"}  # fmt: skip
 KINDS = {FUSED: "A3FTA", EAGER: "A3FTA", LORA: "PEFT LoRA", EQUAL: "PEFT LoRA", FULL: FULL}
 RIVAL_KINDS = ("PEFT LoRA", FULL)
-OPS = ("adapter", "adapter_linear", "cross_attention_adapter", "group_norm", "layer_norm", "geglu",
-       "block")  # fmt: skip
 RIVALS = {"eager": "eager PyTorch", "compile": "torch.compile", "peft": "PEFT LoRA",
           "frozen": "frozen layer alone", "clone": "copy of the same bytes"}  # fmt: skip
 
@@ -162,7 +161,7 @@ def op_section(found: Found, stem: str, out: Path) -> Iterator[str]:
     gpu = "capability" in about
     on, dtype = (about["device"], "bfloat16") if gpu else ("CPU", "float32")
     panels = []
-    for op in OPS:
+    for op in BENCHES:
         bars = op_bars([r for r in found["rows"] if r["op"] == op and r["dtype"] == dtype])
         if bars:
             panels.append((op, bars))
@@ -185,8 +184,10 @@ def op_section(found: Found, stem: str, out: Path) -> Iterator[str]:
 def op_bars(rows: list[Row]) -> list[Bar]:
     """Time over eager's by variant, over the workloads where both were measured."""
     times: dict[str, dict[str, float]] = {}
+    # what has no derivative is measured forward alone
+    direction = STEP if any(r["direction"] == STEP for r in rows) else "forward"
     for row in rows:
-        if row["direction"] == STEP:
+        if row["direction"] == direction:
             times.setdefault(row["variant"], {})[row["workload"]] = row["q50_us"]
     eager = times.pop("eager", {})
     found = []

@@ -84,7 +84,7 @@ def batches(device: str, brief: bool = False) -> tuple[Batch, ...]:
         adapters += [Cell(LORA, XFORMERS), Cell(FUSED, XFORMERS)]
     compiled = (
         ANCHOR, Cell(FUSED, STOCK), Cell(FUSED, "exact"), Cell(LORA, COMPILE),
-        Cell(FUSED, COMPILE), Cell(FUSED, EXACT_COMPILE), Cell(EQUAL, COMPILE),
+        Cell(EQUAL, COMPILE), Cell(FUSED, EXACT_COMPILE), Cell(FUSED, COMPILE),
     )  # fmt: skip
     full = (ANCHOR, Cell(FULL, STOCK), Cell(FULL, CHECKPOINTING))
     return Batch("adapters", tuple(adapters)), Batch("compiled", compiled), Batch("full", full)

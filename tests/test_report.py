@@ -20,6 +20,10 @@ OPS = [
      "q50_us": us}
     for op in ("adapter", "geglu") for w in ("a", "b") for dtype in ("float32", "bfloat16")
     for v, us in (("eager", 100.0), ("native", 40.0 if w == "a" else 90.0), ("clone", 20.0))
+] + [
+    {"op": "quantize", "workload": "a", "dtype": dtype, "direction": "forward", "variant": v,
+     "q50_us": us}
+    for dtype in ("float32", "bfloat16") for v, us in (("eager", 100.0), ("native", 50.0))
 ]  # fmt: skip
 SAVED = {
     "environment": {"commit": "abc", "torch": "2"}, "dtype": "bfloat16", "batch": 1,
@@ -67,6 +71,7 @@ def test_the_whole_page(tmp_path):
     assert f"| PEFT LoRA r16 · stock | {numbers} |" in text
     # geometric mean of 0.4 and 0.9
     assert "| adapter | ours, native | 0.60 | 2 |" in text
+    assert "| quantize | ours, native | 0.50 | 1 |" in text
     assert "| SDXL | A3FTA r64, exact | 3,072 | 0.75 |" in text
     assert "| step, exact: time over the stock trunk | <= 0.90 | 0.88" in text
 
