@@ -19,7 +19,7 @@ SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format bench fuzz aot gpu wheel clean FORCE
+.PHONY: help setup demo test lint format bench report fuzz aot gpu wheel clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -41,9 +41,13 @@ format: setup ## let ruff rewrite what it can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: setup ## op benchmarks: every op, backend and workload
+bench: setup ## every op, backend and workload; saved bytes; whole training steps
 	$(PY) benchmarks/run.py
 	$(PY) -m benchmarks.count_saved
+	$(PY) benchmarks/bench_step.py
+
+report: setup ## benchmarks/REPORT.md and its figures, from benchmarks/results
+	$(PY) -m benchmarks.report
 
 fuzz: setup ## property tests at length: 5000 op cases, 20000 adapter files
 	A3FTA_FUZZ_CASES=5000 $(PY) -m pytest tests/ops -k property --timeout 0

@@ -13,6 +13,8 @@
     bench-linear-16                       with R = 16
     bench-cross      attention to text
     bench-block      a whole transformer block
+    bench-step       whole training steps of SDXL and SD1.5: results/step_<device>.json
+    bench-step-compile          beside rivals under torch.compile
     targets          what the results met and missed, by how much, and what bounds it
 
 `test` and `bench` stand for all of their kind; `bench` ends with the targets.
@@ -57,7 +59,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# what `run.py` is given
+# what the script of a stage is given
 BENCHES = {
     "bench-adapter": ["--only", "adapter", "--rank", "64"],
     "bench-adapter-16": ["--only", "adapter", "--rank", "16"],
@@ -65,11 +67,15 @@ BENCHES = {
     "bench-linear-16": ["--only", "adapter_linear", "--rank", "16"],
     "bench-cross": ["--only", "cross_attention_adapter"],
     "bench-block": ["--only", "block"],
+    "bench-step": ["--only", r"\| (adapters|full) \|"],
+    "bench-step-compile": ["--only", r"batch 4 \| compiled \|"],
     "bench-geglu": ["--only", "geglu"],
     "bench-quantize": ["--only", "quantize"],
     "bench-group-norm": ["--only", "group_norm"],
     "bench-layer-norm": ["--only", "layer_norm"],
 }
+# of a stage, where it is not run.py
+SCRIPTS = dict.fromkeys(("bench-step", "bench-step-compile"), "benchmarks/bench_step.py")
 STAGES = ("build", "test-ops", "test-rest", "sanitize", *BENCHES, "targets")
 GROUPS = {
     "all": STAGES, "test": ("test-ops", "test-rest"), "bench": (*BENCHES, "targets")
@@ -221,7 +227,8 @@ def steps(stage: str, options: argparse.Namespace, arch: str, folder: Path) -> l
         command = [python, "-m", "benchmarks.targets", "--results", str(options.out)]
         command += ["--quick"] * options.quick
         return [Step("targets", command, limit_s=120, read=read_targets)]
-    command = [python, "benchmarks/run.py", "--device", "cuda", *BENCHES[stage]]
+    script = SCRIPTS.get(stage, "benchmarks/run.py")
+    command = [python, script, "--device", "cuda", *BENCHES[stage]]
     command += ["--minutes", f"{options.minutes:g}", "--out", str(options.out)]
     command += ["--quick"] * options.quick
     command += ["--commit", options.commit] if options.commit else []

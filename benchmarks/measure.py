@@ -269,12 +269,16 @@ def _best(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
     return statistics.median(counts)
 
 
-def count(call: Call, device: torch.device) -> dict[str, int]:
-    """What one call starts: GPU kernels (copies and fills too), or CPU operators that move data."""
+def count(call: Call, device: torch.device, warm: bool = False) -> dict[str, int]:
+    """What one call starts: GPU kernels (copies and fills too), or CPU operators that move data.
+
+    It is called once before, unless it is warm.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    call(0)
+    if not warm:
+        call(0)
     with torch.profiler.profile(activities=activities) as profile:
         call(0)
         if device.type == "cuda":

@@ -2,9 +2,10 @@
 
     python -m benchmarks.targets [--results DIR] [--quick]
 
-Reads results/<device>.json (where a GPU is, its own file; else every GPU's), prints the verdicts
-and writes them to results/<device>-targets.md. A number that was not measured is not printed. The
-targets are stated for an H200, bf16, R = 16 and 64.
+Reads results/<device>.json and step_<device>.json (where a GPU is, its own files; else every
+GPU's, and the CPU's steps), prints the verdicts and writes them to results/<device>-targets.md. A
+number that was not measured is not printed. The targets are stated for an H200, bf16, R = 16 and
+64; those of a whole training step stand in step_targets.py.
 
 Ours is the variant `auto`, what a user gets; a path that is faster by more than 2 % is named. The
 bound is the largest of three terms, with its share of the time: the bytes and the arithmetic of the
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 
-from . import floors
+from . import floors, step_targets
 from .workloads import DIRECTIONS, Workload, workloads
 
 RESULTS = Path(__file__).parent / "results"
@@ -252,9 +253,13 @@ def faster(ours: Row, rows: Rows) -> str:
     return f"{best} takes {own[best] / ours['q50_us']:.2f} of it"
 
 
-def report(found: dict[str, Any], verdicts: list[Verdict]) -> list[str]:
-    """Markdown: the verdicts, then the workloads of each target, then launches and host time."""
+def report(
+    found: dict[str, Any], verdicts: list[Verdict], step: dict[str, Any] | None = None
+) -> list[str]:
+    """Markdown: the verdicts, those of a whole step, then the workloads of each target, then
+    launches and host time."""
     about = found["environment"]
+    steps = step_targets.judge(step, "cuda")
     lines = [f"# Targets on {about['device']}", ""]
     if "capability" in about:
         keys = ("driver", "cuda", "torch", "triton", "commit", "date")
@@ -262,13 +267,25 @@ def report(found: dict[str, Any], verdicts: list[Verdict]) -> list[str]:
     lines += ["| target | wanted | found | verdict |", "|---|---|---|---|"]
     for v in verdicts:
         lines.append(f"| {v.target.name} | {v.target.wanted} | {v.found()} | {v.said()} |")
+    lines += step_targets.table(step, "cuda", steps)
     for v in verdicts:
         if v.values:
             lines += ["", f"## {v.target.name}", "", *_workload_table(v)]
     lines += _launches(found)
-    states = [v.state for v in verdicts]
+    return [*lines, "", _counts([v.state for v in (*verdicts, *steps)])]
+
+
+def report_cpu(step: dict[str, Any]) -> list[str]:
+    """The verdicts of whole steps on a CPU, which no other target is for."""
+    steps = step_targets.judge(step, "cpu")
+    lines = [f"# Targets on {step['environment']['device']} (CPU)"]
+    lines += step_targets.table(step, "cpu", steps)
+    return [*lines, "", _counts([v.state for v in steps])]
+
+
+def _counts(states: list[str]) -> str:
     counts = [f"{states.count(s)} {s}" for s in ("met", "missed", "not measured")]
-    return [*lines, "", f"targets: {', '.join(counts)}"]
+    return f"targets: {', '.join(counts)}"
 
 
 def _workload_table(verdict: Verdict) -> list[str]:
@@ -315,21 +332,20 @@ def _launches(found: dict[str, Any]) -> list[str]:
 _SHOWN = ("auto", "eager", "peft", "frozen")
 
 
-def files(folder: Path, quick: bool) -> list[Path]:
-    """The results of GPUs: of the one at hand, else all."""
-    suffix = "-quick" if quick else ""
+def stems(folder: Path, quick: bool) -> list[str]:
+    """The GPUs that there are results of: the one at hand, else all."""
     if torch.cuda.is_available():
         from .measure import file_stem
 
-        mine = folder / f"{file_stem(torch.device('cuda'))}{suffix}.json"
-        return [mine] if mine.exists() else []
-    found = []
-    for path in sorted(folder.glob("*.json")):
+        return [file_stem(torch.device("cuda"))]
+    found = set()
+    for path in folder.glob("*.json"):
         data = json.loads(path.read_text())
         environment = data.get("environment", {}) if isinstance(data, dict) else {}
         if "rows" in data and "capability" in environment and environment.get("quick") == quick:
-            found.append(path)
-    return found
+            stem = path.stem.removeprefix(step_targets.STEP_STEM)
+            found.add(stem.removesuffix("-quick") if quick else stem)
+    return sorted(found)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -337,17 +353,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="of a quick run")
     options = parser.parse_args(arguments)
-    if not options.results.is_dir():
-        parser.error(f"--results: expected a folder, got {options.results}")
-    paths = files(options.results, options.quick)
-    for path in paths:
-        found = json.loads(path.read_text())
-        lines = report(found, judge(found))
-        path.with_name(f"{path.stem}-targets.md").write_text("\n".join(lines) + "\n")
-        print("\n".join(lines))
-    if not paths:
-        nothing: dict[str, Any] = {"environment": {"device": "a GPU: no results yet"}, "rows": []}
-        print("\n".join(report(nothing, judge(nothing))))
+    folder, quick = options.results, options.quick
+    if not folder.is_dir():
+        parser.error(f"--results: expected a folder, got {folder}")
+    suffix = "-quick" if quick else ""
+    texts: dict[str, list[str]] = {}
+    on_cpu = step_targets.read(folder, "cpu", quick)
+    if on_cpu is not None and not torch.cuda.is_available():
+        texts["cpu"] = report_cpu(on_cpu)
+    nothing: dict[str, Any] = {"environment": {"device": "a GPU: no results yet"}, "rows": []}
+    for stem in stems(folder, quick):
+        path, step = folder / f"{stem}{suffix}.json", step_targets.read(folder, stem, quick)
+        if path.exists():
+            found = json.loads(path.read_text())
+        elif step is not None:
+            found = {"environment": step["environment"], "rows": []}
+        else:
+            continue
+        texts[stem] = report(found, judge(found), step)
+    for stem, lines in texts.items():
+        (folder / f"{stem}{suffix}-targets.md").write_text("\n".join(lines) + "\n")
+    if not texts.keys() - {"cpu"}:
+        texts[""] = report(nothing, judge(nothing))
+    print("\n".join("\n".join(lines) for lines in texts.values()))
     return 0
 
 

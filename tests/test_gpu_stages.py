@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -65,6 +66,16 @@ def test_a_quick_look_is_quick_in_every_stage_that_can_be(tmp_path):
             assert "--quick" in step.command
             if stage in gpu.BENCHES:
                 assert step.command[step.command.index("--without") + 1] == "native|fused"
+
+
+def test_whole_steps_are_all_in_a_stage(tmp_path):
+    commands = [gpu.steps(s, options(tmp_path), "90a", tmp_path)[0].command for s in gpu.SCRIPTS]
+    wanted = [c[c.index("--only") + 1] for c in commands]
+    assert len(wanted) == 2 and len(set(wanted)) == 2
+    done = run("benchmarks/bench_step.py", "--device", "cuda", "--list")
+    left = [n for n in done.stdout.splitlines() if not any(re.search(w, n) for w in wanted)]
+    # at batch 1 nothing is said about the compiler
+    assert left and all("batch 1 | compiled |" in name for name in left)
 
 
 def test_the_benchmarks_end_with_the_targets():
