@@ -85,9 +85,10 @@ def main() -> int:
             row = {"model": name, "method": method, "level": level}
             row |= kept_bytes(model, method, level)
             rows.append(row)
+            saved, peak = row["saved_bytes"] / 2**20, row["peak_bytes"] / 2**20
             print(
-                f"{name:20s} {method:38s} {level:14s} {row['saved_bytes'] / 2**20:7,.0f} MiB saved, "
-                f"{row['peak_bytes'] / 2**20:7,.0f} MiB at the peak",
+                f"{name:20s} {method:38s} {level:14s} {saved:7,.0f} MiB saved, "
+                f"{peak:7,.0f} MiB at the peak",
                 flush=True,
             )
     import diffusers
