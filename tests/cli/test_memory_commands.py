@@ -67,7 +67,7 @@ def test_a_memory_that_fits_nothing_is_told_what_would(folder, capsys):
     assert cli.main([*common, "--memory", "700MiB"]) == 1
     said = capsys.readouterr()
     assert "memory: 700 MiB fit nothing; batch 1 needs at least" in said.err
-    assert "checkpointing in bf16" in said.err and "none" in said.out
+    assert "with level block in bf16" in said.err and "none" in said.out
 
 
 @pytest.mark.parametrize("command", [["ledger"], ["plan", "--memory", "8GiB", "--workers", "1"]])

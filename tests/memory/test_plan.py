@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from a3fta_kernels.memory import methods, models, step_peak
-from a3fta_kernels.memory.plan import Job, Row, make_plan, parse_size, run, runs
+from a3fta_kernels.memory.account import parse_size
+from a3fta_kernels.memory.plan import Job, Row, make_plan, run, runs
 
 from .. import models as small
 
