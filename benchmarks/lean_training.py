@@ -35,30 +35,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import a3fta_kernels as a3fta
 from a3fta_kernels.cli.demo import base, compare, metrics, training
 from a3fta_kernels.cli.demo import data as digits
 
+from .lean_gradients import EIGHT_BITS, EXACT, LEVELS, loss_of, probe, set_level
 from .measure import environment
 
 RESULTS = Path(__file__).parent / "results"
-LEVELS = {
-    "stock": ("off", "input"),
-    "exact": ("exact", "input"),
-    "block": ("block", "input"),
-    "compressed": ("compressed", "input"),
-    "block, norms in 8 bits": ("block", "int8"),
-}
-EXACT = ("exact", "block")
-EIGHT_BITS = ("compressed", "block, norms in 8 bits")
 ROUNDING, CLOSE = 1 - 1e-5, 0.999  # cosines
 SAME_LOSS = 1e-4  # of the loss
 RANK = 16
-
-Batch = tuple[Tensor, ...]  # noisy, t, labels, target
 
 
 @dataclass(frozen=True)
@@ -92,6 +81,7 @@ class Conditional(nn.Module):
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=32,
             attention_head_dim=4, norm_num_groups=8,
         )  # fmt: skip
+        self.tokens: Tensor
         self.register_buffer("tokens", torch.randn(digits.CLASSES, 4, 32))
 
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor) -> Any:
@@ -112,68 +102,6 @@ def pretrained(reference: digits.Digits, schedule: Any, steps: int) -> Condition
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return model
-
-
-def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    noisy, t, labels, target = batch
-    return F.mse_loss(model(noisy, t, class_labels=labels).sample, target)
-
-
-def set_level(model: nn.Module, level: str) -> None:
-    lean, norms = LEVELS[level]
-    a3fta.lean(getattr(model, "unet", model), lean, norms=norms)
-
-
-def gradients(model: nn.Module, level: str, batch: Batch) -> dict[str, Tensor]:
-    """By tensor, flat and in float64, of a copy of the model at a level."""
-    model = copy.deepcopy(model)
-    model.zero_grad(set_to_none=True)
-    set_level(model, level)
-    loss_of(model, batch).backward()
-    return {
-        name: p.grad.flatten().double()
-        for name, p in model.named_parameters()
-        if p.requires_grad and p.grad is not None
-    }
-
-
-def cosine(a: Tensor, b: Tensor) -> float:
-    """1 where both are zero, as w_down's gradient is before the first step; 0 where one is."""
-    norms = a.norm() * b.norm()
-    return float(a @ b / norms) if norms > 0 else float(not a.any() and not b.any())
-
-
-def probe(model: nn.Module, step: int, batch: Batch, other: Batch) -> dict[str, Any]:
-    """Gradients of all levels beside the stock ones, and those of another batch beside both.
-
-    `share` is the worst tensor's norm, of that of the whole gradient.
-    """
-    stock = gradients(model, "stock", batch)
-    elsewhere = gradients(model, "stock", other)
-    whole = torch.cat(list(stock.values()))
-    found: dict[str, Any] = {
-        "step": step,
-        "zero": sum(not g.any() for g in stock.values()),
-        "other batch": statistics.median(cosine(elsewhere[n], g) for n, g in stock.items()),
-        "levels": {},
-    }
-    for level in LEVELS:
-        if level == "stock":
-            continue
-        grads = gradients(model, level, batch)
-        assert grads.keys() == stock.keys()
-        cosines = {n: cosine(grads[n], g) for n, g in stock.items()}
-        worst = min(cosines, key=lambda n: cosines[n])
-        errors = [(grads[n] - g).norm() / g.norm() for n, g in stock.items() if g.any()]
-        found["levels"][level] = {
-            "whole": cosine(torch.cat(list(grads.values())), whole),
-            "min": cosines[worst],
-            "worst": worst,
-            "share": float(stock[worst].norm() / whole.norm()),
-            "max error": float(max(errors)),
-            "cosines": cosines,
-        }
-    return found
 
 
 def train(
@@ -213,7 +141,7 @@ def train(
     return run
 
 
-def kept_bytes(trunk: nn.Module, level: str, batch: Batch) -> int:
+def kept_bytes(trunk: nn.Module, level: str, batch: tuple[Tensor, ...]) -> int:
     model = copy.deepcopy(trunk).train()
     compare.methods(RANK, "auto")[0].prepare(getattr(model, "unet", model))
     set_level(model, level)
@@ -221,42 +149,39 @@ def kept_bytes(trunk: nn.Module, level: str, batch: Batch) -> int:
 
 
 def verdict(runs: dict[str, dict[int, Run]]) -> dict[str, Any]:
-    """`runs` by level and seed; seed noise needs two seeds."""
-    final = {lv: {s: list(r.heldout.values())[-1] for s, r in of.items()} for lv, of in runs.items()}
+    """Of `runs` by level and seed; seed noise needs two seeds."""
+    final = {lv: {s: r.heldout[max(r.heldout)] for s, r in of.items()} for lv, of in runs.items()}
     stock = final["stock"]
     noise = statistics.stdev(stock.values()) if len(stock) > 1 else None
-    probes = [p for run in runs["stock"].values() for p in run.probes]
     found: dict[str, Any] = {"seed noise": noise, "levels": {}}
     for level in (*EXACT, *EIGHT_BITS):
-        seen = [p["levels"][level] for p in probes]
-        worst = min(seen, key=lambda s: s["min"])
-        moved = {s: loss - stock[s] for s, loss in final[level].items()}
-        shift = max(abs(d) for d in moved.values())
+        probes = [
+            {"seed": seed, "step": p["step"], **p["levels"][level]}
+            for seed, run in runs["stock"].items()
+            for p in run.probes
+        ]
+        seen = [
+            {**tensor, "seed": p["seed"], "step": p["step"]}
+            for p in probes
+            for tensor in p["tensors"]
+        ]
+        seen.sort(key=lambda tensor: tensor["cosine"])
+        shifts = {s: loss - stock[s] for s, loss in final[level].items()}
+        shift = max(map(abs, shifts.values()))
         least = ROUNDING if level in EXACT else CLOSE
         allowed = SAME_LOSS * min(stock.values()) if level in EXACT else noise
         found["levels"][level] = {
-            "min cosine": worst["min"],
-            "worst tensor": worst["worst"],
-            "its share": worst["share"],
-            "min cosine, whole gradient": min(s["whole"] for s in seen),
-            "max relative error": max(s["max error"] for s in seen),
-            "gradients": worst["min"] >= least,
-            "final loss less stock's": moved,
+            "worst": seen[0],
+            "gradients": seen[0]["cosine"] >= least,
+            "below": [tensor for tensor in seen if tensor["cosine"] < least],
+            "compared": len(seen),
+            "median cosine": statistics.median(tensor["cosine"] for tensor in seen),
+            "min cosine, whole gradient": min(p["whole"] for p in probes),
+            "final loss less stock's": shifts,
             "max shift": shift,
             "shift allowed": allowed,
             "loss": None if allowed is None else shift <= allowed,
         }
-    return found
-
-
-def by_tensor(stock: dict[int, Run]) -> dict[str, dict[str, float]]:
-    """The lowest cosine of every tensor over steps and seeds, at every level."""
-    found: dict[str, dict[str, float]] = {}
-    for one in (p for run in stock.values() for p in run.probes):
-        for level, seen in one["levels"].items():
-            least = found.setdefault(level, {})
-            for name, value in seen.pop("cosines").items():
-                least[name] = min(value, least.get(name, 1.0))
     return found
 
 
@@ -280,7 +205,6 @@ def measure(options: Options, say: Callable[[str], None] = print) -> dict[str, A
         found[name] = {
             "kept bytes, batch 32": {level: kept_bytes(trunk, level, batch) for level in LEVELS},
             "verdict": verdict(runs),
-            "min cosines": by_tensor(runs["stock"]),
             "probes": {s: run.probes for s, run in runs["stock"].items()},
             "losses": {
                 level: {s: {"heldout": r.heldout, "train": r.train} for s, r in of.items()}
@@ -296,22 +220,16 @@ def tell(name: str, found: dict[str, Any], say: Callable[[str], None]) -> None:
     said = found["verdict"]
     words = {True: "met", False: "MISSED", None: "not judged"}
     say(f"{name}: CPU, fp32; seed noise of the final held-out loss {said['seed noise'] or 0:.2e}")
+    kept = {level: n / 2**20 for level, n in found["kept bytes, batch 32"].items()}
     for level, of in said["levels"].items():
+        worst = of["worst"]
         say(
-            f"  {level:22s} min cosine {of['min cosine']:.7f} {words[of['gradients']]} "
-            f"({of['worst tensor']}); final loss off by {of['max shift']:.1e} at most, "
-            f"{words[of['loss']]}; keeps {found['kept bytes, batch 32'][level] / 2**20:.1f} of "
-            f"{found['kept bytes, batch 32']['stock'] / 2**20:.1f} MiB"
+            f"  {level}: keeps {kept[level]:.1f} of {kept['stock']:.1f} MiB\n"
+            f"    cosines {words[of['gradients']]}: {len(of['below'])} of {of['compared']} below; "
+            f"least {worst['cosine']:.7f}, step {worst['step']}, seed {worst['seed']}, "
+            f"{worst['share']:.1e} of the gradient: {worst['tensor']}\n"
+            f"    final loss {words[of['loss']]}: off by {of['max shift']:.1e} at most"
         )
-
-
-def rounded(found: Any) -> Any:
-    """Losses, bytes and cosines with nine digits."""
-    if isinstance(found, dict):
-        return {key: rounded(value) for key, value in found.items()}
-    if isinstance(found, (list, tuple)):
-        return [rounded(value) for value in found]
-    return float(f"{found:.9g}") if isinstance(found, float) else found
 
 
 def main() -> int:
@@ -328,7 +246,7 @@ def main() -> int:
     about = environment(torch.device("cpu")) | {"diffusers": diffusers.__version__}
     about |= {"a3fta_kernels": a3fta.__version__, "dtype": "float32"}
     options = Options(arguments.steps, arguments.batch_size, tuple(range(arguments.seeds)))
-    found = rounded({"environment": about, **measure(options)})
+    found = {"environment": about, **measure(options)}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(found, indent=1) + "\n")
     verdicts = [v for t in found["trunks"].values() for v in t["verdict"]["levels"].values()]
