@@ -52,11 +52,11 @@ RANK = 16
 
 @dataclass(frozen=True)
 class Options:
-    steps: int = 60
+    steps: int = 40
     batch_size: int = 16
     seeds: tuple[int, ...] = (0, 1, 2)
-    pretraining: int = 200
-    heldout_per_class: int = 20
+    pretraining: int = 150
+    heldout_per_class: int = 10
 
 
 @dataclass
