@@ -164,6 +164,7 @@ def verdict(runs: dict[str, dict[int, Run]]) -> dict[str, Any]:
             {**tensor, "seed": p["seed"], "step": p["step"]}
             for p in probes
             for tensor in p["tensors"]
+            if tensor["cosine"] < 1 or tensor["error"] is not None  # else zero, as in stock
         ]
         seen.sort(key=lambda tensor: tensor["cosine"])
         shifts = {s: loss - stock[s] for s, loss in final[level].items()}
@@ -175,6 +176,8 @@ def verdict(runs: dict[str, dict[int, Run]]) -> dict[str, Any]:
             "gradients": seen[0]["cosine"] >= least,
             "below": [tensor for tensor in seen if tensor["cosine"] < least],
             "compared": len(seen),
+            # of every tensor its lowest, over steps and seeds
+            "min cosines": {t["tensor"]: t["cosine"] for t in reversed(seen)},
             "median cosine": statistics.median(tensor["cosine"] for tensor in seen),
             "min cosine, whole gradient": min(p["whole"] for p in probes),
             "final loss less stock's": shifts,
@@ -183,6 +186,15 @@ def verdict(runs: dict[str, dict[int, Run]]) -> dict[str, Any]:
             "loss": None if allowed is None else shift <= allowed,
         }
     return found
+
+
+def brief(probe: dict[str, Any]) -> dict[str, Any]:
+    """Of a probe's tensors only the one of the lowest cosine at each level."""
+    levels = {
+        level: {"whole": of["whole"], "worst": min(of["tensors"], key=lambda t: t["cosine"])}
+        for level, of in probe["levels"].items()
+    }
+    return {**probe, "levels": levels}
 
 
 def measure(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -205,7 +217,7 @@ def measure(options: Options, say: Callable[[str], None] = print) -> dict[str, A
         found[name] = {
             "kept bytes, batch 32": {level: kept_bytes(trunk, level, batch) for level in LEVELS},
             "verdict": verdict(runs),
-            "probes": {s: run.probes for s, run in runs["stock"].items()},
+            "probes": {s: [brief(p) for p in run.probes] for s, run in runs["stock"].items()},
             "losses": {
                 level: {s: {"heldout": r.heldout, "train": r.train} for s, r in of.items()}
                 for level, of in runs.items()
