@@ -42,7 +42,11 @@ def source(about: dict[str, Any]) -> str:
     keys += ("torch", "triton") if gpu else ("torch",)
     keys += ("diffusers", "peft")
     versions = [f"{k} {about[k]}" for k in keys if about.get(k)]
-    return ", ".join([device, *versions, f"commit {about['commit']}", about["date"]])
+    found = [device, *versions, f"commit {about['commit']}", about["date"]]
+    # a CPU is shared with whatever else ran there
+    if not gpu and about.get("load", 0) > 0.5:
+        found.append(f"other work beside (load {about['load']})")
+    return ", ".join(found)
 
 
 def label(cell: Cell) -> str:

@@ -97,6 +97,13 @@ def test_what_is_missing_is_named_and_the_rest_is_drawn(tmp_path):
     assert set(pictures(tmp_path)) == {"saved_bytes.png"}
 
 
+def test_a_busy_cpu_is_called_busy(tmp_path):
+    found = results("cpu")
+    assert "other work" not in page(tmp_path, step_cpu=found)
+    found["environment"] = found["environment"] | {"load": 3.2}
+    assert page(tmp_path, step_cpu=found).count("other work beside (load 3.2)") == 2
+
+
 def test_quick_results_do_not_count(tmp_path):
     found = results("cpu")
     found["environment"] = found["environment"] | {"quick": True}
