@@ -107,6 +107,11 @@ def _quantize_elements(w: Workload) -> tuple[int, int, int]:
     return 2 * w.m * w.c, 0, 0
 
 
+def _norm_elements(w: Workload) -> tuple[int, int, int]:
+    # the statistics are of no account
+    return 2 * w.m * w.c, 3 * w.m * w.c, 0
+
+
 def _narrow_bytes(w: Workload) -> int:
     """Codes and ranges, written and read again."""
     return 2 * (w.m * w.c + 4 * -(-w.m * w.c // 128))
@@ -125,6 +130,8 @@ _ELEMENTS = {
     "block": _block_elements,
     "geglu": _geglu_elements,
     "quantize": _quantize_elements,
+    "group_norm": _norm_elements,
+    "layer_norm": _norm_elements,
 }
 
 
@@ -146,12 +153,12 @@ def copied(op: str, w: Workload, direction: str, dtype: torch.dtype) -> dict[str
     """Yardsticks that only copy, and the bytes they read and write together.
 
     clone: what `adapter` must move at least, 2MC elements forward and 3MC backward; `geglu` 3MF
-    and 5MF.
+    and 5MF; the normalisations 2MC and 3MC.
     read: dy and h once, the term that the backward of `adapter_linear` adds to the products.
     """
     if op == "adapter":
         return {"clone": _of(direction, 2, 3, 0) * w.m * w.c * dtype.itemsize}
-    if op == "geglu":
+    if op in ("geglu", "group_norm", "layer_norm"):
         return {"clone": moved(op, w, direction, dtype)}
     if op == "adapter_linear" and direction != "forward":
         return {"read": w.m * (w.n + w.c) * dtype.itemsize}

@@ -71,6 +71,8 @@ BENCHES = {
     "bench-step-compile": ["--only", r"batch 4 \| compiled \|"],
     "bench-geglu": ["--only", "geglu"],
     "bench-quantize": ["--only", "quantize"],
+    "bench-group-norm": ["--only", "group_norm"],
+    "bench-layer-norm": ["--only", "layer_norm"],
 }
 # of a stage, where it is not run.py
 SCRIPTS = dict.fromkeys(("bench-step", "bench-step-compile"), "benchmarks/bench_step.py")

@@ -203,6 +203,7 @@ class Prepared:
         subject = self.subject
         first, device = subject.inputs, self.settings.device
         dy = gradient(subject.y_shape, subject.dtype, str(device), "plain", 0)
+        dy = subject.laid_out(dy)
         # a forward touches the least: its inputs, and a result as large as dy
         touched = sum(first[k].nbytes for k in MOVED if first.get(k) is not None) + dy.nbytes
         count = measure.rotations(touched, device)

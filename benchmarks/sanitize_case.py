@@ -23,6 +23,7 @@ from a3fta_kernels import ops
 from a3fta_kernels.backends import why_not
 from benchmarks.variants import EAGER, cross_inputs
 from benchmarks.workloads import Workload
+from tests.ops.norm_protocol import NormCase, unit_of
 from tests.oracle import (
     WEIGHT_GRADS,
     Case,
@@ -123,6 +124,33 @@ def _moved(x: Any, device: str) -> Any:
     return x.detach().to(device).requires_grad_(x.requires_grad)
 
 
+def check_norms(case: NormCase, run: Run) -> None:
+    """`group_norm` or `layer_norm`, beside the CPU's truth."""
+    backend, device, dtype = run
+    inputs = case.inputs(dtype, "cpu")
+    dy = gradient(torch.Size(case.shape), dtype, "cpu", "plain", 0)
+    here = {k: _moved(v, device) for k, v in inputs.items()}
+    ours = evaluate(partial(case.op, backend=backend), here, dy.to(device)).to("cpu")
+    wide = upcast(inputs)
+    exact = evaluate(case.reference, wide, dy.double())
+    bars = [evaluate(case.reference, inputs, dy)]
+    for seed in range(4):
+        moved = jitter(wide, dtype, seed), jitter(dy.double(), dtype, seed)
+        bars.append(evaluate(case.reference, *moved))
+    compare("y", ours.y, [b.y for b in bars], exact.y, dtype, 2.0)
+    unit = unit_of(case, inputs, dy)
+    compare("dx", ours.grads["x"], [b.grads["x"] for b in bars], exact.grads["x"], dtype, 2.0, unit)
+
+
+# one launch and several, rows of whole vectors and not
+NORMS = tuple(
+    NormCase(shape, groups, "silu" if groups else "identity", layout=layout)
+    for shape, groups in (((2, 24, 35), 3), ((1, 320, 128), 32), ((1, 10, 6600), 2), ((9, 320), 0))
+    for layout in ("plain", "last")
+    if groups or layout == "plain"
+)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
@@ -151,6 +179,10 @@ def main() -> int:
         for m, width in ((33, 320), (7, 35)):
             check_elementwise(m, width, run)
             print(f"{arguments.backend} {dtype} geglu and quantize, {m} x {width}", flush=True)
+            ran += 1
+        for case in NORMS:
+            check_norms(case, run)
+            print(f"{arguments.backend} {dtype} {case}", flush=True)
             ran += 1
     print(f"sanitize_case: done, {ran} cases agree with the oracle")
     return 0

@@ -109,6 +109,19 @@ def _targets() -> Iterator[Target]:
                 f"adapter {direction}: times faster than {rival}",
                 "adapter", direction, times_faster(rival), limit, mean=True,
             )  # fmt: skip
+    for direction in DIRECTIONS[:2]:
+
+        def wide(w: Workload, direction: str = direction) -> bool:
+            return floors.copied("layer_norm", w, direction, torch.bfloat16)["clone"] >= 40 * MIB
+
+        yield Target(
+            f"layer_norm {direction}: of a clone's bandwidth, at 40 MiB and more",
+            "layer_norm", direction, times_faster("clone"), 0.75, judged=wide,
+        )  # fmt: skip
+        yield Target(
+            f"group_norm and silu, {direction}: times faster than eager",
+            "group_norm", direction, times_faster("eager"), 1.5, mean=True,
+        )  # fmt: skip
     step = DIRECTIONS[2]
     yield Target(
         "adapter_linear: time over (1 + 3R/C + R/M) x frozen products + one read of dy and h, "

@@ -32,6 +32,8 @@ from a3fta_kernels.ops.adapter.reference import adapter as eager_adapter
 from a3fta_kernels.ops.adapter_linear.contract import paths_for
 from a3fta_kernels.ops.adapter_linear.reference import adapter_linear as eager_adapter_linear
 from a3fta_kernels.ops.geglu.reference import geglu as eager_geglu
+from a3fta_kernels.ops.group_norm.reference import group_norm as eager_group_norm
+from a3fta_kernels.ops.layer_norm.reference import layer_norm as eager_layer_norm
 from a3fta_kernels.ops.quantize import reference as eager_quantize
 from tests.oracle import Case
 
@@ -102,7 +104,13 @@ class Subject:
 
     @property
     def y_shape(self) -> torch.Size:
+        if self.op == "group_norm":
+            return torch.Size((self.workload.batch, self.workload.n, self.workload.tokens))
         return torch.Size((self.workload.batch, self.workload.tokens, self.workload.n))
+
+    def laid_out(self, dy: Tensor) -> Tensor:
+        """dy in y's memory format."""
+        return dy.mT.contiguous().mT if self.workload.last else dy
 
     def exact(self) -> Variant:
         """The specification in float64; of `quantize`, there and back, what it is given."""
@@ -141,9 +149,23 @@ def elementwise_inputs(
     op: str, w: Workload, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
     g = torch.Generator().manual_seed(7)
+    if op in ("group_norm", "layer_norm"):
+        return norm_inputs(op, w, g, dtype, device)
     columns = 2 * w.c if op == "geglu" else w.c
     x = torch.randn(w.batch, w.tokens, columns, generator=g).to(device, dtype)
     return {"p": x.requires_grad_()} if op == "geglu" else {"x": x}
+
+
+def norm_inputs(
+    op: str, w: Workload, g: torch.Generator, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """As the U-Nets have them: 32 groups, then silu; frozen parameters in the trunk's dtype."""
+    x = torch.randn(w.batch, w.tokens, w.c, generator=g).to(device, dtype)
+    if op == "group_norm":
+        x = x.mT if w.last else x.mT.contiguous()
+    weight, bias = (torch.randn(w.c, generator=g).to(device, dtype) for _ in range(2))
+    found = {"x": x.requires_grad_(), "weight": weight, "bias": bias}
+    return found | ({"num_groups": 32, "activation": "silu"} if op == "group_norm" else {})
 
 
 def eager_there_and_back(x: Tensor) -> Tensor:
@@ -185,6 +207,8 @@ EAGER: dict[str, Op] = {
     "cross_attention_adapter": after_attention(eager_adapter_linear),
     "geglu": eager_geglu,
     "quantize": eager_there_and_back,
+    "group_norm": eager_group_norm,
+    "layer_norm": eager_layer_norm,
 }
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 # no adapter, so no rank, and no products: w.r is 0, w.c the columns of the result
-ELEMENTWISE = ("geglu", "quantize")
+ELEMENTWISE = ("geglu", "quantize", "group_norm", "layer_norm")
 OPS = ("adapter", "adapter_linear", "cross_attention_adapter", *ELEMENTWISE)
 # "block" is no op: a whole transformer block of diffusers, with the ops inside
 BENCHES = (*OPS, "block")
@@ -27,7 +27,8 @@ def possible(op: str) -> tuple[str, ...]:
 class Workload:
     """`batch` x `tokens` rows; the adapter on `c` of `k` input columns; `n` outputs; rank `r`.
 
-    With attention: `heads` and `keys` of text; in a block the text has `text` channels.
+    With attention: `heads` and `keys` of text; in a block the text has `text` channels. `last`: a
+    group norm's channels lie last in memory, else its tokens do.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Workload:
     heads: int = 0
     keys: int = 77
     text: int = 0
+    last: bool = False
 
     @property
     def m(self) -> int:
@@ -55,7 +57,7 @@ class Workload:
 
     def name(self, op: str) -> str:
         if op in ELEMENTWISE:
-            return f"{self.m}x{self.c}"
+            return f"{self.m}x{self.c}{'-last' if self.last else ''}"
         inputs = f"{self.width}to{self.n}" if self.k and op != "adapter" else f"{self.c}"
         heads = f"-h{self.heads}" if op in ("cross_attention_adapter", "block") else ""
         keys = f"-k{self.keys}" if heads and self.keys != 77 else ""
@@ -70,6 +72,11 @@ def _columns(*shapes: tuple[str, int, int, int]) -> tuple[Workload, ...]:
     return tuple(Workload(model, batch, tokens, c, r=0) for model, batch, tokens, c in shapes)
 
 
+def _both_layouts(*shapes: tuple[str, int, int, int]) -> tuple[Workload, ...]:
+    plain = _columns(*shapes)
+    return (*plain, *(replace(w, last=True) for w in plain))
+
+
 CPU = {
     "adapter": tuple(_cpu(c, r) for r in (64, 16) for c in (320, 640)),
     "adapter_linear": tuple(_cpu(c, r) for r in (64, 16) for c in (320, 640)),
@@ -77,6 +84,8 @@ CPU = {
     "block": (Workload("SD1.5", 1, 256, 320, heads=8, text=768),),
     "geglu": _columns(("SD1.5", 1, 4096, 1280), ("SD1.5", 1, 1024, 2560)),
     "quantize": _columns(("SD1.5", 1, 4096, 2560), ("SD1.5", 1, 1024, 5120)),
+    "group_norm": _both_layouts(("SD1.5", 1, 4096, 320), ("SD1.5", 1, 1024, 640)),
+    "layer_norm": _columns(("SD1.5", 1, 4096, 320), ("SD1.5", 1, 1024, 640)),
 }
 
 
@@ -131,6 +140,22 @@ GPU = {
     ),
     "geglu": _columns(*_GATED),
     "quantize": _columns(*((model, b, tokens, 2 * c) for model, b, tokens, c in _GATED)),
+    "group_norm": _both_layouts(
+        ("SDXL 1024", 4, 16384, 320),
+        ("SDXL 1024", 4, 4096, 640),
+        ("SDXL 1024", 4, 1024, 1280),
+        ("SD1.5 512", 4, 4096, 320),
+        ("SD1.5 512", 4, 1024, 640),
+        ("SD1.5 512", 4, 256, 1280),
+    ),
+    "layer_norm": _columns(
+        ("SDXL 1024", 4, 4096, 640),
+        ("SDXL 1024", 4, 1024, 1280),
+        ("SD1.5 512", 4, 4096, 320),
+        ("SD3-medium 1024", 4, 4096, 1536),
+        ("Flux-dev 1024", 1, 4096, 3072),
+        ("SD1.5 512", 4, 256, 1280),
+    ),
 }
 
 

@@ -44,6 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     unet = pipe.unet
     accelerator.print(a3fta.inject(unet, a3fta.AdapterConfig(args.rank, args.activation)))
+    if args.lean != "off":
+        accelerator.print(a3fta.lean(unet, args.lean, norms=args.norms))
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     parameters = list(a3fta.trainable_parameters(unet))  # a list: clipping reads it every step
@@ -190,6 +192,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=1000)
     add("--batch", type=int, default=1)
     add("--accumulate", type=int, default=1, help="batches in a step")
+    add("--lean", choices=("off", "exact", "recompute", "block", "compressed"), default="exact")
+    add("--norms", choices=("input", "int8"), default="input", help="how --lean keeps their inputs")
     add("--gradient-checkpointing", action="store_true")
     add("--mixed-precision", default="no", choices=tuple(DTYPES))
     add("--sample-every", type=int, default=200)

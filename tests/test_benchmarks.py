@@ -32,6 +32,8 @@ TINIES = {
     "block": Workload("none", 2, 20, 24, r=4, heads=3, keys=7, text=12),
     "geglu": Workload("none", 2, 20, 24, r=0),
     "quantize": Workload("none", 2, 20, 24, r=0),
+    "group_norm": Workload("none", 2, 20, 32, r=0, last=True),
+    "layer_norm": Workload("none", 2, 20, 24, r=0),
 }
 
 

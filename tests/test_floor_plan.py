@@ -35,6 +35,7 @@ LAYERS = [
     ["adapters.config"],
     ["adapters.*"],
     ["adapters"],
+    ["forwards"],
     ["projection"],
     ["tree"],
     ["merging", "report", "switch"],
@@ -45,9 +46,17 @@ LAYERS = [
     ["inject"],
     ["adapter_file"],
     ["storage"],
-    ["memory.account", "memory.fakes", "memory.levels", "memory.operators", "memory.places"],
+    ["memory.account", "memory.fakes", "memory.operators", "memory.places"],
     ["memory.saved", "memory.models", "memory.methods"],
     ["memory.peak"],
+    ["lean.swapping", "lean.narrow", "lean.forgetful"],
+    ["lean.rebuild", "lean.compiled", "lean.feed_forward", "lean.report"],
+    ["lean.modulated"],
+    ["lean.*"],
+    ["lean.rules"],
+    ["lean.budget"],
+    ["lean"],
+    ["memory.levels"],
     ["memory.plan"],
     ["memory"],
     ["cli", "cli.*"],
@@ -66,6 +75,7 @@ EXCEPTIONS = [
     ("ops.*.contract", "ops.quantize*", "what an op keeps for its backward may be held in 8 bits"),
     ("ops.norm", "ops.quantize*", "the same, for the two normalisations together"),
     ("adapters.config", "adapters", "the table of designs, read when a config is checked"),
+    ("lean*", "memory", "the ledger's files are in that package, below lean"),
     ("cli*", "cli.*", "the command line is one unit"),
     ("cli*", "", "the command line is a user of the public names"),
 ]
@@ -78,13 +88,15 @@ BESIDE = {
 }
 # ops without kernels in the compiled library: `native` computes them of other ops
 COMPOSED = {"cross_attention_adapter"}
+# ops that are a rule around PyTorch's own operator on every device
+LIBRARY = {"frozen_conv"}
 # op: its schemas in csrc/ops.cpp, where they are not <op>_forward and <op>_backward
 SCHEMAS = {"quantize": ("quantize(", "dequantize(")}
 
 # a third-party package may be imported in these modules alone
 HOMES = {
     "triton": ["*triton", "triton_support"],
-    "diffusers": ["processors*", "inject", "memory.models", "cli*"],
+    "diffusers": ["processors*", "inject", "lean*", "memory.models", "cli*"],
     "peft": ["memory.methods", "cli*"],
     "xformers": ["backends", "processors*"],
     "flash_attn_interface": ["backends", "processors*"],
@@ -307,9 +319,12 @@ def test_a_submodule_does_not_hide_the_function_of_its_name(name):
 
 @pytest.mark.parametrize("op", OPS)
 def test_one_op_is_one_folder_one_test_one_bench(op):
-    expected = ["__init__", "api", "contract", "reference", "triton", *BESIDE.get(op, [])]
-    files = [f"tests/ops/test_{op}.py", f"benchmarks/bench_{op}.py"]
-    if op not in COMPOSED:
+    expected = ["__init__", "api", "contract", "reference", *BESIDE.get(op, [])]
+    files = [f"tests/ops/test_{op}.py"]
+    if op not in LIBRARY:
+        expected.append("triton")
+        files.append(f"benchmarks/bench_{op}.py")
+    if op not in COMPOSED | LIBRARY:
         expected.append("native")
         files += [f"csrc/cpu/{op}.cpp", f"csrc/cuda/{op}.cu"]
         schemas = (ROOT / "csrc/ops.cpp").read_text()
@@ -327,7 +342,7 @@ def test_every_bench_names_an_op():
     # a block of a model is no op: it shows what the ops gain where they are used; a whole step is
     # no bench of run.py
     benches.remove("step")
-    assert benches == {*OPS, "cross_attention_adapter", "block"} == set(BENCHES)
+    assert benches == {*OPS, "cross_attention_adapter", "block"} - LIBRARY == set(BENCHES)
 
 
 def test_every_design_is_in_its_table():

@@ -44,6 +44,14 @@ OPERATORS = {
     "int start) -> Tensor dh",
     "geglu_forward": "(Tensor p, int activation) -> Tensor y",
     "geglu_backward": "(Tensor dy, Tensor p, int activation) -> Tensor dp",
+    "group_norm_forward": "(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, "
+    "int activation) -> (Tensor y, Tensor mean, Tensor rstd)",
+    "group_norm_backward": "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, "
+    "Tensor? bias, int activation) -> Tensor dx",
+    "layer_norm_forward": "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, "
+    "Tensor mean, Tensor rstd)",
+    "layer_norm_backward": "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight) "
+    "-> Tensor dx",
     "quantize": "(Tensor x) -> (Tensor codes, Tensor ranges)",
     "dequantize": "(Tensor codes, Tensor ranges, ScalarType dtype) -> Tensor x",
 }
@@ -289,6 +297,33 @@ def test_wrong_calls_are_refused() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             NATIVE.adapter_forward(*arguments)
+
+
+def test_wrong_calls_of_normalisations_are_refused() -> None:
+    x, w, rows = torch.randn(2, 8, 5), torch.ones(8), torch.randn(4, 8)
+    y, mean, rstd = NATIVE.group_norm_forward(x, 4, w, w, 1e-5, 0)
+    _, m, r = NATIVE.layer_norm_forward(rows, w, w, 1e-5)
+    last = x.mT.contiguous().mT
+    for call, message in (
+        (lambda: NATIVE.group_norm_forward(rows, 4, w, w, 1e-5, 0), r"x: expected shape \(B, C, S"),
+        (lambda: NATIVE.group_norm_forward(x, 3, w, w, 1e-5, 0), "groups: expected a divisor"),
+        (lambda: NATIVE.group_norm_forward(x, 0, w, w, 1e-5, 0), "groups: expected a divisor"),
+        (lambda: NATIVE.group_norm_forward(x[:, :, ::2], 4, w, w, 1e-5, 0), "x: expected a contig"),
+        (lambda: NATIVE.group_norm_forward(x, 4, w[:4], w, 1e-5, 0), "weight: expected shape"),
+        (lambda: NATIVE.group_norm_forward(x, 4, w.half(), w, 1e-5, 0), "weight: expected the dty"),
+        (lambda: NATIVE.group_norm_forward(x, 4, w, w, 1e-5, 2), "activation: expected identity"),
+        (lambda: NATIVE.group_norm_backward(last, x, mean, rstd, w, w, 0), "dy: expected the str"),
+        (lambda: NATIVE.group_norm_backward(x[:1], x, mean, rstd, w, w, 0), "dy: expected shape"),
+        (lambda: NATIVE.group_norm_backward(y, x, mean, rstd[:1], w, w, 0), "rstd: expected shape"),
+        (lambda: NATIVE.group_norm_backward(y, x, mean.double(), rstd, w, w, 0), "mean: expected"),
+        (lambda: NATIVE.layer_norm_forward(rows.t(), w, w, 1e-5), "x: expected unit column stride"),
+        (lambda: NATIVE.layer_norm_forward(rows[:, :0], w[:0], w, 1e-5), "x: expected at least on"),
+        (lambda: NATIVE.layer_norm_forward(rows, w, w[:7], 1e-5), "bias: expected shape"),
+        (lambda: NATIVE.layer_norm_backward(rows[:2], rows, m, r, w), "dy: expected shape"),
+        (lambda: NATIVE.layer_norm_backward(rows, rows, m[:2], r, w), "mean: expected shape"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
 
 
 def test_wrong_calls_of_element_wise_operators_are_refused() -> None:

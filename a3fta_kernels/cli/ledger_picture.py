@@ -34,11 +34,15 @@ def levels(found: Ledger) -> dict[str, list[str]]:
     """Level -> the modules in it, in the order of the forward: `up_blocks.0`, or `blocks.0-3` where
     single blocks are too many; the layers around the blocks come last, as "other layers"."""
     modules = list(dict.fromkeys(entry.module for entry in found.entries))
+    last: dict[str, int] = {}
+    for name in modules:
+        first, number = _block(name)
+        last[first] = max(last.get(first, 0), number or 0)
     groups: dict[str, list[str]] = {}
     for together in itertools.count(1):
         groups = {}
         for name in modules:
-            groups.setdefault(_level(name, together), []).append(name)
+            groups.setdefault(_level(name, together, last), []).append(name)
         if len(groups) <= LEVELS or together > len(modules):
             break
     if OTHER in groups:
@@ -46,13 +50,20 @@ def levels(found: Ledger) -> dict[str, list[str]]:
     return groups
 
 
-def _level(module: str, together: int) -> str:
+def _block(module: str) -> tuple[str, int | None]:
+    """("up_blocks", 0) for "up_blocks.0.resnets.1"; None where no number follows."""
     first, _, rest = module.partition(".")
     number = rest.partition(".")[0]
-    if not number.isdigit():
+    return first, int(number) if number.isdigit() else None
+
+
+def _level(module: str, together: int, last: dict[str, int]) -> str:
+    first, number = _block(module)
+    if number is None:
         return first if first == "mid_block" else OTHER
-    start = int(number) // together * together
-    return f"{first}.{start}" + (f"-{start + together - 1}" if together > 1 else "")
+    start = number // together * together
+    end = min(start + together - 1, last[first])
+    return f"{first}.{start}" + (f"-{end}" if end > start else "")
 
 
 def draw(path: Path, found: Ledger, title: str, setup: str) -> None:

@@ -85,7 +85,7 @@ def _print(plan: Plan, batch: int | None) -> None:
     )
     table = Table(title="MiB", title_justify="left")
     for i, name in enumerate(
-        ("level", "in", "weights", "AdamW", "peak", "batch 1", "+ image", "fits")
+        ("level", "in", "weights", "AdamW", "peak", "total", "per image", "batch")
     ):
         table.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
     for row in plan.rows:
@@ -94,13 +94,13 @@ def _print(plan: Plan, batch: int | None) -> None:
         )  # fmt: skip
         table.add_row(
             row.level, row.precision, *(f"{n / 2**20:,.0f}" for n in sizes),
-            f"batch {row.batch}" if row.batch else "[red]no[/red]",
+            str(row.batch) if row.batch else "[red]none[/red]",
             style="bold" if row is plan.best else None,
         )  # fmt: skip
     console.print(table)
     console.print(
-        f"batch 1: weights + AdamW + peak + {mib(plan.allowance)} for the CUDA context, "
-        f"workspaces and fragmentation, which are assumed",
+        f"peak and total at batch 1; total = weights + AdamW + peak + {mib(plan.allowance)} for "
+        f"the CUDA context, workspaces and fragmentation, assumed; batch: the largest that fits",
         highlight=False,
     )
     if plan.best is not None and plan.confirmed is not None:

@@ -22,9 +22,9 @@ from torch import nn
 
 from ..checks import check_choice, describe
 from ..forwards import check_forward
-from ..tree import denoiser, plain_name
 from ..memory.account import mib, parse_size
 from ..memory.saved import ledger
+from ..tree import denoiser, plain_name
 from .budget import fit
 from .report import LeanReport
 from .rules import RULES, Rule, rule_for, why_not

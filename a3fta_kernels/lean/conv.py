@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from .. import ops
@@ -15,8 +17,9 @@ class LeanConv2d(LeanModule, nn.Conv2d):
         if trains(self):
             return nn.Conv2d.forward(self, input)
         return ops.frozen_conv(
-            input, self.weight, self.bias, stride=self.stride, padding=self.padding,
-            dilation=self.dilation, groups=self.groups,
+            input, self.weight, self.bias, stride=self.stride,
+            padding=cast(tuple[int, ...], self.padding), dilation=self.dilation,
+            groups=self.groups,
         )  # fmt: skip
 
 

@@ -31,8 +31,8 @@ from .swapping import LeanModule, drops
 _IMAGE, _TEXT = 0, 6
 
 
-_stock_dual = FluxTransformerBlock.forward
-_stock_single = FluxSingleTransformerBlock.forward
+_stock_dual: Any = FluxTransformerBlock.forward
+_stock_single: Any = FluxSingleTransformerBlock.forward
 
 
 class LeanFluxTransformerBlock(LeanModule, FluxTransformerBlock):
@@ -53,6 +53,7 @@ class LeanFluxTransformerBlock(LeanModule, FluxTransformerBlock):
             return compiled(_stock_dual, self, inputs)
         if _is_other(self, image_rotary_emb, joint_attention_kwargs):
             return _stock_dual(self, *inputs)
+        assert image_rotary_emb is not None
         given = (
             *modulations(self.norm1, temb, 6), *modulations(self.norm1_context, temb, 6),
             *image_rotary_emb,
@@ -64,7 +65,8 @@ class LeanFluxTransformerBlock(LeanModule, FluxTransformerBlock):
             ]
         )
         stages = [self._attention_stage(), feed_forwards]
-        state, keep = (hidden_states, encoder_hidden_states), self.settings.norms
+        state: Tensors = (hidden_states, encoder_hidden_states)
+        keep = self.settings.norms
         if self.settings.level == "block":
             state = run(stages, state, given, keep)
         else:
@@ -81,11 +83,17 @@ class LeanFluxTransformerBlock(LeanModule, FluxTransformerBlock):
             m = modulate(self.norm1_context.norm, c, *given[_TEXT : _TEXT + 2])
             d = attn.head_dim
             query = torch.cat(
-                (heads(attn.add_q_proj, attn.norm_added_q, m, d), heads(attn.to_q, attn.norm_q, n, d)),
+                (
+                    heads(attn.add_q_proj, attn.norm_added_q, m, d),
+                    heads(attn.to_q, attn.norm_q, n, d),
+                ),
                 dim=1,
             )
             key = torch.cat(
-                (heads(attn.add_k_proj, attn.norm_added_k, m, d), heads(attn.to_k, attn.norm_k, n, d)),
+                (
+                    heads(attn.add_k_proj, attn.norm_added_k, m, d),
+                    heads(attn.to_k, attn.norm_k, n, d),
+                ),
                 dim=1,
             )
             value = torch.cat(
@@ -128,6 +136,7 @@ class LeanFluxSingleTransformerBlock(LeanModule, FluxSingleTransformerBlock):
             return compiled(_stock_single, self, inputs)
         if _is_other(self, image_rotary_emb, joint_attention_kwargs):
             return _stock_single(self, *inputs)
+        assert image_rotary_emb is not None
         tokens = encoder_hidden_states.shape[1]
         state = (torch.cat([encoder_hidden_states, hidden_states], dim=1),)
         given = (*modulations(self.norm, temb, 3), *image_rotary_emb)
@@ -167,24 +176,27 @@ def _is_other(block: Any, rotation: Any, kwargs: dict[str, Any] | None) -> bool:
 
 
 def _rotated(x: Tensor, given: Tensors) -> Tensor:
-    return apply_rotary_emb(x, (given[-2], given[-1]), sequence_dim=1)
+    rotate: Any = apply_rotary_emb
+    return rotate(x, (given[-2], given[-1]), sequence_dim=1)
 
 
-def _attention(attn: FluxAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _attention(attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """(B, L, H, D) each -> (B, L, H * D), by the kernel that diffusers is told to use."""
-    processor = attn.processor
-    h = dispatch_attention_fn(query, key, value, backend=processor._attention_backend)
+    backend = attn.processor._attention_backend
+    h = dispatch_attention_fn(query, key, value, backend=backend)
     return h.flatten(2).to(query.dtype)
 
 
 def why_not(block: Any) -> str | None:
     """Why the block cannot be computed in stages; None where it can."""
-    attn = block.attn
-    if type(attn) is not FluxAttention or type(attn.processor) is not FluxAttnProcessor:
-        return f"its attention processor is a {type(attn.processor).__name__}"
+    attn: Any = block.attn
+    processor: Any = attn.processor
+    kind = type(processor)
+    if type(attn) is not FluxAttention or kind is not FluxAttnProcessor:
+        return f"its attention processor is a {kind.__name__}"
     if getattr(attn, "fused_projections", False):
         return "its projections are fused"
-    if attn.processor._parallel_config is not None:
+    if processor._parallel_config is not None:
         return "its attention is spread over devices"
     if isinstance(block, FluxSingleTransformerBlock):
         return None

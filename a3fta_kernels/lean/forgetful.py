@@ -36,6 +36,8 @@ class _View(NamedTuple):
 class _Enter(torch.autograd.Function):
     """Puts tensors into a graph without a leaf, which would keep them."""
 
+    operator = "lean"
+
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
         return tuple(part.detach() for part in parts)
@@ -87,7 +89,7 @@ class Memory:
         memory = x.untyped_storage()._cdata
         for index, part in enumerate(self._parts):
             if part.untyped_storage()._cdata == memory and part.dtype == x.dtype:
-                offset = x.storage_offset() - part.storage_offset()
+                offset = int(x.storage_offset()) - int(part.storage_offset())
                 return _View(index, x.dtype, x.shape, x.stride(), offset)
         assert isinstance(self._kept, list)
         self._kept.append(x.detach())

@@ -25,6 +25,9 @@ class LeanGELU(LeanModule, GELU):
 class NarrowGELU(torch.autograd.Function):
     """y = gelu(x);  dx = dy gelu'(x~), x~ as `ops.quantize` keeps x."""
 
+    operator = "gelu"
+    saved_names = ("codes", "ranges")
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, approximate: str) -> Tensor:
         ctx.save_for_backward(*narrow(x))
@@ -35,5 +38,6 @@ class NarrowGELU(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple:
         refuse_second_derivative()
         dtype, approximate = ctx.options
-        x = widen(*ctx.saved_tensors, dtype)
+        codes, ranges = ctx.saved_tensors
+        x = widen(codes, ranges, dtype)
         return torch.ops.aten.gelu_backward(grad_outputs[0], x, approximate=approximate), None

@@ -27,7 +27,7 @@ from .swapping import LeanModule, drops
 _IMAGE, _TEXT = 0, 9
 
 
-_stock = JointTransformerBlock.forward
+_stock: Any = JointTransformerBlock.forward
 
 
 class LeanJointTransformerBlock(LeanModule, JointTransformerBlock):
@@ -39,7 +39,7 @@ class LeanJointTransformerBlock(LeanModule, JointTransformerBlock):
         encoder_hidden_states: Tensor,
         temb: Tensor,
         joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[Tensor | None, Tensor]:
+    ) -> tuple[Any, Tensor]:
         inputs = (hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
         if torch.compiler.is_compiling():
             return compiled(_stock, self, inputs)
@@ -57,11 +57,12 @@ class LeanJointTransformerBlock(LeanModule, JointTransformerBlock):
             given = (*image, *blank, shift, scale)
         else:
             given = (*image, *blank, *modulations(self.norm1_context, temb, 6))
-        branches = [(self.norm2, self.ff, _IMAGE + 3)]
+        branches: list[tuple[Any, Any, int]] = [(self.norm2, self.ff, _IMAGE + 3)]
         if not self.context_pre_only:
             branches.append((self.norm2_context, self.ff_context, _TEXT + 3))
         stages = [self._attention_stage(), feed_forward_stage(branches)]
-        state, keep = (hidden_states, encoder_hidden_states), self.settings.norms
+        state: Tensors = (hidden_states, encoder_hidden_states)
+        keep = self.settings.norms
         if self.settings.level == "block":
             state = run(stages, state, given, keep)
         else:
@@ -129,7 +130,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
-def why_not(block: JointTransformerBlock) -> str | None:
+def why_not(block: Any) -> str | None:
     """Why the block cannot be computed in stages; None where it can."""
     if block._chunk_size is not None:
         return "its feed-forward is computed in chunks"

@@ -25,9 +25,7 @@ class LeanLayerNorm(LeanModule, nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         if trains(self):
             return nn.LayerNorm.forward(self, input)
-        return ops.layer_norm(
-            input, self.weight, self.bias, eps=self.eps, keep=self.settings.norms
-        )
+        return ops.layer_norm(input, self.weight, self.bias, eps=self.eps, keep=self.settings.norms)
 
 
 def why_not(norm: nn.LayerNorm) -> str | None:

@@ -84,6 +84,8 @@ class Chain(torch.autograd.Function):
     A chain of one stage returns its outs alone.
     """
 
+    operator = "lean_block"
+
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> Tensors:
         state = tensors[: plan.states]
@@ -94,6 +96,8 @@ class Chain(torch.autograd.Function):
         ctx.dtypes = [x.dtype for x in state]
         ctx.memories = []
         saved = [*(part for x in state for part in _pack(x, plan.keep)), *given]
+        names = [f"state[{i}]{part}" for i in range(len(state)) for part in _PACKED[plan.keep]]
+        names += [f"given[{i}]" for i in range(len(given))]
         ctx.counts = []
         outs: Tensors = ()
         for index, stage in enumerate(plan.stages):
@@ -103,9 +107,12 @@ class Chain(torch.autograd.Function):
             between = index + 1 < len(plan.stages)
             ctx.counts.append((len(outs) if between else 0, len(kept)))
             saved += [*outs, *kept] if between else kept
+            names += [f"stage[{index}].out"] * (len(outs) if between else 0)
+            names += [f"stage[{index}].kept"] * len(kept)
             if between:
                 state = stage.tail(outs, state, given)
         ctx.save_for_backward(*saved)
+        ctx.saved_names = tuple(names)
         ctx.set_materialize_grads(False)
         return (*state, *outs) if len(plan.stages) > 1 else outs
 
@@ -210,6 +217,9 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
     return a + b
+
+
+_PACKED = {"input": ("",), "int8": (".codes", ".ranges")}
 
 
 def _pack(x: Tensor, keep: str) -> Tensors:

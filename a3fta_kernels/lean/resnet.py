@@ -50,7 +50,7 @@ class LeanResnetBlock2D(LeanModule, ResnetBlock2D):
         )  # fmt: skip
 
 
-def why_not(block: ResnetBlock2D) -> str | None:
+def why_not(block: Any) -> str | None:
     if not isinstance(block.nonlinearity, nn.SiLU):
         return f"its activation is {type(block.nonlinearity).__name__}"
     if block.time_embedding_norm != "default":

@@ -71,9 +71,7 @@ def trains(*modules: nn.Module | None) -> bool:
 
 def drops(module: nn.Module) -> bool:
     """Whether something in the module draws random numbers in a forward: no second one is equal."""
-    return module.training and any(
-        m.training and _rate(m) > 0 for m in module.modules()
-    )
+    return module.training and any(m.training and _rate(m) > 0 for m in module.modules())
 
 
 def _rate(module: nn.Module) -> float:

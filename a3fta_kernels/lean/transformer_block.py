@@ -25,8 +25,7 @@ from .compiled import compiled
 from .rebuild import Stage, Tensors, run
 from .swapping import LeanModule, drops
 
-
-_stock = BasicTransformerBlock.forward
+_stock: Any = BasicTransformerBlock.forward
 
 
 class LeanTransformerBlock(LeanModule, BasicTransformerBlock):
@@ -72,7 +71,8 @@ class LeanTransformerBlock(LeanModule, BasicTransformerBlock):
                 )
             )
         stages.append(_feed_forward(self.norm3, self.ff))
-        state, keep = (hidden_states,), self.settings.norms
+        state: Tensors = (hidden_states,)
+        keep = self.settings.norms
         if self.settings.level == "block":
             return run(stages, state, tuple(given), keep=keep)[0]
         for stage in stages:
@@ -96,7 +96,8 @@ def _attention(
         return processor.project(attn, norm(state[0]), _at(given, text_at))
 
     def core(parts: Tensors, given: Tensors) -> Tensors:
-        return (processor.attend(attn, *parts, _at(given, mask_at)),)
+        query, key, value = parts
+        return (processor.attend(attn, query, key, value, _at(given, mask_at)),)
 
     def tail(outs: Tensors, state: Tensors, given: Tensors) -> Tensors:
         return (project_out(attn.to_out[0], outs[0], state[0]),)
@@ -137,7 +138,7 @@ def _processor(attn: Attention) -> A3FTAAttnProcessor | None:
     return ours if type(ours).__call__ is A3FTAAttnProcessor.__call__ else None
 
 
-def why_not(block: BasicTransformerBlock) -> str | None:
+def why_not(block: Any) -> str | None:
     """Why the block cannot be computed in stages; None where it can."""
     if block.norm_type != "layer_norm":
         return f"its norms are of kind {block.norm_type!r}"

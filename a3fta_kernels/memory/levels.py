@@ -35,8 +35,25 @@ def checkpoint(model: Any) -> None:
         ) from None
 
 
+def _lean(level: str, norms: str = "input") -> Callable[[Any], object]:
+    def apply(model: Any) -> object:
+        from ..lean import lean  # imports diffusers
+
+        try:
+            return lean(model, level, norms=norms)
+        except ValueError as error:
+            raise UnsupportedLevelError(str(error)) from None
+
+    return apply
+
+
 # in the order of their time, so that the first that fits is the cheapest
 LEVELS = {
     "stock": Level("the model as it is", _stock),
+    "exact": Level("lean: nothing is computed twice", _lean("exact")),
+    "compressed": Level("lean: exact, inputs of norms and GEGLU in 8 bits", _lean("compressed")),
+    "recompute": Level("lean: q, k, v and GEGLU's input computed again", _lean("recompute")),
+    "block": Level("lean: recompute, and the stream inside blocks rebuilt", _lean("block")),
+    "block-int8": Level("lean: block, inputs of norms in 8 bits", _lean("block", "int8")),
     "checkpointing": Level("diffusers' gradient checkpointing: a second forward", checkpoint),
 }

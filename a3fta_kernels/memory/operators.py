@@ -78,7 +78,8 @@ def saved_by(node: Any) -> Iterator[tuple[str, Any]]:
     """(role, what the pack hook returned) for every tensor that the node keeps under a hook.
 
     Reads what is stored: nothing is unpacked, so that no checkpoint computes anything again.
-    A Function names its tensors by a tuple `saved_names`, in the order it saves them.
+    A Function names its tensors by a tuple `saved_names`, its own or its context's, in the order
+    it saves them.
     """
     kind = type(node)
     if kind not in _attributes:
@@ -98,5 +99,6 @@ def saved_by(node: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _names(node: Any) -> tuple[str, ...]:
-    names = getattr(getattr(node, "_forward_cls", None), "saved_names", None)
+    names = getattr(node, "saved_names", None)  # of this call, where the rule says so
+    names = names or getattr(getattr(node, "_forward_cls", None), "saved_names", None)
     return names if names is not None else _OURS.get(operator_of(node), ())

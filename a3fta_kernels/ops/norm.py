@@ -135,6 +135,8 @@ def save_norm(
             )
     kept = keep_input(x, keep, backend)
     ctx.save_for_backward(*kept, *statistics, *parameters)
+    held = ("x",) if len(kept) == 1 else ("codes", "ranges")
+    ctx.saved_names = (*held, "mean", "rstd", "weight", "bias")
     ctx.options = (x.dtype, len(kept), backend, options)
 
 

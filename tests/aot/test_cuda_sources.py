@@ -33,6 +33,11 @@ KERNELS = {
     "sample_sums_kernel": 3,
     "reduce_kernel": 1,
     "geglu_kernel": 12,
+    "layer_norm_kernel": 12,
+    "norm_group_kernel": 12,
+    "norm_last_kernel": 24,
+    "norm_merge_kernel": 6,
+    "norm_run_kernel": 24,
     "quantize_kernel": 3,
     "dequantize_kernel": 3,
 }
@@ -53,8 +58,14 @@ ELEMENTWISE = {
 # the kernels for clusters, empty where the chip has none; what they send does not wait, and no
 # fence of the whole device stands in their loop
 CLUSTERED = ("adapter_cluster_kernel", "cluster_forward_kernel")
+NORMS = ("layer_norm_kernel", "norm_group_kernel", "norm_last_kernel", "norm_run_kernel")
 # the most that leave room for the blocks a kernel is planned for: two of 256 threads; four
-REGISTERS = {"adapter_rows_kernel": 128, **dict.fromkeys(ELEMENTWISE, 64)}
+REGISTERS = {
+    "adapter_rows_kernel": 128,
+    **dict.fromkeys(ELEMENTWISE, 64),
+    **dict.fromkeys(NORMS, 64),
+    "norm_last_kernel": 96,
+}
 
 
 @dataclass(frozen=True)
@@ -204,6 +215,26 @@ def test_tensor_cores(arch, binaries):
             if kernel.short in STREAMING:
                 assert all(found in section for found in STREAMED), kernel.name
     assert len(seen) == sum(KERNELS[k] for k in MATRIX_KERNELS)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_norms(arch, binaries):
+    """Vectors of 16 bytes where rows are whole; no sum by atomics, whose order is chance."""
+    cuobjdump, files = binaries
+    loads, stores = 0, 0
+    for file in files:
+        if file != LIBRARY and f".{arch}." not in file.name:
+            continue
+        listing = output(cuobjdump, "-sass", "-arch", arch, str(file))
+        for section in listing.split("Function : ")[1:]:
+            kernel = Kernel(arch, section.split(maxsplit=1)[0], {})
+            if "a3fta" not in kernel.name or kernel.short not in NORMS:
+                continue
+            assert not re.search(r"\b(LDL|STL|RED|ATOM|ATOMG)\b", section), kernel.name
+            loads += bool(re.search(r"\bLDG\.E\S*\.128", section))
+            stores += bool(re.search(r"\bSTG\.E\S*\.128", section))
+    # half of each kernel's instances take packs; of those that only sum, none stores elements
+    assert (loads, stores) == (6 + 6 + 12 + 12, 6 + 6 + 6 + 6)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -59,7 +59,7 @@ def test_the_plan_prints_what_fits(folder, capsys):
     assert cli.main([*common, "--memory", "800MiB", "--level", "stock", "--json"]) == 0
     read = json.loads(capsys.readouterr().out)
     assert [row["level"] for row in read["rows"]] == ["stock", "stock"]
-    assert f"batch {read['rows'][0]['batch']}" in said
+    assert f" {read['rows'][0]['batch']} │" in said
 
 
 def test_a_memory_that_fits_nothing_is_told_what_would(folder, capsys):
@@ -67,7 +67,7 @@ def test_a_memory_that_fits_nothing_is_told_what_would(folder, capsys):
     assert cli.main([*common, "--memory", "700MiB"]) == 1
     said = capsys.readouterr()
     assert "memory: 700 MiB fit nothing; batch 1 needs at least" in said.err
-    assert "checkpointing in bf16" in said.err and "no" in said.out
+    assert "checkpointing in bf16" in said.err and "none" in said.out
 
 
 @pytest.mark.parametrize("command", [["ledger"], ["plan", "--memory", "8GiB", "--workers", "1"]])
@@ -129,5 +129,6 @@ def test_the_levels_of_a_picture():
     }
     many = of(*(f"blocks.{i}" for i in range(38)))
     assert list(many)[:2] == ["blocks.0-2", "blocks.3-5"]
+    assert list(many)[-1] == "blocks.36-37"
     assert len(many) <= ledger_picture.LEVELS and sum(map(len, many.values())) == 38
     assert of() == {}

@@ -15,6 +15,7 @@
 #include "../../csrc/cuda/adapter_cluster.h"
 #include "../../csrc/cuda/adapter_linear.h"
 #include "../../csrc/cuda/geglu.h"
+#include "../../csrc/cuda/norm.h"
 #include "../../csrc/cuda/product.h"
 #include "../../csrc/cuda/quantize.h"
 #include "../../csrc/cuda/row_sums.h"
@@ -300,6 +301,55 @@ void run_elementwise(DType dtype, int64_t m, int64_t width, bool aligned) {
   b.expect_finite("dequantized", back);
 }
 
+void run_norms(DType dtype, int64_t samples, int64_t channels, int64_t positions, int64_t groups,
+               bool aligned) {
+  Buffers b({dtype, 1, 1, 1, 1, 1, 0, 0, aligned});
+  const int64_t rows = samples * positions;
+  LayerNorm l{};
+  l.x = b.input(rows, channels);
+  l.out = {b.output(1, rows * channels).data, rows, channels, channels};
+  l.weight = b.vector(channels);
+  l.bias = b.vector(channels);
+  l.mean = b.floats(rows);
+  l.rstd = b.floats(rows);
+  l.eps = 1e-5f;
+  layer_norm(dtype, l, nullptr);
+  b.expect_finite("layer_norm y", l.out);
+  b.expect_finite("layer_norm rstd", l.rstd, rows);
+  l.dy = b.input(rows, channels);
+  l.out.data = b.output(1, rows * channels).data;
+  layer_norm(dtype, l, nullptr);
+  b.expect_finite("layer_norm dx", l.out);
+
+  for (const bool last : {false, true}) {
+    GroupNorm g{};
+    const Matrix x = b.input(1, rows * channels), y = b.output(1, rows * channels);
+    g.x = x.data;
+    g.out = y.data;
+    g.weight = l.weight;
+    g.bias = l.bias;
+    g.mean = b.floats(samples * groups);
+    g.rstd = b.floats(samples * groups);
+    g.samples = samples;
+    g.channels = channels;
+    g.positions = positions;
+    g.groups = groups;
+    g.last = last;
+    g.activation = 4;
+    g.eps = 1e-5f;
+    g.workspace = b.floats(group_norm_workspace(dtype, g));
+    group_norm(dtype, g, nullptr);
+    b.expect_finite("group_norm y", y);
+    b.expect_finite("group_norm mean", g.mean, samples * groups);
+    const Matrix dx = b.output(1, rows * channels);
+    g.dy = b.input(1, rows * channels).data;
+    g.out = dx.data;
+    g.workspace = b.floats(group_norm_workspace(dtype, g));
+    group_norm(dtype, g, nullptr);
+    b.expect_finite("group_norm dx", dx);
+  }
+}
+
 // Rows so far into memory that their elements have no 32-bit index: first by their stride, then
 // by their number.
 void run_far(int64_t m, int64_t stride, bool last_only) {
@@ -377,6 +427,10 @@ int main(int argc, char** argv) {
       run_elementwise(dtype, 1, 1, aligned);
       run_elementwise(dtype, 23, 40, aligned);
       run_elementwise(dtype, 9, 131, aligned);
+      run_norms(dtype, 1, 1, 1, 1, aligned);
+      run_norms(dtype, 2, 24, 35, 3, aligned);
+      run_norms(dtype, 3, 40, 16, 4, aligned);
+      run_norms(dtype, 1, 10, 6600, 2, aligned);
     }
     run({dtype, 1, 600, 16, 4, 8, 0, 8, true});
     if (dtype == DType::fp32) continue;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import diffusers
@@ -47,11 +48,11 @@ def flux_inputs() -> dict[str, Any]:
 
 
 MODELS = {
-    **{name: (lambda n=name: models.build(n), lambda n=name: models.inputs(n)) for name in models.MODELS},
+    **{n: (partial(models.build, n), partial(models.inputs, n)) for n in models.MODELS},
     "sd3": (models.sd3, models.sd3_inputs),
     "sd35": (sd35, models.sd3_inputs),
     "flux": (flux, flux_inputs),
-}  # fmt: skip
+}
 
 
 def trained(

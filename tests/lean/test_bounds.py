@@ -48,7 +48,12 @@ def test_the_bounds(case):
 def test_the_peak_of_a_step_falls_with_what_is_kept():
     """SD1.5: level block needs no more at its peak than gradient checkpointing does."""
     peaks = {}
-    for level, norms in (("off", "input"), ("exact", "input"), ("block", "input"), ("block", "int8")):
+    for level, norms in (
+        ("off", "input"),
+        ("exact", "input"),
+        ("block", "input"),
+        ("block", "int8"),
+    ):
         model = adapted("sd15", "a3fta")
         a3fta.lean(model, level, norms=norms)
         peaks[level, norms] = step_peak(model, **models.inputs(model, 512)).bytes

@@ -119,9 +119,7 @@ def test_empty_batch_and_autocast():
 def test_no_second_derivative():
     x, weight, bias = tensors(torch.device("cpu"))
     with pytest.raises(RuntimeError, match="create_graph: expected False"):
-        torch.autograd.grad(
-            ops.frozen_conv(x, weight, bias).square().sum(), x, create_graph=True
-        )
+        torch.autograd.grad(ops.frozen_conv(x, weight, bias).square().sum(), x, create_graph=True)
 
 
 X, W = torch.randn(1, 4, 5, 5), torch.randn(6, 4, 3, 3)

@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from a3fta_kernels import ops
-
 from ..oracle import gradient, run_id, runs
 from .norm_protocol import NormCase, layout, saved_tensors
 
@@ -44,10 +42,7 @@ def op_arguments(case: NormCase, run, keep: str = "input") -> tuple:
     """The positional arguments of torch.ops.a3fta.<op> for a case."""
     i = case.inputs(run[2], run[1])
     parameters = (i["x"], i.get("weight"), i.get("bias"))
-    if case.groups:
-        options = (case.groups, case.eps, case.activation)
-    else:
-        options = (case.eps,)
+    options = (case.groups, case.eps, case.activation) if case.groups else (case.eps,)
     return (*parameters, *options, keep, run[2], run[0])
 
 

@@ -68,6 +68,8 @@ def rule(ctx: Any, *grad_outputs: Any) -> tuple:
 class FrozenConvFunction(torch.autograd.Function):
     """The cheap eager entry to the rule; compiled code takes torch.ops.a3fta.frozen_conv."""
 
+    operator, saved_names = "frozen_conv", ("weight",)
+
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         output = forward(*inputs)

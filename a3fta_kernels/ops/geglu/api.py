@@ -26,7 +26,8 @@ def geglu(
         activation: identity, relu, gelu (GEGLU), gelu_tanh or silu (SwiGLU).
         keep: what the backward starts from: "input" keeps p, "int8" its 8-bit copy by
             `ops.quantize`, which leaves y as it is and changes the gradient by as much as moving
-            p by half / 254 does. `reference` keeps what PyTorch keeps, p and act(gate).
+            p by half / 254 does. `reference` keeps what PyTorch keeps, p and act(gate); `auto`
+            keeps as said, also where it finds no kernels.
         backend: auto, reference, triton or native.
 
     Returns:
@@ -48,7 +49,7 @@ def geglu(
     check_choice("activation", activation, ACTIVATIONS)
     check_choice("keep", keep, contract.KEEPS)
     chosen = resolve(backend, p.device, p.dtype)
-    if chosen == "reference":
+    if backend == "reference":
         return reference(p, activation=activation)
     y = contract.apply(p.reshape(-1, width), activation, keep, chosen)
     return y.view(*p.shape[:-1], width // 2)

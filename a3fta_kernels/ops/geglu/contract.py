@@ -54,6 +54,7 @@ def backward(dy: Tensor, p: Tensor, activation: str, backend: str) -> Tensor:
 def save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     p, activation, keep, backend = inputs
     ctx.save_for_backward(*(output[1:] if keep == "int8" else (p,)))
+    ctx.saved_names = ("codes", "ranges") if keep == "int8" else ("p",)
     ctx.options = (activation, backend)
     ctx.dtype = p.dtype
 
@@ -62,16 +63,19 @@ def rule(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:
     """Codes and ranges are saved outputs that no caller sees: their gradients never come."""
     activation, backend = ctx.options
     plain = is_plain(dy)
-    p, *ranges = ctx.saved_tensors  # once: checkpointing refuses to be asked again
-    if ranges:
+    saved = ctx.saved_tensors  # once: checkpointing refuses to be asked again
+    p = saved[0]
+    if len(saved) > 1:
         restore = quantize.dequantize if plain else torch.ops.a3fta.dequantize
-        p = restore(p, *ranges, ctx.dtype, backend)
+        p = restore(p, saved[1], ctx.dtype, backend)
     run = backward if plain else torch.ops.a3fta.geglu_backward
     return run(dy, p, activation, backend), None, None, None
 
 
 class GegluFunction(torch.autograd.Function):
     """The cheap eager entry to the rule; compiled code takes torch.ops.a3fta.geglu."""
+
+    operator = "geglu"
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:

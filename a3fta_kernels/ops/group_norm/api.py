@@ -39,7 +39,8 @@ def group_norm(
             `reference`, or is refused where a kernel backend is named.
         eps: added to the variance.
         activation: identity or silu.
-        keep: "input": the backward has x itself.
+        keep: what the backward has. "input": x itself; "int8": its 8-bit copy, `ops.quantize` of x,
+            whose gradient differs a little. On `reference` PyTorch keeps what it keeps.
         backend: auto, reference, triton or native.
 
     Returns:
@@ -67,11 +68,10 @@ def group_norm(
     check_norm(x, channels, weight, bias, eps, keep)
     dtype = norm_dtype(x)
     chosen = resolve(backend, x.device, dtype)
-    if chosen != "reference" and trains(weight, bias):
-        if backend != "auto":
-            check_frozen(chosen, weight=weight, bias=bias)
-        chosen = "reference"
-    if chosen == "reference":
+    own = trains(weight, bias)
+    if own and backend not in ("auto", "reference"):
+        check_frozen(chosen, weight=weight, bias=bias)
+    if own or backend == "reference":
         return contract.like_layout(
             reference(x.to(dtype), num_groups, weight, bias, eps=eps, activation=activation), x
         )

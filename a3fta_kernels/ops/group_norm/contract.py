@@ -120,6 +120,8 @@ def rule(ctx: Any, *grad_outputs: Any) -> tuple:
 class GroupNormFunction(torch.autograd.Function):
     """The cheap eager entry to the rule; compiled code takes torch.ops.a3fta.group_norm."""
 
+    operator = "group_norm"
+
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         output = forward(*inputs)

@@ -32,7 +32,8 @@ def layer_norm(
         weight, bias: (C,), of any floating dtype; frozen. One that requires grad takes the backend
             `reference`, or is refused where a kernel backend is named.
         eps: added to the variance.
-        keep: "input": the backward has x itself.
+        keep: what the backward has. "input": x itself; "int8": its 8-bit copy, `ops.quantize` of x,
+            whose gradient differs a little. On `reference` PyTorch keeps what it keeps.
         backend: auto, reference, triton or native.
 
     Returns:
@@ -49,10 +50,9 @@ def layer_norm(
     check_norm(x, x.shape[-1], weight, bias, eps, keep)
     dtype = norm_dtype(x)
     chosen = resolve(backend, x.device, dtype)
-    if chosen != "reference" and trains(weight, bias):
-        if backend != "auto":
-            check_frozen(chosen, weight=weight, bias=bias)
-        chosen = "reference"
-    if chosen == "reference":
+    own = trains(weight, bias)
+    if own and backend not in ("auto", "reference"):
+        check_frozen(chosen, weight=weight, bias=bias)
+    if own or backend == "reference":
         return reference(x.to(dtype), weight, bias, eps=eps).contiguous()
     return contract.apply(x, weight, bias, float(eps), keep, dtype, chosen)

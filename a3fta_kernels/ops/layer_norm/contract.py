@@ -77,6 +77,8 @@ def rule(ctx: Any, *grad_outputs: Any) -> tuple:
 class LayerNormFunction(torch.autograd.Function):
     """The cheap eager entry to the rule; compiled code takes torch.ops.a3fta.layer_norm."""
 
+    operator = "layer_norm"
+
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         output = forward(*inputs)

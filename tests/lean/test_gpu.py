@@ -1,0 +1,60 @@
+"""On a GPU: the same numbers in the dtypes of training, and real peaks that fall as counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import a3fta_kernels as a3fta
+from a3fta_kernels.memory import step_peak
+
+from .. import models
+from .common import step, trained
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+LEVELS = [("exact", "input"), ("recompute", "input"), ("block", "input"), ("block", "int8"),
+          ("compressed", "input")]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("level, norms", LEVELS)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_gradients_of_every_level(level, norms, dtype, channels_last):
+    model = trained("sdxl", dtype=dtype).cuda()
+    batch = models.inputs("sdxl", device="cuda", dtype=dtype)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+        batch["sample"] = batch["sample"].contiguous(memory_format=torch.channels_last)
+    stock = step(model, batch)
+    a3fta.lean(model, level, norms=norms)
+    found = step(model, batch)
+    tolerance = 1e-3 if dtype == torch.float32 and norms == "input" != level else 0.1
+    assert found.grads.keys() == stock.grads.keys()
+    for name, grad in stock.grads.items():
+        assert (found.grads[name] - grad).norm() <= tolerance * grad.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("level, norms", [("exact", "input"), ("block", "int8")])
+def test_the_peak_is_the_counted_one(level, norms):
+    """SD1.5 in full, batch 1: real bytes above the weights against those of fake tensors."""
+    from a3fta_kernels.memory import models as real
+
+    with torch.device("cuda"):
+        model = real.build("sd15").to_empty(device="cuda")
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.02)
+    a3fta.inject(model, a3fta.AdapterConfig(rank=64))
+    inputs = {
+        k: torch.ones(v.shape, dtype=v.dtype, device="cuda") if isinstance(v, torch.Tensor) else v
+        for k, v in real.inputs(model, 512).items()
+    }
+    a3fta.lean(model, level, norms=norms)
+    counted = step_peak(model, **inputs).bytes
+    model(**inputs).sample.float().square().mean().backward()  # allocates what stays
+    model.zero_grad(set_to_none=True)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model(**inputs).sample.float().square().mean().backward()
+    found = torch.cuda.max_memory_allocated() - before
+    assert found <= 1.1 * counted
