@@ -17,7 +17,19 @@ from typing import Any
 from . import report_figures as figures
 from . import step_targets
 from .report_figures import Bar, Point
-from .step_methods import ANCHOR, EAGER, EQUAL, FLOOR, FULL, FUSED, LEVELS, LORA, STOCK, Cell
+from .step_methods import (
+    ANCHOR,
+    CHECKPOINTING,
+    EAGER,
+    EQUAL,
+    FLOOR,
+    FULL,
+    FUSED,
+    LEVELS,
+    LORA,
+    STOCK,
+    Cell,
+)
 from .workloads import BENCHES
 
 HERE = Path(__file__).parent
@@ -42,7 +54,11 @@ def source(about: dict[str, Any]) -> str:
     keys += ("torch", "triton") if gpu else ("torch",)
     keys += ("diffusers", "peft")
     versions = [f"{k} {about[k]}" for k in keys if about.get(k)]
-    return ", ".join([device, *versions, f"commit {about['commit']}", about["date"]])
+    found = [device, *versions, f"commit {about['commit']}", about["date"]]
+    # a CPU is shared with whatever else ran there
+    if not gpu and about.get("load", 0) > 0.5:
+        found.append(f"other work beside (load {about['load']})")
+    return ", ".join(found)
 
 
 def label(cell: Cell) -> str:
@@ -215,33 +231,58 @@ def saved_section(found: Found, out: Path) -> Iterator[str]:
     about = found["environment"]
     versions = ", ".join(f"{k} {v}" for k, v in about.items())
     where = f"Counted on fake tensors, nothing run; {found['dtype']}, batch {found['batch']}"
-    panels, table = [], []
+    if not found["rows"]:
+        return
+    yield "\n## What a forward saves for its backward\n"
+    yield f"{where}. {versions}.\n"
     for model in dict.fromkeys(r["model"] for r in found["rows"]):
         rows = [r for r in found["rows"] if r["model"] == model]
-        base = next((r["saved_bytes"] for r in rows if is_lora(r["method"])), None)
-        bars: list[Bar] = []
+        base = next((r for r in rows if is_rival(r)), {})
+        name = f"saved-{slug(model)}.png"
+        bars = [saved_bar(row, base) for row in rows]
+        title = f"{model}: bytes saved for the backward"
+        figures.bars(out / name, title, f"{where}. {versions}.", [("", bars)],
+                     "MiB  (in brackets: over PEFT LoRA's in bf16)")  # fmt: skip
+        yield f"![bars: bytes saved for backward, {model}](figures/{name})\n"
+        yield f"| {model} | saved, MiB | over LoRA | peak, MiB | over LoRA |"
+        yield "|---|---:|---:|---:|---:|"
         for row in rows:
-            size, method = row["saved_bytes"], row["method"]
-            ratio = f"{size / base:.2f}" if base else ""
-            colour = figures.LORA if method.startswith("PEFT") else figures.OURS
-            said = f"{mib(size)} MiB" + (f"  ({ratio})" if ratio else "")
-            bars.append((method.replace(", backend ", ", "), size / MIB, colour, said))
-            table.append(f"| {model} | {method} | {mib(size)} | {ratio} |")
-        panels.append((model, bars))
-    if not panels:
-        return
-    figures.bars(out / "saved_bytes.png", "Bytes saved for the backward", f"{where}. {versions}.",
-                 panels, "MiB  (in brackets: over PEFT LoRA's in bf16)")  # fmt: skip
-    yield "\n## What a forward saves for its backward\n"
-    yield "![bars: bytes saved for backward](figures/saved_bytes.png)\n"
-    yield "| model | method | MiB | over PEFT LoRA |"
-    yield "|---|---|---:|---:|"
-    yield from table
-    yield f"\n{where}. {versions}.\n"
+            sizes = [f"{mib(row.get(k))} | {over(row, base, k)}" for k in SIZES]
+            yield f"| {saved_label(row)} | {' | '.join(sizes)} |"
+        yield ""
 
 
-def is_lora(method: str) -> bool:
-    return method.startswith("PEFT LoRA") and method.endswith("bf16")
+SIZES = ("saved_bytes", "peak_bytes")
+
+
+def over(row: Row, base: Row, size: str) -> str:
+    return f"{row[size] / base[size]:.2f}" if row.get(size) and base.get(size) else ""
+
+
+def saved_bar(row: Row, base: Row) -> Bar:
+    size, ratio = row["saved_bytes"], over(row, base, "saved_bytes")
+    colour = figures.LORA
+    if not row["method"].startswith("PEFT"):
+        # the frozen trunk is then the rival's
+        checkpointed = row.get("level") == CHECKPOINTING
+        colour = figures.GREY if checkpointed else figures.OURS
+    elif row.get("level", "stock") not in ("stock", CHECKPOINTING):
+        colour = figures.LEAN_LORA
+    said = f"{mib(size)} MiB" + (f"  ({ratio})" if ratio else "")
+    return saved_label(row), size / MIB, colour, said
+
+
+def saved_label(row: Row) -> str:
+    method = row["method"].replace(", backend native", "").replace(", backend", ",")
+    method = method.replace(" on q, k, v, out in", ",")
+    level = row.get("level", "stock")
+    return method if level == "stock" else f"{method} · {level}"
+
+
+def is_rival(row: Row) -> bool:
+    method = row["method"]
+    stock = row.get("level", "stock") == "stock"
+    return stock and method.startswith("PEFT LoRA") and method.endswith("bf16")
 
 
 def slug(text: str) -> str:
@@ -258,7 +299,10 @@ def read(folder: Path) -> tuple[dict[str, Found], dict[str, Found], Found | None
         if "device" not in data["environment"] or data["environment"].get("quick"):
             continue
         stem = path.stem.removeprefix(step_targets.STEP_STEM)
-        (steps if stem != path.stem else ops)[stem] = data
+        if stem != path.stem:
+            steps[stem] = data
+        elif all("op" in row for row in data["rows"]):
+            ops[stem] = data
     saved = folder / "saved_bytes.json"
     first = lambda item: item[0] == "cpu"  # noqa: E731
     return (

@@ -73,6 +73,7 @@ def measure_batch(
                 check(cell, step, truths, dtype)
                 found.rows[cell] = count(cell, step, trunk, device)
                 steps[cell] = step
+                print(f"  {cell}: right, and counted", flush=True)
             except Exception as error:  # one that fails must not hide the others
                 found.absent[cell] = reason(error)
             release(device)

@@ -28,8 +28,12 @@ OPS = [
 SAVED = {
     "environment": {"commit": "abc", "torch": "2"}, "dtype": "bfloat16", "batch": 1,
     "rows": [
-        {"model": "SDXL", "method": "PEFT LoRA r16 in bf16", "saved_bytes": 4 << 30},
-        {"model": "SDXL", "method": "A3FTA r64, exact", "saved_bytes": 3 << 30},
+        {"model": "SDXL", "method": "PEFT LoRA r16 on q, k, v, out in bf16", "level": level,
+         "saved_bytes": size << 30}
+        for level, size in (("checkpointing", 1), ("stock", 4))
+    ] + [
+        {"model": "SDXL", "method": "A3FTA r64, backend native", "level": "exact",
+         "saved_bytes": 3 << 30, "peak_bytes": 5 << 30},
     ],
 }  # fmt: skip
 
@@ -72,7 +76,8 @@ def test_the_whole_page(tmp_path):
     # geometric mean of 0.4 and 0.9
     assert "| adapter | ours, native | 0.60 | 2 |" in text
     assert "| quantize | ours, native | 0.50 | 1 |" in text
-    assert "| SDXL | A3FTA r64, exact | 3,072 | 0.75 |" in text
+    assert "| A3FTA r64 · exact | 3,072 | 0.75 | 5,120 |  |" in text
+    assert "| PEFT LoRA r16, bf16 · checkpointing | 1,024 | 0.25 |  |  |" in text
     assert "| step, exact: time over the stock trunk | <= 0.90 | 0.88" in text
 
 
@@ -94,7 +99,14 @@ def test_what_is_missing_is_named_and_the_rest_is_drawn(tmp_path):
     assert "Made Up, driver" not in text and "CPU: Made Up, 2 threads" in text
     # pictures of results that are gone go too
     page(tmp_path, saved_bytes=SAVED)
-    assert set(pictures(tmp_path)) == {"saved_bytes.png"}
+    assert set(pictures(tmp_path)) == {"saved-sdxl.png"}
+
+
+def test_a_busy_cpu_is_called_busy(tmp_path):
+    found = results("cpu")
+    assert "other work" not in page(tmp_path, step_cpu=found)
+    found["environment"] = found["environment"] | {"load": 3.2}
+    assert page(tmp_path, step_cpu=found).count("other work beside (load 3.2)") == 2
 
 
 def test_quick_results_do_not_count(tmp_path):
