@@ -10,11 +10,13 @@ import torch
 
 from a3fta_kernels.memory import methods, models, step_peak
 from a3fta_kernels.memory.account import parse_size
+from a3fta_kernels.memory.levels import LEVELS
 from a3fta_kernels.memory.plan import Job, Row, make_plan, run, runs
 
 from .. import models as small
 
 MIB = 2**20
+SOME = ["stock", "block", "checkpointing"]  # of the levels: each is a run or two
 
 
 @pytest.mark.parametrize(
@@ -44,14 +46,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plan(folder):
-    return make_plan(folder, 800 * MIB, allowance=700 * MIB, rank=4)
+    return make_plan(folder, 800 * MIB, allowance=700 * MIB, rank=4, levels=SOME)
 
 
 def test_the_line_is_what_runs_need(folder, plan):
     assert [(r.level, r.precision) for r in plan.rows] == [
-        ("stock", "bf16"), ("checkpointing", "bf16"), ("stock", "fp32"), ("checkpointing", "fp32")
-    ]  # fmt: skip
-    for row in plan.rows[:3]:
+        (level, precision) for precision in ("bf16", "fp32") for level in SOME
+    ]
+    for row in plan.rows[:4]:
         job = Job(folder, plan.resolution, "a3fta", 4, row.level, row.precision, 7)
         found = run(job)
         assert row.weights == found.parameters and row.gradients == found.gradients
@@ -66,11 +68,11 @@ def test_the_largest_batch_fits_and_the_next_does_not(plan):
         assert row.need(row.batch, plan.allowance) <= plan.memory
         assert row.need(row.batch + 1, plan.allowance) > plan.memory
     assert plan.batch == max(row.batch for row in plan.rows) == plan.best.batch
-    assert (plan.best.level, plan.best.precision) == ("checkpointing", "bf16")
+    assert (plan.best.level, plan.best.precision) == ("block", "bf16")
     assert plan.confirmed <= plan.memory
     model = models.build(plan.model)
     methods.adapt(model, "a3fta", 4, torch.bfloat16)
-    model.enable_gradient_checkpointing()
+    LEVELS["block"].apply(model)
     peak = step_peak(model, **models.inputs(model, plan.resolution, plan.batch))
     expected = peak.parameters + 2 * peak.trainable + peak.bytes + plan.allowance
     assert plan.confirmed == expected
@@ -79,23 +81,24 @@ def test_the_largest_batch_fits_and_the_next_does_not(plan):
 def test_a_wanted_batch_takes_the_cheapest_level_that_fits_it(folder, plan):
     stock = plan.rows[0].batch
     calls = []
-    options = dict(allowance=700 * MIB, rank=4, precisions=["bf16"])
+    options = dict(allowance=700 * MIB, rank=4, precisions=["bf16"], levels=SOME[:2])
     found = make_plan(folder, 800 * MIB, batch=stock, progress=lambda: calls.append(1), **options)
     assert (found.best.level, found.batch) == ("stock", stock)
-    assert len(calls) == runs(precisions=["bf16"]) == 5
+    assert len(calls) == runs(SOME[:2], ["bf16"]) == 5
     found = make_plan(folder, 800 * MIB, batch=stock + 1, **options)
-    assert (found.best.level, found.batch) == ("checkpointing", stock + 1)
+    assert (found.best.level, found.batch) == ("block", stock + 1)
     found = make_plan(folder, 800 * MIB, batch=10**6, **options)
     assert (found.best, found.batch, found.confirmed) == (None, 0, None)
 
 
 def test_nothing_fits(folder):
-    found = make_plan(folder, 700 * MIB, allowance=700 * MIB, precisions=["bf16"], workers=2)
+    options = dict(precisions=["bf16"], levels=SOME[1:])
+    found = make_plan(folder, 700 * MIB, allowance=700 * MIB, workers=2, **options)
     assert found.best is None and all(row.batch == 0 for row in found.rows)
     row, need = found.least
-    assert row.level == "checkpointing" and need == row.need(1, 700 * MIB) > 700 * MIB
+    assert row.level == "block" and need == row.need(1, 700 * MIB) > 700 * MIB
     read = json.loads(found.to_json())
-    assert read["least"] == {"level": "checkpointing", "precision": "bf16", "bytes": need}
+    assert read["least"] == {"level": "block", "precision": "bf16", "bytes": need}
 
 
 def test_the_update_can_be_the_peak():
