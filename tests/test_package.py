@@ -141,7 +141,7 @@ def test_the_code_of_the_readme_runs(monkeypatch, tmp_path):
     noisy, noise = torch.randn(2, 2, 4, 16, 16)
     text = torch.randn(2, 7, 32)
     names: dict = {}
-    equation, training, storing = blocks("python")
+    equation, training, storing, lean = blocks("python")
     exec(equation, names)
     exec(training, names)
     first = names["step"](noisy, torch.tensor([3, 500]), text, noise)
@@ -153,6 +153,12 @@ def test_the_code_of_the_readme_runs(monkeypatch, tmp_path):
     with torch.no_grad():
         assert torch.equal(unet(noisy, 3, text).sample, trained)
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
+    a3fta.eject(unet)
+    inputs = dict(sample=noisy, timestep=3, encoder_hidden_states=text)
+    exec(lean, names | {"unet": unet, "inputs": inputs})
+    with torch.no_grad():
+        assert torch.equal(unet(noisy, 3, text).sample, unet(**inputs).sample)
+    a3fta.lean(unet, "off")
     a3fta.eject(unet)
     assert all(torch.equal(p, stock[name]) for name, p in unet.state_dict().items())
 
@@ -197,31 +203,37 @@ def test_files_that_the_readme_names_exist():
 
 
 def test_the_memory_table_is_what_was_counted():
+    from benchmarks.count_saved import LORA, NATIVE
+
     counted = json.loads((ROOT / "benchmarks/results/saved_bytes.json").read_text())["rows"]
-    tables = dict(re.findall(r"^\| (S[\w.]+ \d+x\d+) \| (.+) \|$", README, re.MULTILINE))
+    tables = dict(re.findall(r"^\| (\S+ \d+x\d+) \| (.+) \|$", README, re.MULTILINE))
     assert set(tables) == {row["model"] for row in counted}
+    columns = [
+        "stock", "exact", "compressed", "recompute", "block", "block-int8", "checkpointing"
+    ]  # fmt: skip
     for model, cells in tables.items():
-        rows = {row["method"]: row for row in counted if row["model"] == model}
-        ours = rows["A3FTA r64, backend native"]
-        expected = [
-            ours["frozen_bytes"],
-            ours["trainable_parameters"] * 4 * 4,  # itself, gradient, two moments; fp32
-            ours["saved_bytes"],
-            rows["A3FTA r64, checkpointed, backend native"]["saved_bytes"],
-            rows["PEFT LoRA r16 on q, k, v, out in bf16"]["saved_bytes"],
+        rows = {(r["method"], r["level"]): r for r in counted if r["model"] == model}
+        ours = NATIVE if (NATIVE, "stock") in rows else LORA
+        weights = rows[ours, "stock"]["frozen_bytes"]
+        found = [rows[LORA, "stock"], *(rows[ours, level] for level in columns)]
+        expected = [f"{weights / 2**20:,.0f}"]
+        expected += [
+            f"{r['saved_bytes'] / 2**20:,.0f} ({r['peak_bytes'] / 2**20:,.0f})" for r in found
         ]
-        assert cells.split(" | ") == [f"{n / 2**20:,.0f}" for n in expected]
+        assert cells.split(" | ") == expected
 
 
 def test_the_count_is_reproduced():
     if not a3fta.backends()["native"].available:
         pytest.skip("counted with the compiled library, which is not here")
-    from benchmarks.count_saved import MODELS, kept_bytes
+    from benchmarks.count_saved import MODELS, NATIVE, kept_bytes
 
-    method, name = "A3FTA r64, checkpointed, backend native", "SD1.5 512x512"
     counted = json.loads((ROOT / "benchmarks/results/saved_bytes.json").read_text())["rows"]
-    row = next(r for r in counted if (r["model"], r["method"]) == (name, method))
-    assert {"model": name, "method": method, **kept_bytes(MODELS[name], method)} == row
+    key = ("SD1.5 512x512", NATIVE, "block-int8")
+    row = next(r for r in counted if (r["model"], r["method"], r["level"]) == key)
+    assert dict(zip(("model", "method", "level"), key, strict=True)) | kept_bytes(
+        MODELS[key[0]], *key[1:]
+    ) == row
 
 
 def test_ci_runs_what_a_user_runs():
