@@ -231,9 +231,11 @@ def test_the_count_is_reproduced():
     counted = json.loads((ROOT / "benchmarks/results/saved_bytes.json").read_text())["rows"]
     key = ("SD1.5 512x512", NATIVE, "block-int8")
     row = next(r for r in counted if (r["model"], r["method"], r["level"]) == key)
-    assert dict(zip(("model", "method", "level"), key, strict=True)) | kept_bytes(
-        MODELS[key[0]], *key[1:]
-    ) == row
+    assert (
+        dict(zip(("model", "method", "level"), key, strict=True))
+        | kept_bytes(MODELS[key[0]], *key[1:])
+        == row
+    )
 
 
 def test_ci_runs_what_a_user_runs():
