@@ -155,7 +155,7 @@ def test_the_code_of_the_readme_runs(monkeypatch, tmp_path):
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
     a3fta.eject(unet)
     inputs = dict(sample=noisy, timestep=3, encoder_hidden_states=text)
-    exec(lean, names | {"unet": unet, "inputs": inputs})
+    exec(lean, names | {"inputs": inputs})
     with torch.no_grad():
         assert torch.equal(unet(noisy, 3, text).sample, unet(**inputs).sample)
     a3fta.lean(unet, "off")

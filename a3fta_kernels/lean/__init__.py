@@ -63,7 +63,9 @@ def lean(
 
     Nothing but the class of modules changes: parameters, names in state dicts, hooks and
     processors stay, so saving, `eject`, deep copies, checkpointing, DDP and PEFT go on as before.
-    A module that is thawed later computes as its stock class does. Under torch.compile
+    A module that is thawed later computes as its stock class does, and so does a block of which
+    a module inside carries hooks. A model that changes between a forward and its backward
+    (weights, adapters switched) is an error. `torch.func` is for the stock model. Under torch.compile
     recompute and block are PyTorch's selective checkpointing of whole blocks, less attention.
 
     Raises:
@@ -145,7 +147,9 @@ def _auto(
     def measure(choose: Callable[[str], Settings]) -> Any:
         def chosen(name: str) -> Settings:
             own = fixed.get(name)
-            return choose(name) if own is None else Settings(own, norms)
+            if own is None:
+                return choose(name)
+            return Settings(own, "int8" if own == "compressed" else norms)
 
         plan, now_left = _plan(root, chosen)
         left.clear()

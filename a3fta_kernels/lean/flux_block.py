@@ -25,7 +25,7 @@ from . import feed_forward
 from .compiled import compiled
 from .modulated import clipped, feed_forward_stage, heads, modulate, modulations
 from .rebuild import Stage, Tensors, run
-from .swapping import LeanModule, drops
+from .swapping import LeanModule, drops, hooks_inside
 
 # where the chunks of the modulations begin among what is given to the stages; rotations are last
 _IMAGE, _TEXT = 0, 6
@@ -198,6 +198,7 @@ def why_not(block: Any) -> str | None:
         return "its projections are fused"
     if processor._parallel_config is not None:
         return "its attention is spread over devices"
-    if isinstance(block, FluxSingleTransformerBlock):
-        return None
+    reason = hooks_inside(block)
+    if reason is not None or isinstance(block, FluxSingleTransformerBlock):
+        return reason
     return feed_forward.why_not(block.ff) or feed_forward.why_not(block.ff_context)

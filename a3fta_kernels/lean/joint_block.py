@@ -21,7 +21,7 @@ from . import feed_forward
 from .compiled import compiled
 from .modulated import feed_forward_stage, heads, modulate, modulations
 from .rebuild import Stage, Tensors, run
-from .swapping import LeanModule, drops
+from .swapping import LeanModule, drops, hooks_inside
 
 # where the chunks of the modulations begin among what is given to the stages
 _IMAGE, _TEXT = 0, 9
@@ -140,4 +140,4 @@ def why_not(block: Any) -> str | None:
     reason = feed_forward.why_not(block.ff)
     if reason is None and not block.context_pre_only:
         reason = feed_forward.why_not(block.ff_context)
-    return reason
+    return reason or hooks_inside(block)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.rule import refuse_second_derivative
+from ..projection import AdaptedProjectionMixin
 from .forgetful import remember
 from .narrow import narrow, widen
 
@@ -60,7 +61,7 @@ def run(stages: Sequence[Stage], state: Tensors, given: Tensors, keep: str = "in
         modules += [m for stage in stages[:-1] for m in stage.tail_modules]
         params = [p for module in modules for p in module.parameters() if p.requires_grad]
         if params or any(x.requires_grad for x in (*state, *given)):
-            plan = _Plan(tuple(stages), len(state), len(given), keep)
+            plan = _Plan(tuple(stages), len(state), len(given), keep, tuple(modules))
             found = Chain.apply(plan, *state, *given, *params)
             if len(stages) > 1:
                 state, found = found[: len(state)], found[len(state) :]
@@ -76,6 +77,20 @@ class _Plan(NamedTuple):
     states: int
     givens: int
     keep: str
+    modules: tuple[nn.Module, ...]  # all that is run again
+
+
+def _condition(modules: Sequence[nn.Module]) -> list[Any]:
+    """What must be the same when the modules run again: parameters, values, active adapters."""
+    found: list[Any] = []
+    for root in modules:
+        for module in root.modules():
+            for p in module._parameters.values():
+                if p is not None:
+                    found.append((id(p), None if p.is_inference() else p._version))
+            if isinstance(module, AdaptedProjectionMixin):
+                found.append((module.enabled, module.merged is None, tuple(module.weights.items())))
+    return found
 
 
 class Chain(torch.autograd.Function):
@@ -92,6 +107,7 @@ class Chain(torch.autograd.Function):
         given = tensors[plan.states : plan.states + plan.givens]
         ctx.plan = plan
         ctx.params = tensors[plan.states + plan.givens :]
+        ctx.condition = _condition(plan.modules)
         ctx.autocast = _autocast_now(state[0])
         ctx.dtypes = [x.dtype for x in state]
         ctx.memories = []
@@ -119,6 +135,12 @@ class Chain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple:
         refuse_second_derivative()
+        if _condition(ctx.plan.modules) != ctx.condition:
+            raise RuntimeError(
+                "lean: expected the model as it was in the forward, which the backward computes "
+                "again in part, got one whose weights or active adapters were changed since; run "
+                "the backward first (with torch.func: on the stock model, lean(model, 'off'))"
+            )
         with _autocast_as(ctx.autocast):
             return _Backward(ctx).run(grads)
 

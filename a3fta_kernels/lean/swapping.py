@@ -40,7 +40,8 @@ class LeanModule(nn.Module):
 
     @property
     def settings(self) -> Settings:
-        return cast(Settings, self.__dict__[SETTINGS])
+        # PEFT builds layers of its own from the class of the one they stand beside
+        return cast(Settings, self.__dict__.get(SETTINGS, Settings("exact")))
 
 
 def swap(module: nn.Module, lean: type[LeanModule], settings: Settings) -> None:
@@ -55,7 +56,7 @@ def restore(module: LeanModule) -> None:
     """Gives the module the class it had."""
     order = type(module).__mro__
     module.__class__ = cast(Any, order[order.index(LeanModule) + 1])
-    del module.__dict__[SETTINGS]
+    module.__dict__.pop(SETTINGS, None)
     rebind_forward(module)
 
 
@@ -67,6 +68,20 @@ def trains(*modules: nn.Module | None) -> bool:
         if module is not None
         for p in module._parameters.values()
     )
+
+
+def hooks_inside(block: nn.Module) -> str | None:
+    """The reason why a block with hooks on a module inside is left to the stock forward: there
+    each module runs once in a forward, with the inputs and outputs that a hook expects."""
+    for name, module in block.named_modules():
+        if module is not block and (
+            "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in _HOOKS)
+        ):
+            return f"a module inside carries hooks ({name})"
+    return None
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def drops(module: nn.Module) -> bool:

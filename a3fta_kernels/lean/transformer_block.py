@@ -23,7 +23,7 @@ from ..processors.unet import A3FTAAttnProcessor, processor_for, project_out
 from . import feed_forward
 from .compiled import compiled
 from .rebuild import Stage, Tensors, run
-from .swapping import LeanModule, drops
+from .swapping import LeanModule, drops, hooks_inside
 
 _stock: Any = BasicTransformerBlock.forward
 
@@ -150,7 +150,7 @@ def why_not(block: Any) -> str | None:
         reason = None if attn is None else _why_not_attention(attn)
         if reason is not None:
             return reason
-    return feed_forward.why_not(block.ff)
+    return feed_forward.why_not(block.ff) or hooks_inside(block)
 
 
 def _why_not_attention(attn: Attention) -> str | None:

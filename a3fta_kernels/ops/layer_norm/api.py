@@ -33,7 +33,8 @@ def layer_norm(
             `reference`, or is refused where a kernel backend is named.
         eps: added to the variance.
         keep: what the backward has. "input": x itself; "int8": its 8-bit copy, `ops.quantize` of x,
-            whose gradient differs a little. On `reference` PyTorch keeps what it keeps.
+            whose gradient differs a little: its blocks of 128 elements span rows, so rows shorter
+            than that share their range. On `reference` PyTorch keeps what it keeps.
         backend: auto, reference, triton or native.
 
     Returns:
