@@ -65,8 +65,9 @@ def lean(
     processors stay, so saving, `eject`, deep copies, checkpointing, DDP and PEFT go on as before.
     A module that is thawed later computes as its stock class does, and so does a block of which
     a module inside carries hooks. A model that changes between a forward and its backward
-    (weights, adapters switched) is an error. `torch.func` is for the stock model. Under torch.compile
-    recompute and block are PyTorch's selective checkpointing of whole blocks, less attention.
+    (weights, adapters switched) is an error. `torch.func` is for the stock model. Under
+    torch.compile, recompute and block are PyTorch's selective checkpointing of whole blocks, less
+    attention.
 
     Raises:
         TypeError, ValueError: an unknown level, a pattern that matches nothing, a model of which
