@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,7 +89,8 @@ def scatter(path: Path, title: str, source: str, points: Sequence[Point], floor:
 
 def heading(figure: Any, title: str, source: str) -> None:
     figure.text(0.02, 0.975, title, fontsize=12.5, fontweight="bold", va="top", color=INK)
-    figure.text(0.02, 0.925, source, fontsize=7.8, va="top", color=GREY)
+    lines = textwrap.fill(source, 150)
+    figure.text(0.02, 0.925, lines, fontsize=7.8, va="top", color=GREY)
 
 
 def legend(figure: Any, kinds: set[str]) -> None:
