@@ -1,4 +1,4 @@
-"""Changing a module's class in place, also where hooks keep its forward."""
+"""Forwards that are not the class's alone: hooks, and a class changed in place under them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether the module carries hooks, or a forward of its own."""
+    state = module.__dict__
+    return "forward" in state or any(state[name] for name in _HOOKS)
 
 
 def check_forward(module: nn.Module) -> None:

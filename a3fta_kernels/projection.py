@@ -19,7 +19,7 @@ from . import ops
 from .adapters import BottleneckAdapter
 from .adapters.bottleneck import Tensors
 from .backends import resolve
-from .forwards import check_forward, rebind_forward
+from .forwards import check_forward, has_hooks, rebind_forward
 from .ops.activations import activate
 from .ops.adapter_linear import api as adapter_linear_api
 from .ops.adapter_linear import contract as adapter_linear_contract
@@ -155,7 +155,7 @@ class AdaptedProjectionMixin(_Linear):
         reason = self.unfused_reason()
         if reason is None and len({adapter.activation for adapter, _ in active}) > 1:
             reason = "its adapters differ in activation"
-        if reason is None and _has_hooks(self):
+        if reason is None and has_hooks(self):
             reason = "the layer carries hooks, which want its input"
         if reason is None and q.dtype != k.dtype:
             reason = f"the queries are {q.dtype}, the keys {k.dtype}"
@@ -366,14 +366,6 @@ def _or_zeros(x: Tensor | None, like: Tensor) -> Tensor:
 
 def _add(y: Tensor, residual: Tensor | None) -> Tensor:
     return y if residual is None else y + residual
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    hooks: tuple[Any, ...] = (
-        module._forward_hooks, module._forward_pre_hooks,
-        module._backward_hooks, module._backward_pre_hooks,
-    )  # fmt: skip
-    return any(hooks) or "forward" in module.__dict__
 
 
 def _log_once(what: str, reason: str) -> None:

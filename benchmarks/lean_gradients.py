@@ -11,16 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import a3fta_kernels as a3fta
+from a3fta_kernels.memory import levels
 
-LEVELS = {
-    "stock": ("off", "input"),
-    "exact": ("exact", "input"),
-    "block": ("block", "input"),
-    "compressed": ("compressed", "input"),
-    "block, norms in 8 bits": ("block", "int8"),
-}
 EXACT = ("exact", "block")
-EIGHT_BITS = ("compressed", "block, norms in 8 bits")
+EIGHT_BITS = ("compressed", "block-int8")
+LEVELS: dict[str, dict[str, str]] = {
+    "stock": {"level": "off"},
+    **{name: levels.LEVELS[name].lean or {} for name in (*EXACT, *EIGHT_BITS)},
+}
 
 Batch = tuple[Tensor, ...]  # noisy, t, labels, target
 
@@ -31,8 +29,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def set_level(model: nn.Module, level: str) -> None:
-    lean, norms = LEVELS[level]
-    a3fta.lean(getattr(model, "unet", model), lean, norms=norms)
+    a3fta.lean(getattr(model, "unet", model), **LEVELS[level])
 
 
 def gradients(model: nn.Module, level: str, batch: Batch) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import a3fta_kernels as a3fta
+from a3fta_kernels.memory import levels
 
 from .variants import CannotRun
 
@@ -34,14 +35,10 @@ STOCK, COMPILE, XFORMERS = "stock", "compile", "xformers"
 CHECKPOINTING = "checkpointing"
 # what `a3fta.lean` is called with
 LEVELS: dict[str, dict[str, str]] = {
-    "exact": {"level": "exact"},
-    "recompute": {"level": "recompute"},
-    "recompute, int8 norms": {"level": "recompute", "norms": "int8"},
-    "block": {"level": "block"},
-    "block, int8 norms": {"level": "block", "norms": "int8"},
-    "compressed": {"level": "compressed"},
+    **{name: level.lean for name, level in levels.LEVELS.items() if level.lean is not None},
+    "recompute-int8": {"level": "recompute", "norms": "int8"},
 }
-EIGHT_BITS = ("recompute, int8 norms", "block, int8 norms", "compressed")
+EIGHT_BITS = ("recompute-int8", "block-int8", "compressed")
 EXACT_COMPILE = "exact, compile"
 
 
@@ -72,11 +69,11 @@ def batches(device: str, brief: bool = False) -> tuple[Batch, ...]:
     """The most telling first; `brief`: these alone."""
     adapters = [
         ANCHOR, Cell(EQUAL, STOCK), Cell(FUSED, STOCK), Cell(FUSED, "exact"),
-        Cell(FUSED, "recompute"), Cell(FUSED, "block, int8 norms"), Cell(FUSED, "block"),
+        Cell(FUSED, "recompute"), Cell(FUSED, "block-int8"), Cell(FUSED, "block"),
         Cell(FUSED, CHECKPOINTING), Cell(LORA, CHECKPOINTING),
-        Cell(FUSED, "recompute, int8 norms"), Cell(FUSED, "compressed"), Cell(FLOOR, STOCK),
+        Cell(FUSED, "recompute-int8"), Cell(FUSED, "compressed"), Cell(FLOOR, STOCK),
         Cell(FLOOR, "exact"), Cell(EAGER, STOCK), Cell(LORA, "exact"), Cell(LORA, "recompute"),
-        Cell(LORA, "block, int8 norms"),
+        Cell(LORA, "block-int8"),
     ]  # fmt: skip
     if brief:
         return (Batch("adapters", tuple(adapters[:12])),)

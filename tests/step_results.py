@@ -24,7 +24,7 @@ from benchmarks.step_methods import (
 # over the stock trunk: time, memory
 VARIANTS = {
     STOCK: (1.0, 1.0), "exact": (0.88, 0.66), "recompute": (1.1, 0.26),
-    "recompute, int8 norms": (1.13, 0.21), "block": (1.16, 0.2), "block, int8 norms": (1.19, 0.15),
+    "recompute-int8": (1.13, 0.21), "block": (1.16, 0.2), "block-int8": (1.19, 0.15),
     "compressed": (1.02, 0.45), CHECKPOINTING: (1.3, 0.21), COMPILE: (0.85, 0.8),
     EXACT_COMPILE: (0.84, 0.7), XFORMERS: (1.01, 1.0),
 }  # fmt: skip

@@ -49,7 +49,7 @@ LAYERS = [
     ["memory.account", "memory.fakes", "memory.operators", "memory.places"],
     ["memory.saved", "memory.models", "memory.methods"],
     ["memory.peak"],
-    ["lean.swapping", "lean.narrow", "lean.forgetful"],
+    ["lean.swapping", "lean.forgetful"],
     ["lean.rebuild", "lean.compiled", "lean.feed_forward", "lean.report"],
     ["lean.modulated"],
     ["lean.*"],
@@ -360,6 +360,20 @@ def test_every_family_is_in_its_table():
     files = {name for name in FILES if name.startswith("processors.")} - shared
     rows = {row.matches.__module__.removeprefix("a3fta_kernels.") for row in FAMILIES.values()}
     assert rows == files
+
+
+def test_every_lean_module_is_in_its_table():
+    from a3fta_kernels.lean import rules
+    from a3fta_kernels.lean.swapping import LeanModule
+
+    def below(cls: type) -> set[type]:
+        return {cls}.union(*(below(child) for child in cls.__subclasses__()))
+
+    leaves = {cls for cls in below(LeanModule) if not cls.__subclasses__()}
+    assert leaves == {rule.lean for rule in rules.RULES}
+    assert len({rule.stock for rule in rules.RULES}) == len(rules.RULES)
+    for rule in rules.RULES:
+        assert issubclass(rule.lean, rule.stock) and rule.lean.__module__ != rules.__name__
 
 
 FOLDERS = ("a3fta_kernels", "tests", "benchmarks", "examples", "scripts", "csrc")

@@ -75,10 +75,10 @@ def test_a_wrong_gradient_is_seen(monkeypatch):
     runs["stock"][0].probes = lean_training.train(trunk, "stock", 0, data, schedule, TINY).probes
     levels = lean_training.verdict(runs)["levels"]
     assert {n: of["gradients"] for n, of in levels.items()} == {
-        "exact": True, "block": True, "compressed": False, "block, norms in 8 bits": True,
+        "exact": True, "block": True, "compressed": False, "block-int8": True,
     }  # fmt: skip
     assert {n: of["loss"] for n, of in levels.items()} == {
-        "exact": True, "block": False, "compressed": True, "block, norms in 8 bits": False,
+        "exact": True, "block": False, "compressed": True, "block-int8": False,
     }  # fmt: skip
 
 

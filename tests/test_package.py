@@ -221,6 +221,10 @@ def test_the_memory_table_is_what_was_counted():
             f"{r['saved_bytes'] / 2**20:,.0f} ({r['peak_bytes'] / 2**20:,.0f})" for r in found
         ]
         assert cells.split(" | ") == expected
+        if model.startswith("SD") and "medium" not in model:
+            # weights, gradients and two moments, in fp32
+            states = f"{rows[NATIVE, 'stock']['trainable_parameters'] * 16 / 2**20:.0f}"
+            assert f" {states} " in README[README.index("gradients and AdamW take") :][:100]
 
 
 def test_the_count_is_reproduced():

@@ -70,7 +70,7 @@ def test_the_whole_page(tmp_path):
     assert text.count("commit abc") >= 8
     # who wins: the made-up exact is fastest without the compiler, 0.8 * 0.88
     assert "- Fastest: **A3FTA · exact**, 0.70 of PEFT LoRA's time with 0.63 of its memory." in text
-    assert "- Smallest: **A3FTA · block, int8 norms**, 0.14 of the memory" in text
+    assert "- Smallest: **A3FTA · block-int8**, 0.14 of the memory" in text
     numbers = "1000 | 970 to 1050 | 1.00 | 5,000 | 4,000 | 1000 | 3.00"
     assert f"| PEFT LoRA r16 · stock | {numbers} |" in text
     # geometric mean of 0.4 and 0.9
@@ -147,7 +147,7 @@ def test_the_front_is_what_nothing_dominates():
     (rows,) = list(report.by_model(results("cpu")).values())[:1]
     placed = {p.label: p for p in report.points(rows)}
     front = {p.label for p in placed.values() if p.front}
-    assert {"A3FTA · exact", "A3FTA · block, int8 norms"} <= front
+    assert {"A3FTA · exact", "A3FTA · block-int8"} <= front
     assert not front & {"LoRA", "full", "A3FTA · checkpointing", "A3FTA in eager"}
     for p in placed.values():
         beaten = any(q.x <= p.x and q.y <= p.y and q[1:3] != p[1:3] for q in placed.values())

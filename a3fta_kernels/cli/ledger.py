@@ -23,9 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="of the model's weights")
     parser.add_argument("--level", default="stock", choices=LEVELS, help="how lean the model runs")
     parser.add_argument(
-        "--checkpointing", action="store_true", help="with diffusers' gradient checkpointing"
-    )
-    parser.add_argument(
         "--depth", type=subject.positive, default=2, help="parts of a module's path in the table"
     )
     parser.add_argument("--rows", type=subject.positive, default=12, help="rows per table")
@@ -37,7 +34,6 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         require(["matplotlib"], "demo")
     from ..memory import ledger, methods, models
-    from ..memory.levels import checkpoint
 
     dtype = DTYPES[args.dtype]
     try:
@@ -46,8 +42,6 @@ def run(args: argparse.Namespace) -> int:
         inputs = models.inputs(model, resolution, args.batch, dtype)
         rank = methods.adapt(model, args.method, args.rank, dtype)
         LEVELS[args.level].apply(model)
-        if args.checkpointing:
-            checkpoint(model)
     except (ValueError, TypeError) as error:
         raise CommandError(str(error)) from error
     found = ledger(model, **inputs)
@@ -59,7 +53,6 @@ def run(args: argparse.Namespace) -> int:
         trains += f" (backend {methods.backend()})"
     setup = [f"{resolution} x {resolution}", f"batch {args.batch}", args.dtype, trains]
     setup += [args.level] if args.level != "stock" else []
-    setup += ["checkpointing"] if args.checkpointing else []
     if args.out is not None:
         from .ledger_picture import draw
 

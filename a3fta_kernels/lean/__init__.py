@@ -15,7 +15,7 @@ close (`norms="int8"`, compressed). One file per kind of module; the table is RU
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -24,13 +24,14 @@ from ..checks import check_choice, describe
 from ..forwards import check_forward
 from ..memory.account import mib, parse_size
 from ..memory.saved import ledger
+from ..ops.validate import KEEPS
 from ..tree import denoiser, plain_name
-from .budget import fit
+from .budget import Choose, fit
 from .report import LeanReport
 from .rules import RULES, Rule, rule_for, why_not
-from .swapping import KEEPS, LEVELS, LeanModule, Settings, restore, swap
+from .swapping import LEVELS, LeanModule, Settings, restore, swap
 
-__all__ = ["KEEPS", "LEVELS", "LeanReport", "lean"]
+__all__ = ["LEVELS", "LeanReport", "lean"]
 
 
 def lean(
@@ -89,16 +90,28 @@ def lean(
     if limit is not None:
         return _auto(root, norms, patterns, limit, inputs or {})
 
-    def choose(name: str) -> Settings:
-        own = next((own for pattern, own in patterns if pattern.search(name)), level)
-        return Settings(own, "int8" if own == "compressed" else norms)
-
-    plan, left = _plan(root, choose)
+    plan, left = _plan(root, _by_pattern(patterns, norms, lambda _: _settings(level, norms)))
     if not plan and (left or not any(rule_for(module) for module in root.modules())):
         raise ValueError(_nothing(root, left))
     _apply(root, plan)
     notes = ("nothing of this model keeps less at this level",)
     return _report(level, plan, left, () if plan or level == "off" else notes)
+
+
+def _settings(level: str, norms: str) -> Settings:
+    return Settings(level, "int8" if level == "compressed" else norms)
+
+
+def _by_pattern(
+    patterns: list[tuple[re.Pattern, str]], norms: str, otherwise: Choose
+) -> Choose:  # fmt: skip
+    """The settings of a module by its name: of the first pattern that matches, or `otherwise`."""
+
+    def choose(name: str) -> Settings:
+        own = next((level for pattern, level in patterns if pattern.search(name)), None)
+        return otherwise(name) if own is None else _settings(own, norms)
+
+    return choose
 
 
 Planned = dict[str, tuple[nn.Module, Rule, Settings]]
@@ -138,21 +151,10 @@ def _auto(
         for name, module in root.named_modules()
         if isinstance(module, LeanModule)
     }
-    fixed = {
-        name: own
-        for name, _ in root.named_modules()
-        if (own := next((own for pattern, own in patterns if pattern.search(name)), None))
-    }
     left: dict[str, str] = {}
 
-    def measure(choose: Callable[[str], Settings]) -> Any:
-        def chosen(name: str) -> Settings:
-            own = fixed.get(name)
-            if own is None:
-                return choose(name)
-            return Settings(own, "int8" if own == "compressed" else norms)
-
-        plan, now_left = _plan(root, chosen)
+    def measure(choose: Choose) -> Any:
+        plan, now_left = _plan(root, _by_pattern(patterns, norms, choose))
         left.clear()
         left.update(now_left)
         _apply(root, plan)
@@ -219,7 +221,7 @@ def _check_levels(levels: Any, root: nn.Module) -> list[tuple[re.Pattern, str]]:
     return found
 
 
-def _plan(root: nn.Module, choose: Callable[[str], Settings]) -> tuple[Planned, dict[str, str]]:
+def _plan(root: nn.Module, choose: Choose) -> tuple[Planned, dict[str, str]]:
     """The modules that become lean, and those that are left alone."""
     plan: Planned = {}
     left: dict[str, str] = {}

@@ -12,7 +12,6 @@ whole fits; then steps that turned out not to be needed are taken back, the dear
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +57,7 @@ def fit(root: nn.Module, norms: str, limit: int, measure: Measure) -> tuple[Any,
     kept: dict[Settings, dict[str, int]] = {}
     with rows:
         for settings in options:
-            _, found = measure(functools.partial(_all, settings))
+            _, found = measure(_choice([], units, settings))
             kept[settings] = _by_unit(found, units)
     steps = sorted(
         (step for unit in ("", *units) for step in _steps(root, unit, kept, rows.of.get(unit, 0))),
@@ -71,7 +70,7 @@ def fit(root: nn.Module, norms: str, limit: int, measure: Measure) -> tuple[Any,
             total -= steps[count].saves
             count += 1
         taken = _give_back(steps[:count], limit - total - error)
-        plan, found = measure(_choice(taken, units))
+        plan, found = measure(_choice(taken, units, options[0]))
         if found.total <= limit:
             return plan, found
         if count == len(steps):
@@ -80,10 +79,6 @@ def fit(root: nn.Module, norms: str, limit: int, measure: Measure) -> tuple[Any,
                 f"that norms={norms!r} allows, got {mib(limit)}"
             )
         error = max(error + 1, found.total - total)
-
-
-def _all(settings: Settings, name: str) -> Settings:
-    return settings
 
 
 _LEVELS = ("exact", "recompute", "block")
@@ -152,7 +147,7 @@ def _again(root: nn.Module, unit: str, level: str) -> int:
     block = root.get_submodule(unit)
     total = 0
     for name, module in block.named_modules():
-        if not isinstance(module, nn.Linear) or "adapters" in name or "norm" in name:
+        if not isinstance(module, nn.Linear) or "norm" in name:
             continue
         narrowing = "to_out" in name or "to_add_out" in name
         last = name.endswith("proj_out") or ".net.2" in name
@@ -172,9 +167,9 @@ def _give_back(taken: list[Step], room: int) -> list[Step]:
     return kept
 
 
-def _choice(taken: list[Step], units: list[str]) -> Choose:
+def _choice(taken: list[Step], units: list[str], otherwise: Settings) -> Choose:
     chosen = {step.unit: step.settings for step in taken}  # the last step of a unit stands
-    return lambda name: chosen.get(_unit_of(name, units), Settings("exact"))
+    return lambda name: chosen.get(_unit_of(name, units), otherwise)
 
 
 class _Rows:

@@ -31,12 +31,12 @@ from .swapping import LeanModule, drops, hooks_inside
 _IMAGE, _TEXT = 0, 6
 
 
-_stock_dual: Any = FluxTransformerBlock.forward
-_stock_single: Any = FluxSingleTransformerBlock.forward
+class LeanFluxBlock(LeanModule):
+    """What the two kinds share: a call with a rotation and nothing else goes by stages, any other
+    to the stock forward.
+    """
 
-
-class LeanFluxTransformerBlock(LeanModule, FluxTransformerBlock):
-    """A dual block by stages; any other call goes to the stock forward."""
+    _stock: Any
 
     def forward(
         self,
@@ -49,14 +49,36 @@ class LeanFluxTransformerBlock(LeanModule, FluxTransformerBlock):
         inputs = (
             hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
         )  # fmt: skip
+        stock = type(self)._stock
         if torch.compiler.is_compiling():
-            return compiled(_stock_dual, self, inputs)
-        if _is_other(self, image_rotary_emb, joint_attention_kwargs):
-            return _stock_dual(self, *inputs)
-        assert image_rotary_emb is not None
+            return compiled(stock, self, inputs)
+        if (
+            not torch.is_grad_enabled()
+            or joint_attention_kwargs
+            or not isinstance(image_rotary_emb, tuple)
+            or why_not(self) is not None
+            or drops(self)
+        ):
+            return stock(self, *inputs)
+        return self._by_stages(hidden_states, encoder_hidden_states, temb, image_rotary_emb)
+
+    def _by_stages(
+        self, x: Tensor, c: Tensor, temb: Tensor, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """(text, image), as the stock forward returns them."""
+        raise NotImplementedError
+
+
+class LeanFluxTransformerBlock(LeanFluxBlock, FluxTransformerBlock):
+    """A dual block."""
+
+    _stock = FluxTransformerBlock.forward
+
+    def _by_stages(
+        self, x: Tensor, c: Tensor, temb: Tensor, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         given = (
-            *modulations(self.norm1, temb, 6), *modulations(self.norm1_context, temb, 6),
-            *image_rotary_emb,
+            *modulations(self.norm1, temb, 6), *modulations(self.norm1_context, temb, 6), *rotation
         )  # fmt: skip
         feed_forwards = feed_forward_stage(
             [
@@ -64,15 +86,8 @@ class LeanFluxTransformerBlock(LeanModule, FluxTransformerBlock):
                 (self.norm2_context, self.ff_context, _TEXT + 3),
             ]
         )
-        stages = [self._attention_stage(), feed_forwards]
-        state: Tensors = (hidden_states, encoder_hidden_states)
-        keep = self.settings.norms
-        if self.settings.level == "block":
-            state = run(stages, state, given, keep)
-        else:
-            for stage in stages:
-                state = run([stage], state, given, keep)
-        return clipped(state[1]), state[0]
+        x, c = run([self._attention_stage(), feed_forwards], (x, c), given, self.settings)
+        return clipped(c), x
 
     def _attention_stage(self) -> Stage:
         attn = self.attn
@@ -118,29 +133,17 @@ class LeanFluxTransformerBlock(LeanModule, FluxTransformerBlock):
         return Stage(head, core, tail, (*norms, *reads), writes)
 
 
-class LeanFluxSingleTransformerBlock(LeanModule, FluxSingleTransformerBlock):
-    """A single block as one stage; any other call goes to the stock forward."""
+class LeanFluxSingleTransformerBlock(LeanFluxBlock, FluxSingleTransformerBlock):
+    """A single block: one stage."""
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
+    _stock = FluxSingleTransformerBlock.forward
+
+    def _by_stages(
+        self, x: Tensor, c: Tensor, temb: Tensor, rotation: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        inputs = (
-            hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
-        )  # fmt: skip
-        if torch.compiler.is_compiling():
-            return compiled(_stock_single, self, inputs)
-        if _is_other(self, image_rotary_emb, joint_attention_kwargs):
-            return _stock_single(self, *inputs)
-        assert image_rotary_emb is not None
-        tokens = encoder_hidden_states.shape[1]
-        state = (torch.cat([encoder_hidden_states, hidden_states], dim=1),)
-        given = (*modulations(self.norm, temb, 3), *image_rotary_emb)
-        (y,) = run([self._stage()], state, given, self.settings.norms)
+        tokens = c.shape[1]
+        given = (*modulations(self.norm, temb, 3), *rotation)
+        (y,) = run([self._stage()], (torch.cat([c, x], dim=1),), given, self.settings)
         y = clipped(y)
         return y[:, :tokens], y[:, tokens:]
 
@@ -161,18 +164,6 @@ class LeanFluxSingleTransformerBlock(LeanModule, FluxSingleTransformerBlock):
             return (state[0] + given[2] * self.proj_out(torch.cat(outs, dim=2)),)
 
         return Stage(head, core, tail, (self.norm.norm, attn, self.proj_mlp), (self.proj_out,))
-
-
-def _is_other(block: Any, rotation: Any, kwargs: dict[str, Any] | None) -> bool:
-    """Whether a call is one for the stock forward."""
-    known = isinstance(rotation, tuple) and all(isinstance(x, Tensor) for x in rotation)
-    return (
-        not torch.is_grad_enabled()
-        or bool(kwargs)
-        or not known
-        or why_not(block) is not None
-        or drops(block)
-    )
 
 
 def _rotated(x: Tensor, given: Tensors) -> Tensor:

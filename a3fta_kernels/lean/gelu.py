@@ -8,8 +8,8 @@ import torch
 from diffusers.models.activations import GELU
 from torch import Tensor
 
+from .. import ops
 from ..ops.rule import refuse_second_derivative
-from .narrow import narrow, widen
 from .swapping import LeanModule
 
 
@@ -30,7 +30,7 @@ class NarrowGELU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, approximate: str) -> Tensor:
-        ctx.save_for_backward(*narrow(x))
+        ctx.save_for_backward(*ops.quantize(x))
         ctx.options = (x.dtype, approximate)
         return torch.nn.functional.gelu(x, approximate=approximate)
 
@@ -39,5 +39,5 @@ class NarrowGELU(torch.autograd.Function):
         refuse_second_derivative()
         dtype, approximate = ctx.options
         codes, ranges = ctx.saved_tensors
-        x = widen(codes, ranges, dtype)
+        x = ops.dequantize(codes, ranges, dtype)
         return torch.ops.aten.gelu_backward(grad_outputs[0], x, approximate=approximate), None

@@ -61,14 +61,8 @@ class LeanJointTransformerBlock(LeanModule, JointTransformerBlock):
         if not self.context_pre_only:
             branches.append((self.norm2_context, self.ff_context, _TEXT + 3))
         stages = [self._attention_stage(), feed_forward_stage(branches)]
-        state: Tensors = (hidden_states, encoder_hidden_states)
-        keep = self.settings.norms
-        if self.settings.level == "block":
-            state = run(stages, state, given, keep)
-        else:
-            for stage in stages:
-                state = run([stage], state, given, keep)
-        return None if self.context_pre_only else state[1], state[0]
+        x, c = run(stages, (hidden_states, encoder_hidden_states), given, self.settings)
+        return None if self.context_pre_only else c, x
 
     def _attention_stage(self) -> Stage:
         attn, second = self.attn, self.attn2

@@ -27,10 +27,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..ops.rule import refuse_second_derivative
 from ..projection import AdaptedProjectionMixin
 from .forgetful import remember
-from .narrow import narrow, widen
+from .swapping import Settings
 
 Tensors = tuple[Tensor, ...]
 
@@ -49,23 +50,24 @@ class Stage:
     tail_modules: Sequence[nn.Module] = ()
 
 
-def run(stages: Sequence[Stage], state: Tensors, given: Tensors, keep: str = "input") -> Tensors:
-    """The state after all stages, with the graph of a chain.
+def run(stages: Sequence[Stage], state: Tensors, given: Tensors, settings: Settings) -> Tensors:
+    """The state after all stages: at level block in one chain, else each stage in its own."""
+    chains = [stages] if settings.level == "block" else [[stage] for stage in stages]
+    for chain in chains:
+        state = _run(chain, state, given, settings.norms)
+    return state
 
-    `keep` says how the first state is kept: "input", as it comes, or "int8", as `ops.quantize`
-    makes it.
-    """
-    last = stages[-1]
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        modules = [m for stage in stages for m in stage.head_modules]
-        modules += [m for stage in stages[:-1] for m in stage.tail_modules]
-        params = [p for module in modules for p in module.parameters() if p.requires_grad]
-        if params or any(x.requires_grad for x in (*state, *given)):
-            plan = _Plan(tuple(stages), len(state), len(given), keep, tuple(modules))
-            found = Chain.apply(plan, *state, *given, *params)
-            if len(stages) > 1:
-                state, found = found[: len(state)], found[len(state) :]
-            return last.tail(found, state, given)
+
+def _run(stages: Sequence[Stage], state: Tensors, given: Tensors, keep: str) -> Tensors:
+    modules = [m for stage in stages for m in stage.head_modules]
+    modules += [m for stage in stages[:-1] for m in stage.tail_modules]
+    params = [p for module in modules for p in module.parameters() if p.requires_grad]
+    if params or any(x.requires_grad for x in (*state, *given)):
+        plan = _Plan(tuple(stages), len(state), len(given), keep, tuple(modules))
+        outs = Chain.apply(plan, *state, *given, *params)
+        if len(stages) > 1:
+            state, outs = outs[: len(state)], outs[len(state) :]
+        return stages[-1].tail(outs, state, given)
     for stage in stages:
         outs = stage.core(stage.head(state, given), given)
         state = stage.tail(outs, state, given)
@@ -76,7 +78,7 @@ class _Plan(NamedTuple):
     stages: tuple[Stage, ...]
     states: int
     givens: int
-    keep: str
+    keep: str  # of ops.validate.KEEPS: how the first state is kept
     modules: tuple[nn.Module, ...]  # all that is run again
 
 
@@ -245,12 +247,12 @@ _PACKED = {"input": ("",), "int8": (".codes", ".ranges")}
 
 
 def _pack(x: Tensor, keep: str) -> Tensors:
-    return narrow(x) if keep == "int8" else (x,)
+    return ops.quantize(x) if keep == "int8" else (x,)
 
 
 def _unpack(saved: Any, dtype: torch.dtype, keep: str) -> Tensor:
     first = next(saved)
-    return widen(first, next(saved), dtype) if keep == "int8" else first
+    return ops.dequantize(first, next(saved), dtype) if keep == "int8" else first
 
 
 _Autocast = tuple[str, torch.dtype, bool] | None

@@ -11,16 +11,15 @@ from typing import Any, cast
 
 from torch import nn
 
-from ..forwards import check_forward, rebind_forward
+from ..forwards import check_forward, has_hooks, rebind_forward
 
 SETTINGS = "_a3fta_lean"
 LEVELS = ("off", "exact", "recompute", "block", "compressed")
-KEEPS = ("input", "int8")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """level: of LEVELS. norms: how inputs of normalisations are kept, of KEEPS."""
+    """level: of LEVELS. norms: how inputs of normalisations are kept, of `ops.validate.KEEPS`."""
 
     level: str
     norms: str = "input"
@@ -74,14 +73,9 @@ def hooks_inside(block: nn.Module) -> str | None:
     """The reason why a block with hooks on a module inside is left to the stock forward: there
     each module runs once in a forward, with the inputs and outputs that a hook expects."""
     for name, module in block.named_modules():
-        if module is not block and (
-            "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in _HOOKS)
-        ):
+        if module is not block and has_hooks(module):
             return f"a module inside carries hooks ({name})"
     return None
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def drops(module: nn.Module) -> bool:

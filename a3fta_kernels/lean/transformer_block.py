@@ -71,13 +71,7 @@ class LeanTransformerBlock(LeanModule, BasicTransformerBlock):
                 )
             )
         stages.append(_feed_forward(self.norm3, self.ff))
-        state: Tensors = (hidden_states,)
-        keep = self.settings.norms
-        if self.settings.level == "block":
-            return run(stages, state, tuple(given), keep=keep)[0]
-        for stage in stages:
-            state = run([stage], state, tuple(given), keep=keep)
-        return state[0]
+        return run(stages, (hidden_states,), tuple(given), self.settings)[0]
 
 
 def _attention(

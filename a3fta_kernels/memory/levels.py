@@ -11,10 +11,11 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Level:
-    """`apply(model)` sets a model up; title says what it does."""
+    """`apply(model)` sets a model up; title says what it does; lean: the options of `lean`."""
 
     title: str
     apply: Callable[[Any], object]
+    lean: dict[str, str] | None = None
 
 
 class UnsupportedLevelError(ValueError):
@@ -35,25 +36,25 @@ def checkpoint(model: Any) -> None:
         ) from None
 
 
-def _lean(level: str, norms: str = "input") -> Callable[[Any], object]:
+def _lean(title: str, **options: Any) -> Level:
     def apply(model: Any) -> object:
         from ..lean import lean  # imports diffusers
 
         try:
-            return lean(model, level, norms=norms)
+            return lean(model, **options)
         except ValueError as error:
             raise UnsupportedLevelError(str(error)) from None
 
-    return apply
+    return Level(f"lean: {title}", apply, options)
 
 
 # in the order of their time, so that the first that fits is the cheapest
 LEVELS = {
     "stock": Level("the model as it is", _stock),
-    "exact": Level("lean: nothing is computed twice", _lean("exact")),
-    "compressed": Level("lean: exact, inputs of norms and GEGLU in 8 bits", _lean("compressed")),
-    "recompute": Level("lean: q, k, v and GEGLU's input computed again", _lean("recompute")),
-    "block": Level("lean: recompute, and the stream inside blocks rebuilt", _lean("block")),
-    "block-int8": Level("lean: block, inputs of norms in 8 bits", _lean("block", "int8")),
+    "exact": _lean("nothing is computed twice", level="exact"),
+    "compressed": _lean("exact, inputs of norms and activations in 8 bits", level="compressed"),
+    "recompute": _lean("q, k, v and GEGLU's input computed again", level="recompute"),
+    "block": _lean("recompute, and the stream inside blocks rebuilt", level="block"),
+    "block-int8": _lean("block, inputs of norms in 8 bits", level="block", norms="int8"),
     "checkpointing": Level("diffusers' gradient checkpointing: a second forward", checkpoint),
 }

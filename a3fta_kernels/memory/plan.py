@@ -21,6 +21,7 @@ from multiprocessing import get_context
 import torch
 
 from . import methods, models
+from .account import mib
 from .levels import LEVELS
 from .peak import Peak, step_peak
 
@@ -135,7 +136,16 @@ def make_plan(
         for level, precision in kinds
         for size in SAMPLES
     ]
-    models.inputs(models.build(model), resolution)  # a wrong resolution shows before the long part
+    # what needs no run shows before the long part
+    narrow = min((PRECISIONS[name] for _, name in kinds), key=lambda dtype: dtype.itemsize)
+    built = models.build(model, narrow)
+    models.inputs(built, resolution)
+    weights = sum(p.nbytes for p in built.parameters())
+    if memory <= weights:
+        raise ValueError(
+            f"memory: expected more than the {mib(weights)} of the model's weights alone, "
+            f"got {mib(memory)}"
+        )
     peaks = _all(jobs, workers, progress)
     rows = tuple(
         _row(jobs[i], peaks[i], peaks[i + 1], memory - allowance)

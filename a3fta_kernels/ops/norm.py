@@ -18,19 +18,17 @@ from torch import Tensor
 
 from ..checks import check_choice, check_device, check_dtype, check_shape, check_tensor, describe
 from .quantize import contract as quantize
-from .rule import acc_dtype, autocasts, is_plain
-from .validate import FLOATS
-
-KEEP = ("input", "int8")
+from .rule import acc_dtype, autocasts
+from .validate import FLOATS, KEEPS
 
 
 def check_norm(
     x: Tensor, channels: int, weight: Tensor | None, bias: Tensor | None, eps: float, keep: str
 ) -> None:
     """Checks all but x, against x of so many channels."""
-    if keep in KEEP and type(eps) is float and eps >= 0 and _fit(x, channels, weight, bias):
+    if keep in KEEPS and type(eps) is float and eps >= 0 and _fit(x, channels, weight, bias):
         return
-    check_choice("keep", keep, KEEP)
+    check_choice("keep", keep, KEEPS)
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not eps >= 0:
         raise ValueError(f"eps: expected a number of at least 0, got {describe(eps)}")
     for name, value in (("weight", weight), ("bias", bias)):
@@ -102,7 +100,7 @@ def keep_input(x: Tensor, keep: str, backend: str) -> tuple[Tensor, ...]:
     """What stays of x until the backward: x, or its 8-bit codes and their ranges."""
     if keep == "input":
         return (x,)
-    return (quantize.quantize if is_plain(x) else torch.ops.a3fta.quantize)(x, backend)
+    return quantize.narrow(x, backend)
 
 
 def kept_input(kept: Sequence[Tensor], backend: str, dtype: torch.dtype) -> Tensor:
@@ -110,8 +108,7 @@ def kept_input(kept: Sequence[Tensor], backend: str, dtype: torch.dtype) -> Tens
     if len(kept) == 1:
         return kept[0].to(dtype)
     codes, ranges = kept
-    restore = quantize.dequantize if is_plain(codes) else torch.ops.a3fta.dequantize
-    return restore(codes, ranges, dtype, backend)
+    return quantize.widen(codes, ranges, dtype, backend)
 
 
 def save_norm(

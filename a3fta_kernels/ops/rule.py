@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -26,6 +29,11 @@ class AdapterGrads(NamedTuple):
     dy_sum: Tensor | None  # (N,)
     dgamma: Tensor | None  # (B, R)
     dbeta: Tensor | None  # (B, R)
+
+
+def loader(package: str | None) -> Callable[[str], ModuleType]:
+    """`backend_module` of the op in `package`: imports a backend when it is first asked for."""
+    return functools.cache(lambda name: importlib.import_module(f".{name}", package))
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

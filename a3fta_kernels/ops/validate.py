@@ -8,6 +8,8 @@ from torch import Tensor
 from ..checks import check_choice, check_device, check_dtype, check_shape, check_tensor, describe
 from .activations import ACTIVATIONS
 
+# what an op keeps of its input for the backward: the input, or its 8-bit copy by `quantize`
+KEEPS = ("input", "int8")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..forwards import has_hooks
 from ..ops.rule import autocast_dtype, is_plain
 from ..ops.validate import FLOATS
 
 _JOINED = "_a3fta_joined"  # on a layer that `lay_side_by_side` moved
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def project(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
@@ -57,7 +57,7 @@ def why_not_plain(layers: Sequence[nn.Module]) -> str | None:
             kind = type(layer)
             return f"a layer is a {kind.__module__}.{kind.__name__}, not a plain nn.Linear"
         state = layer.__dict__
-        if "forward" in state or any(state[name] for name in _HOOKS):
+        if has_hooks(layer):
             return "a layer carries hooks"
         weight = state["_parameters"].get("weight")
         if type(weight) is not nn.Parameter:

@@ -161,6 +161,23 @@ def kernels(binaries) -> list[Kernel]:
     return found
 
 
+@pytest.fixture(scope="module")
+def listings(binaries) -> dict[str, list[tuple[Kernel, str]]]:
+    """Our kernels with their instructions, by architecture."""
+    cuobjdump, files = binaries
+    found: dict[str, list[tuple[Kernel, str]]] = {arch: [] for arch in ARCHS}
+    for arch in ARCHS:
+        for file in files:
+            if file != LIBRARY and f".{arch}." not in file.name:
+                continue
+            listing = output(cuobjdump, "-sass", "-arch", arch, str(file))
+            for section in listing.split("Function : ")[1:]:
+                kernel = Kernel(arch, section.split(maxsplit=1)[0], {})
+                if "a3fta" in kernel.name:
+                    found[arch].append((kernel, section))
+    return found
+
+
 @pytest.mark.timeout(600)
 def test_every_kernel_is_there(kernels):
     for arch in ARCHS:
@@ -192,98 +209,75 @@ def test_registers_allow_a_block(kernels):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_tensor_cores(arch, binaries):
+def test_tensor_cores(arch, listings):
     """16-bit products run on the tensor cores; fp32 ones in full fp32."""
-    cuobjdump, files = binaries
     seen = set()
-    for file in files:
-        if file != LIBRARY and f".{arch}." not in file.name:
+    for kernel, section in listings[arch]:
+        if kernel.short not in MATRIX_KERNELS:
             continue
-        listing = output(cuobjdump, "-sass", "-arch", arch, str(file))
-        for section in listing.split("Function : ")[1:]:
-            kernel = Kernel(arch, section.split(maxsplit=1)[0], {})
-            if "a3fta" not in kernel.name or kernel.short not in MATRIX_KERNELS:
+        seen.add(kernel.name)
+        if kernel.short in CLUSTERED:
+            assert ("STAS" in section) == (arch != "sm_80"), kernel.name
+            if arch == "sm_80":
                 continue
-            seen.add(kernel.name)
-            if kernel.short in CLUSTERED:
-                assert ("STAS" in section) == (arch != "sm_80"), kernel.name
-                if arch == "sm_80":
-                    continue
-                loop = section[section.index("STAS") : section.rindex("STAS")]
-                assert "MEMBAR" not in loop, kernel.name
-            assert ("HMMA" in section) == kernel.half, kernel.name
-            assert ("FFMA" in section) or kernel.half, kernel.name
-            assert not re.search(r"\b(LDL|STL)\b", section), kernel.name
-            if kernel.short in STREAMING:
-                assert all(found in section for found in STREAMED), kernel.name
+            loop = section[section.index("STAS") : section.rindex("STAS")]
+            assert "MEMBAR" not in loop, kernel.name
+        assert ("HMMA" in section) == kernel.half, kernel.name
+        assert ("FFMA" in section) or kernel.half, kernel.name
+        assert not re.search(r"\b(LDL|STL)\b", section), kernel.name
+        if kernel.short in STREAMING:
+            assert all(found in section for found in STREAMED), kernel.name
     assert len(seen) == sum(KERNELS[k] for k in MATRIX_KERNELS)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_norms(arch, binaries):
+def test_norms(arch, listings):
     """Vectors of 16 bytes where rows are whole; no sum by atomics, whose order is chance."""
-    cuobjdump, files = binaries
     loads, stores = 0, 0
-    for file in files:
-        if file != LIBRARY and f".{arch}." not in file.name:
+    for kernel, section in listings[arch]:
+        if kernel.short not in NORMS:
             continue
-        listing = output(cuobjdump, "-sass", "-arch", arch, str(file))
-        for section in listing.split("Function : ")[1:]:
-            kernel = Kernel(arch, section.split(maxsplit=1)[0], {})
-            if "a3fta" not in kernel.name or kernel.short not in NORMS:
-                continue
-            assert not re.search(r"\b(LDL|STL|RED|ATOM|ATOMG)\b", section), kernel.name
-            loads += bool(re.search(r"\bLDG\.E\S*\.128", section))
-            stores += bool(re.search(r"\bSTG\.E\S*\.128", section))
+        assert not re.search(r"\b(LDL|STL|RED|ATOM|ATOMG)\b", section), kernel.name
+        loads += bool(re.search(r"\bLDG\.E\S*\.128", section))
+        stores += bool(re.search(r"\bSTG\.E\S*\.128", section))
     # half of each kernel's instances take packs; of those that only sum, none stores elements
     assert (loads, stores) == (6 + 6 + 12 + 12, 6 + 6 + 6 + 6)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_elementwise(arch, binaries):
+def test_elementwise(arch, listings):
     """Whole vectors and no local memory; one element at a time only where geglu's rows are odd."""
-    cuobjdump, files = binaries
     vectors = dict.fromkeys(ELEMENTWISE, 0)
-    for file in files:
-        if file != LIBRARY and f".{arch}." not in file.name:
+    for kernel, section in listings[arch]:
+        if kernel.short not in ELEMENTWISE:
             continue
-        listing = output(cuobjdump, "-sass", "-arch", arch, str(file))
-        for section in listing.split("Function : ")[1:]:
-            kernel = Kernel(arch, section.split(maxsplit=1)[0], {})
-            if "a3fta" not in kernel.name or kernel.short not in ELEMENTWISE:
-                continue
-            assert not re.search(r"\b(LDL|STL)\b", section), kernel.name
-            wanted = ELEMENTWISE[kernel.short]
-            vectors[kernel.short] += all(re.search(pattern, section) for pattern in wanted)
+        assert not re.search(r"\b(LDL|STL)\b", section), kernel.name
+        wanted = ELEMENTWISE[kernel.short]
+        vectors[kernel.short] += all(re.search(pattern, section) for pattern in wanted)
     assert vectors == {"geglu_kernel": 6, "quantize_kernel": 3, "dequantize_kernel": 3}
 
 
-def test_hopper(binaries):
+def test_hopper(listings):
     """wgmma on tiles that the copy engine brings, one after the other; registers as asked for."""
-    cuobjdump, files = binaries
     source = (ROOT / "csrc" / "cuda" / "hopper_gemm.cu").read_text()
     lowered = int(re.search(r"lower_registers<(\d+)>", source)[1])
     raised = int(re.search(r"raise_registers<(\d+)>", source)[1])
     assert 128 * (lowered + 2 * raised) <= 64 * 1024
     seen = 0
-    for file in files:
-        if file != LIBRARY and ".sm_90a." not in file.name:
+    for kernel, section in listings["sm_90a"]:
+        name = kernel.name
+        if kernel.short != "hopper_kernel":
             continue
-        listing = output(cuobjdump, "-sass", "-arch", "sm_90a", str(file))
-        for section in listing.split("Function : ")[1:]:
-            name = section.split(maxsplit=1)[0]
-            if "hopper_kernel" not in name:
-                continue
-            seen += 1
-            assert "UTMALDG.2D" in section and "SYNCS.PHASECHK" in section, name
-            assert "LDG.E.128" in section and "STG.E.128" in section, name
-            assert not re.search(r"\b(LDL|STL|HMMA)\b", section), name
-            # ptxas leaves setmaxnreg out where it cannot honour it (its warning C7508)
-            assert f"USETMAXREG.DEALLOC.CTAPOOL {lowered:#x}" in section, name
-            assert re.search(rf"USETMAXREG.TRY_ALLOC.CTAPOOL .*{raised:#x}", section), name
-            # a step is four products of which only the last ends a group: where ptxas cannot
-            # follow the sums it waits after each (C7510)
-            ends = ["gsb0" in line for line in section.splitlines() if "HGMMA.64x" in line]
-            steps = sum(ends[i : i + 4] == [False] * 3 + [True] for i in range(len(ends)))
-            assert steps >= 2, name
+        seen += 1
+        assert "UTMALDG.2D" in section and "SYNCS.PHASECHK" in section, name
+        assert "LDG.E.128" in section and "STG.E.128" in section, name
+        assert not re.search(r"\b(LDL|STL|HMMA)\b", section), name
+        # ptxas leaves setmaxnreg out where it cannot honour it (its warning C7508)
+        assert f"USETMAXREG.DEALLOC.CTAPOOL {lowered:#x}" in section, name
+        assert re.search(rf"USETMAXREG.TRY_ALLOC.CTAPOOL .*{raised:#x}", section), name
+        # a step is four products of which only the last ends a group: where ptxas cannot
+        # follow the sums it waits after each (C7510)
+        ends = ["gsb0" in line for line in section.splitlines() if "HGMMA.64x" in line]
+        steps = sum(ends[i : i + 4] == [False] * 3 + [True] for i in range(len(ends)))
+        assert steps >= 2, name
     assert seen == KERNELS["hopper_kernel"]

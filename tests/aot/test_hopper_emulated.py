@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from ..cuda_emulator.build import COMPILER, build_hopper_program
-from .test_cuda_emulated import run
+from .test_cuda_sanitizers import run
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="g++ not found: no emulated kernels"),

@@ -42,11 +42,9 @@ def test_the_ledger_as_json_and_as_a_picture(folder, capsys, tmp_path):
     whole = json.loads(capsys.readouterr().out)
     assert whole["total"] == sum(entry["bytes"] for entry in whole["entries"])
     assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 10_000
-    assert cli.main([*common, "--batch", "2", "--checkpointing"]) == 0
+    assert cli.main([*common, "--batch", "2", "--level", "checkpointing"]) == 0
     lean = json.loads(capsys.readouterr().out)
     assert lean["total"] < whole["total"] / 2 and "checkpoint" in lean["by_operator"]
-    assert cli.main([*common, "--batch", "2", "--level", "checkpointing"]) == 0
-    assert json.loads(capsys.readouterr().out)["entries"] == lean["entries"]
     assert cli.main([*common, "--batch", "4"]) == 0
     assert json.loads(capsys.readouterr().out)["total"] > 1.9 * whole["total"]
 

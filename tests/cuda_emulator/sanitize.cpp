@@ -3,12 +3,10 @@
 // to be written and finite; their values are checked elsewhere.
 #include <sys/mman.h>
 
-#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "../../csrc/cuda/adapter.h"
@@ -20,6 +18,7 @@
 #include "../../csrc/cuda/quantize.h"
 #include "../../csrc/cuda/row_sums.h"
 #include "../../csrc/cuda/tile.cuh"
+#include "buffers.h"
 #include "emulator.h"
 #include "planted.h"
 
@@ -33,78 +32,8 @@ struct Case {
   bool aligned;  // rows start at multiples of 16 bytes
 };
 
-const float kNaN = NAN;
-
-// Buffers of one case: inputs hold small numbers, outputs and the gaps between rows NaN.
-class Buffers {
- public:
-  explicit Buffers(const Case& c) : dtype_(c.dtype), aligned_(c.aligned) {}
-
-  Matrix input(int64_t rows, int64_t cols) { return make(rows, cols, false); }
-  Matrix output(int64_t rows, int64_t cols) { return make(rows, cols, true); }
-  Vector vector(int64_t size) { return {make(1, size, false).data, false}; }
-  float* floats(int64_t count) {
-    float* data = static_cast<float*>(allocate(count * 4));
-    for (int64_t i = 0; i < count; ++i) data[i] = kNaN;
-    return data;
-  }
-
-  void expect_finite(const char* what, const Matrix& m) {
-    for (int64_t i = 0; i < m.rows; ++i) {
-      for (int64_t j = 0; j < m.cols; ++j) expect(what, load(m, i * m.stride + j));
-    }
-  }
-  void expect_finite(const char* what, const float* data, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) expect(what, data[i]);
-  }
-
- private:
-  Matrix make(int64_t rows, int64_t cols, bool out) {
-    const int64_t size = dtype_ == DType::fp32 ? 4 : 2;
-    int64_t stride = cols + 1;
-    if (aligned_) stride = (cols * size + 15) / 16 * 16 / size;
-    const int64_t count = rows == 0 ? 0 : (rows - 1) * stride + cols;  // ends with the last row
-    const Matrix m{allocate(count * size), rows, cols, stride};
-    for (int64_t i = 0; i < count; ++i) {
-      const bool gap = i % stride >= cols;
-      next_ = next_ * 1664525u + 1013904223u;
-      store(m, i, out || gap ? kNaN : static_cast<float>(next_ >> 24) / 256.0f - 0.5f);
-    }
-    return m;
-  }
-  void* allocate(int64_t bytes) {
-    held_.emplace_back(std::malloc(static_cast<size_t>(bytes)), std::free);
-    return held_.back().get();
-  }
-  float load(const Matrix& m, int64_t i) const {
-    if (dtype_ == DType::fp32) return static_cast<float*>(m.data)[i];
-    const uint16_t bits = static_cast<uint16_t*>(m.data)[i];
-    return dtype_ == DType::fp16 ? __half2float(__half{bits})
-                                 : __bfloat162float(__nv_bfloat16{bits});
-  }
-  void store(const Matrix& m, int64_t i, float x) const {
-    if (dtype_ == DType::fp32) {
-      static_cast<float*>(m.data)[i] = x;
-    } else {
-      static_cast<uint16_t*>(m.data)[i] =
-          dtype_ == DType::fp16 ? __float2half_rn(x).bits : __float2bfloat16_rn(x).bits;
-    }
-  }
-  static void expect(const char* what, float x) {
-    if (!std::isfinite(x)) {
-      std::fprintf(stderr, "%s: not written, or not finite\n", what);
-      std::exit(1);
-    }
-  }
-
-  DType dtype_;
-  bool aligned_;
-  uint32_t next_ = 1;
-  std::vector<std::unique_ptr<void, void (*)(void*)>> held_;
-};
-
 void run(const Case& c) {
-  Buffers b(c);
+  Buffers b(c.dtype, c.aligned);
   const int64_t m = c.samples * c.tokens;
   const int64_t width = c.before + c.channels + c.after;
   const Matrix h = b.input(m, c.channels);
@@ -216,7 +145,7 @@ void run(const Case& c) {
 
 // The one-pass kernels: 16-bit types, rows of whole vectors.
 void run_one_pass(const Case& c) {
-  Buffers b(c);
+  Buffers b(c.dtype, c.aligned);
   const int64_t m = c.samples * c.tokens;
   const Modulation modulation{b.vector(c.samples * c.rank).data,
                               b.vector(c.samples * c.rank).data, c.tokens};
@@ -279,7 +208,7 @@ void run_one_pass(const Case& c) {
 }
 
 void run_elementwise(DType dtype, int64_t m, int64_t width, bool aligned) {
-  Buffers b({dtype, 1, 1, 1, 1, 1, 0, 0, aligned});
+  Buffers b(dtype, aligned);
   Geglu g{};
   g.p = b.input(m, 2 * width);
   g.out = b.output(m, width);
@@ -301,10 +230,8 @@ void run_elementwise(DType dtype, int64_t m, int64_t width, bool aligned) {
   b.expect_finite("dequantized", back);
 }
 
-void run_norms(DType dtype, int64_t samples, int64_t channels, int64_t positions, int64_t groups,
-               bool aligned) {
-  Buffers b({dtype, 1, 1, 1, 1, 1, 0, 0, aligned});
-  const int64_t rows = samples * positions;
+void run_layer_norm(DType dtype, int64_t rows, int64_t channels, bool aligned) {
+  Buffers b(dtype, aligned);
   LayerNorm l{};
   l.x = b.input(rows, channels);
   l.out = {b.output(1, rows * channels).data, rows, channels, channels};
@@ -320,14 +247,20 @@ void run_norms(DType dtype, int64_t samples, int64_t channels, int64_t positions
   l.out.data = b.output(1, rows * channels).data;
   layer_norm(dtype, l, nullptr);
   b.expect_finite("layer_norm dx", l.out);
+}
 
+void run_group_norm(DType dtype, int64_t samples, int64_t channels, int64_t positions,
+                    int64_t groups, bool aligned) {
+  Buffers b(dtype, aligned);
+  const int64_t size = samples * channels * positions;
+  const Vector weight = b.vector(channels), bias = b.vector(channels);
   for (const bool last : {false, true}) {
     GroupNorm g{};
-    const Matrix x = b.input(1, rows * channels), y = b.output(1, rows * channels);
+    const Matrix x = b.input(1, size), y = b.output(1, size);
     g.x = x.data;
     g.out = y.data;
-    g.weight = l.weight;
-    g.bias = l.bias;
+    g.weight = weight;
+    g.bias = bias;
     g.mean = b.floats(samples * groups);
     g.rstd = b.floats(samples * groups);
     g.samples = samples;
@@ -341,8 +274,8 @@ void run_norms(DType dtype, int64_t samples, int64_t channels, int64_t positions
     group_norm(dtype, g, nullptr);
     b.expect_finite("group_norm y", y);
     b.expect_finite("group_norm mean", g.mean, samples * groups);
-    const Matrix dx = b.output(1, rows * channels);
-    g.dy = b.input(1, rows * channels).data;
+    const Matrix dx = b.output(1, size);
+    g.dy = b.input(1, size).data;
     g.out = dx.data;
     g.workspace = b.floats(group_norm_workspace(dtype, g));
     group_norm(dtype, g, nullptr);
@@ -362,7 +295,7 @@ void run_far(int64_t m, int64_t stride, bool last_only) {
     emulator::require(data != MAP_FAILED, "no address space for gigabytes", size);
     return data;
   };
-  Buffers b({DType::bf16, 1, 1, 1, 1, 1, 0, 0, true});
+  Buffers b(DType::bf16, true);
   AdapterForward f{};
   f.h = {reserve(bytes), m, channels, stride};
   f.y = {reserve(bytes), m, channels, stride};
@@ -427,10 +360,14 @@ int main(int argc, char** argv) {
       run_elementwise(dtype, 1, 1, aligned);
       run_elementwise(dtype, 23, 40, aligned);
       run_elementwise(dtype, 9, 131, aligned);
-      run_norms(dtype, 1, 1, 1, 1, aligned);
-      run_norms(dtype, 2, 24, 35, 3, aligned);
-      run_norms(dtype, 3, 40, 16, 4, aligned);
-      run_norms(dtype, 1, 10, 6600, 2, aligned);
+      run_layer_norm(dtype, 1, 1, aligned);
+      run_layer_norm(dtype, 70, 24, aligned);
+      run_layer_norm(dtype, 9, 520, aligned);
+      run_group_norm(dtype, 1, 1, 1, 1, aligned);
+      run_group_norm(dtype, 2, 24, 35, 3, aligned);
+      run_group_norm(dtype, 3, 40, 16, 4, aligned);
+      // groups of more than one part
+      run_group_norm(dtype, 1, 10, 6600, 2, aligned);
     }
     run({dtype, 1, 600, 16, 4, 8, 0, 8, true});
     if (dtype == DType::fp32) continue;

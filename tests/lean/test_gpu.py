@@ -28,7 +28,8 @@ def test_gradients_of_every_level(level, norms, dtype, channels_last):
     stock = step(model, batch)
     a3fta.lean(model, level, norms=norms)
     found = step(model, batch)
-    tolerance = 1e-3 if dtype == torch.float32 and norms == "input" != level else 0.1
+    narrow = norms == "int8" or level == "compressed"
+    tolerance = 0.1 if narrow or dtype != torch.float32 else 1e-3
     assert found.grads.keys() == stock.grads.keys()
     for name, grad in stock.grads.items():
         assert (found.grads[name] - grad).norm() <= tolerance * grad.norm() + 1e-6, name

@@ -101,6 +101,11 @@ def test_nothing_fits(folder):
     assert read["least"] == {"level": "block", "precision": "bf16", "bytes": need}
 
 
+def test_a_memory_that_does_not_hold_the_weights_is_refused_at_once(folder):
+    with pytest.raises(ValueError, match=r"memory: expected more than the .* of the model's weigh"):
+        make_plan(folder, 1024, progress=lambda: pytest.fail("a step was run"))
+
+
 def test_the_update_can_be_the_peak():
     row = Row("stock", "bf16", 100, 200, 90, 80, per_sample=10, constant=5)
     assert (row.peak(1), row.peak(100)) == (170, 1005)

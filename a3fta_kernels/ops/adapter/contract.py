@@ -22,9 +22,7 @@ b owns the rows b * M/B to (b + 1) * M/B. M may be 0.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -35,6 +33,7 @@ from ..rule import (
     autocast_dtype,
     cast,
     is_plain,
+    loader,
     refuse_second_derivative,
     rows,
     scaled,
@@ -49,13 +48,7 @@ _TENSORS = 8  # leading arguments of _SIGNATURE that may need a gradient
 # what `save` keeps, in order
 SAVED = ("a", *(part.split()[1] for part in _SIGNATURE.split(", ")[:_TENSORS]))
 
-_backends: dict[str, ModuleType] = {}
-
-
-def backend_module(name: str) -> ModuleType:
-    if name not in _backends:
-        _backends[name] = importlib.import_module(f".{name}", __package__)
-    return _backends[name]
+backend_module = loader(__package__)
 
 
 def forward(

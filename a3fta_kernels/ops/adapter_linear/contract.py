@@ -31,9 +31,7 @@ h (M, K); weight (N, K); y, dy, residual (M, N); v (N, R); a (M, R); w_down (R, 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -47,6 +45,7 @@ from ..rule import (
     cast,
     cast_together,
     is_plain,
+    loader,
     refuse_second_derivative,
     rows,
     scaled,
@@ -65,13 +64,7 @@ _OPTIONS = 5  # trailing arguments of _SIGNATURE that are no tensors
 _NAMES = tuple(part.split()[1] for part in _SIGNATURE.split(", ")[:-_OPTIONS])
 SAVED = ("a", "v", *_NAMES[: _NAMES.index("residual")])  # what `save` keeps, in order
 
-_backends: dict[str, ModuleType] = {}
-
-
-def backend_module(name: str) -> ModuleType:
-    if name not in _backends:
-        _backends[name] = importlib.import_module(f".{name}", __package__)
-    return _backends[name]
+backend_module = loader(__package__)
 
 
 def paths_for(backend: str, device_type: str, rank: int) -> tuple[str, ...]:

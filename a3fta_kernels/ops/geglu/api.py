@@ -7,7 +7,7 @@ from torch import Tensor
 from ...backends import resolve
 from ...checks import check_choice
 from ..activations import ACTIVATIONS
-from ..validate import check_input
+from ..validate import KEEPS, check_input
 from . import contract
 from .reference import geglu as reference
 
@@ -47,7 +47,7 @@ def geglu(
             f"{tuple(p.shape)}"
         )
     check_choice("activation", activation, ACTIVATIONS)
-    check_choice("keep", keep, contract.KEEPS)
+    check_choice("keep", keep, KEEPS)
     chosen = resolve(backend, p.device, p.dtype)
     if backend == "reference":
         return reference(p, activation=activation)

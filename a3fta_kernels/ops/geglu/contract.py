@@ -17,25 +17,15 @@ p, dp (M, 2F); y, dy (M, F).
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..quantize import contract as quantize
-from ..rule import is_plain, refuse_second_derivative, rows
+from ..rule import is_plain, loader, refuse_second_derivative, rows
 
-KEEPS = ("input", "int8")
-
-_backends: dict[str, ModuleType] = {}
-
-
-def backend_module(name: str) -> ModuleType:
-    if name not in _backends:
-        _backends[name] = importlib.import_module(f".{name}", __package__)
-    return _backends[name]
+backend_module = loader(__package__)
 
 
 def forward(p: Tensor, activation: str, keep: str, backend: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,13 +52,11 @@ def save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 def rule(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:
     """Codes and ranges are saved outputs that no caller sees: their gradients never come."""
     activation, backend = ctx.options
-    plain = is_plain(dy)
     saved = ctx.saved_tensors  # once: checkpointing refuses to be asked again
     p = saved[0]
     if len(saved) > 1:
-        restore = quantize.dequantize if plain else torch.ops.a3fta.dequantize
-        p = restore(p, saved[1], ctx.dtype, backend)
-    run = backward if plain else torch.ops.a3fta.geglu_backward
+        p = quantize.widen(p, saved[1], ctx.dtype, backend)
+    run = backward if is_plain(dy) else torch.ops.a3fta.geglu_backward
     return run(dy, p, activation, backend), None, None, None
 
 

@@ -13,27 +13,19 @@ mean, rstd (B, G) in the dtype of the sums (`rule.acc_dtype`). B and S may be 0.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..norm import norm_dtype, norm_rule, parameter, save_norm
-from ..rule import acc_dtype, is_plain, refuse_second_derivative
+from ..rule import acc_dtype, is_plain, loader, refuse_second_derivative
 
 ACTIVATIONS = ("identity", "silu")
 
-_backends: dict[str, ModuleType] = {}
-
-
-def backend_module(name: str) -> ModuleType:
-    if name not in _backends:
-        _backends[name] = importlib.import_module(f".{name}", __package__)
-    return _backends[name]
+backend_module = loader(__package__)
 
 
 def laid_out(x: Tensor) -> Tensor:

@@ -13,24 +13,16 @@ weight and bias (C,), contiguous, of x's dtype or of that of the sums; None: 1 a
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..norm import norm_dtype, norm_rule, parameter, save_norm
-from ..rule import acc_dtype, is_plain, refuse_second_derivative, rows
+from ..rule import acc_dtype, is_plain, loader, refuse_second_derivative, rows
 
-_backends: dict[str, ModuleType] = {}
-
-
-def backend_module(name: str) -> ModuleType:
-    if name not in _backends:
-        _backends[name] = importlib.import_module(f".{name}", __package__)
-    return _backends[name]
+backend_module = loader(__package__)
 
 
 def flat(x: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ...backends import resolve
 from ...checks import check_device, check_dtype, check_shape, check_tensor, describe
-from ..rule import is_plain
 from ..validate import FLOATS
 from . import contract
 from .layout import is_dense, range_count
@@ -39,10 +38,7 @@ def quantize(x: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     check_tensor("x", x)
     check_dtype("x", x, FLOATS)
     x = x.detach()
-    chosen = resolve(backend, x.device, x.dtype)
-    if is_plain(x):
-        return contract.quantize(x, chosen)
-    return torch.ops.a3fta.quantize(x, chosen)
+    return contract.narrow(x, resolve(backend, x.device, x.dtype))
 
 
 def dequantize(
@@ -80,6 +76,4 @@ def dequantize(
         raise TypeError(f"dtype: expected one of {listing}, got {describe(dtype)}")
     chosen = resolve(backend, codes.device, dtype)
     ranges = ranges.detach().contiguous()
-    if is_plain(codes):
-        return contract.dequantize(codes, ranges, dtype, chosen)
-    return torch.ops.a3fta.dequantize(codes, ranges, dtype, chosen)
+    return contract.widen(codes, ranges, dtype, chosen)

@@ -17,27 +17,19 @@ A backend is a module with two functions, without autograd, on vectors (n,), n =
     quantize(x) -> (codes (n,) int8, ranges (blocks, 2) bf16: [mid, half])
     dequantize(codes, ranges, dtype) -> x~ (n,) of `dtype`
 
-Neither op is differentiable. Code that torch.compile may trace calls torch.ops.a3fta.quantize and
-torch.ops.a3fta.dequantize; the functions here are their cheap eager entries.
+Neither op is differentiable. `narrow` and `widen` are what the rules of other ops call: the
+registered ops for tensors that are traced, their cheap eager entries for others.
 """
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
+from ..rule import is_plain, loader
 from .layout import dense, in_memory_order, laid_out_like, range_count
 
-_backends: dict[str, ModuleType] = {}
-
-
-def backend_module(name: str) -> ModuleType:
-    if name not in _backends:
-        _backends[name] = importlib.import_module(f".{name}", __package__)
-    return _backends[name]
+backend_module = loader(__package__)
 
 
 def quantize(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -51,6 +43,20 @@ def dequantize(codes: Tensor, ranges: Tensor, dtype: torch.dtype, backend: str) 
     """x~ of `dtype`, of the shape and strides of the dense codes."""
     x = backend_module(backend).dequantize(in_memory_order(codes), ranges, dtype)
     return laid_out_like(x, codes)
+
+
+def narrow(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """`quantize`, also of a traced x."""
+    if is_plain(x):
+        return quantize(x, backend)
+    return torch.ops.a3fta.quantize(x, backend)
+
+
+def widen(codes: Tensor, ranges: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """`dequantize`, also of traced codes."""
+    if is_plain(codes):
+        return dequantize(codes, ranges, dtype, backend)
+    return torch.ops.a3fta.dequantize(codes, ranges, dtype, backend)
 
 
 _library = torch.library.Library("a3fta", "FRAGMENT")
