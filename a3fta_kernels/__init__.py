@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .adapters import AdapterConfig
     from .attention import fuse_qkv, set_attention, unfuse_qkv
     from .backends import BackendStatus, BackendUnavailableError, backends
+    from .export import export_lora
     from .inject import (
         InjectionReport,
         attn_processors,
@@ -53,6 +54,7 @@ __all__ = [
     "disabled",
     "eject",
     "enable_adapters",
+    "export_lora",
     "freeze_for_inference",
     "fuse_qkv",
     "inject",
@@ -77,6 +79,7 @@ _HOMES = {
     "adapters": ("AdapterConfig",),
     "attention": ("fuse_qkv", "set_attention", "unfuse_qkv"),
     "backends": ("BackendStatus", "BackendUnavailableError", "backends"),
+    "export": ("export_lora",),
     "inject": (
         "InjectionReport",
         "attn_processors",

@@ -89,7 +89,7 @@ def write(
         "base": _dump(base),
         "samples": _dump(samples),
     }
-    weights = _serialize(tensors, {**metadata, "sha256": _digest(tensors, metadata)})
+    weights = serialize(tensors, {**metadata, "sha256": _digest(tensors, metadata)})
     twin = {
         "a3fta_format": FORMAT_VERSION,
         "library_version": library_version,
@@ -100,12 +100,12 @@ def write(
     twin["sha256"] = _twin_digest(twin)
     folder.mkdir(parents=True, exist_ok=True)
     with (
-        _temporary(folder / WEIGHTS_NAME, weights) as new_weights,
-        _temporary(folder / CONFIG_NAME, json.dumps(twin, indent=2).encode() + b"\n") as new_twin,
+        temporary(folder / WEIGHTS_NAME, weights) as new_weights,
+        temporary(folder / CONFIG_NAME, json.dumps(twin, indent=2).encode() + b"\n") as new_twin,
     ):
         os.replace(new_weights, folder / WEIGHTS_NAME)
         os.replace(new_twin, folder / CONFIG_NAME)
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def read(folder: Path) -> AdapterFile:
@@ -277,7 +277,7 @@ def _memory(tensor: Tensor) -> ctypes.Array[ctypes.c_char] | bytes:
     return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
 
 
-def _serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """A safetensors file; unlike the library's writer, the same bytes for the same contents."""
     names = {dtype: name for name, dtype in _DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": metadata}
@@ -302,7 +302,7 @@ def _twin_digest(values: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _temporary(target: Path, data: bytes) -> Iterator[Path]:
+def temporary(target: Path, data: bytes) -> Iterator[Path]:
     """`data` on disk beside `target`; what the body did not rename is removed."""
     path = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
@@ -315,7 +315,7 @@ def _temporary(target: Path, data: bytes) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes the renames durable where the system lets a folder be synced."""
     if os.name != "posix":
         return

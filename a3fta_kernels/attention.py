@@ -130,12 +130,12 @@ def engines_in_use(root: nn.Module) -> dict[str, str]:
 def _layers(root: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
     """Adapted attention layers, with our processor or the one that would replace the present."""
     family = processors.family_of(root)
-    for name, layer, projections in family.sites(root) if family is not None else ():
-        parts = (part for projection in projections.values() for part in projection.modules())
+    for site in family.sites(root) if family is not None else ():
+        parts = (part for layer in site.projections.values() for part in layer.modules())
         if family is not None and any(isinstance(part, AdaptedProjectionMixin) for part in parts):
-            current = layer.get_processor()  # type: ignore[operator]
+            current = site.attention.get_processor()  # type: ignore[operator]
             ours = current if family.owns(current) else family.processor_for(current)
-            yield name, layer, ours
+            yield site.name, site.attention, ours
 
 
 def _remember(root: nn.Module, layer: nn.Module, name: str, processor: Any) -> None:

@@ -14,14 +14,21 @@ import torch
 from torch import nn
 
 from . import processors
-from .adapters import DESIGNS, AdapterConfig
+from .adapters import DESIGNS, AdapterConfig, BottleneckAdapter
 from .attention import engines_in_use, unfuse_qkv
 from .backends import BACKENDS, resolve
 from .checks import check_choice, describe
 from .forwards import check_forward
 from .merging import merge, unmerge
 from .processors import Family
-from .projection import AdaptedProjectionMixin, adapt, check_restorable, restore
+from .projection import (
+    AdaptedProjectionMixin,
+    Columns,
+    adapt,
+    channels,
+    check_restorable,
+    restore,
+)
 from .report import InjectionReport, LayerReport, describe_layer
 from .switch import (
     disable_adapters,
@@ -73,10 +80,22 @@ class Plan:
     backend: str
     family: Family
     targets: dict[str, nn.Linear]  # plain name -> the layer itself, inside PEFT's wrapper
+    columns: dict[str, Columns]  # of the targets' input that the adapters act on
     ranks: dict[str, int]
     processors: dict[str, Any]  # attention name -> ours
     left: dict[str, str]
     unadapted: dict[str, str]
+
+    def adapter(self, target: str, device: torch.device | str) -> BottleneckAdapter:
+        """A new adapter for one of the targets."""
+        linear = self.targets[target]
+        return DESIGNS[self.config.design](
+            channels(linear, self.columns[target]),
+            self.ranks[target],
+            self.config,
+            device=device,
+            dtype=adapter_dtype(linear, self.config),
+        )
 
 
 def inject(
@@ -184,7 +203,7 @@ def plan_injection(root: nn.Module, config: AdapterConfig | None, name: str, bac
             f"({', '.join(processors.FAMILIES)}), got a {type(root).__name__} with none"
         )
 
-    plan = Plan(name, config, backend, family, {}, {}, {}, {}, {})
+    plan = Plan(name, config, backend, family, {}, {}, {}, {}, {}, {})
     for site in sites:
         _plan_site(plan, site)
     _check_patterns(plan, [plain_name(p) for site in sites for p in site.projections])
@@ -211,6 +230,7 @@ def _plan_site(plan: Plan, site: processors.Site) -> None:
             reasons.append("its projection is shared with another layer")
         else:
             plan.targets[name] = linear
+            plan.columns[name] = site.columns
             plan.ranks[name] = plan.config.rank_for(name)
     if len(reasons) == len(site.projections):
         plan.unadapted[site.name] = reasons[0]
@@ -275,13 +295,7 @@ def _apply(root: nn.Module, plan: Plan) -> None:
     # a parameter made in inference mode could not be trained
     with torch.inference_mode(False):
         fresh = {
-            name: DESIGNS[plan.config.design](
-                linear.in_features,
-                plan.ranks[name],
-                plan.config,
-                device=_adapter_device(linear),
-                dtype=adapter_dtype(linear, plan.config),
-            )
+            name: plan.adapter(name, _adapter_device(linear))
             for name, linear in plan.targets.items()
         }
     if RECORD not in root.__dict__:
@@ -294,7 +308,9 @@ def _apply(root: nn.Module, plan: Plan) -> None:
     enabled = all(layer.enabled for layer in projections(root).values())
     for name, linear in plan.targets.items():
         layer = (
-            linear if isinstance(linear, AdaptedProjectionMixin) else adapt(linear, plan.backend)
+            linear
+            if isinstance(linear, AdaptedProjectionMixin)
+            else adapt(linear, plan.backend, plan.columns[name])
         )
         fresh[name].train(layer.training)
         layer.adapters[plan.name] = fresh[name]

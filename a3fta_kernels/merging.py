@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapters.bottleneck import Tensors
 from .projection import AdaptedProjectionMixin, Merged
 from .tree import adapted, check_unmerged, denoiser, plain_name
 
@@ -16,8 +17,9 @@ def merge(model: Any) -> None:
 
         W' = W + sum of s * W @ w_up @ w_down,    b' = b + sum of s * W @ (w_up @ b_down + b_up)
 
-    with s = weight * scale: exact up to rounding for activation="identity". A bias is made where
-    one is needed. `unmerge` restores the kept weights bit for bit.
+    with s = weight * scale: exact up to rounding for activation="identity". Of adapters on a slice
+    of the input's columns W is that slice. A bias is made where one is needed.
+    `unmerge` restores the kept weights bit for bit.
 
     Raises:
         ValueError: an active adapter is not linear (its name and activation are in the message)
@@ -65,17 +67,19 @@ def _check(name: str, layer: AdaptedProjectionMixin) -> None:
 def _merge(layer: AdaptedProjectionMixin) -> None:
     kept = Merged(layer.weight.detach().clone(), _copy(layer.bias))
     wide = torch.float64 if kept.weight.dtype == torch.float64 else torch.float32
-    w = kept.weight.to(wide)
+    start, length = layer.columns or (0, layer.in_features)
+    w = kept.weight.narrow(1, start, length).to(wide)
     change = torch.zeros_like(w)
     shift = None
     for adapter, weight in layer.active():
         s = weight * adapter.scale
-        w_up, w_down = adapter.w_up.to(wide), adapter.w_down.to(wide)
+        own: Tensors = adapter()
+        w_up, w_down = own.w_up.to(wide), own.w_down.to(wide)
         change += s * ((w @ w_up) @ w_down)
-        if adapter.b_down is not None and adapter.b_up is not None:
-            moved = s * (w @ (w_up @ adapter.b_down.to(wide) + adapter.b_up.to(wide)))
+        if own.b_down is not None and own.b_up is not None:
+            moved = s * (w @ (w_up @ own.b_down.to(wide) + own.b_up.to(wide)))
             shift = moved if shift is None else shift + moved
-    layer.weight.copy_(w + change)
+    layer.weight.narrow(1, start, length).copy_(w + change)
     if shift is not None:
         bias: Tensor | None = layer.bias
         if bias is None:

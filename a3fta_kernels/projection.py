@@ -3,6 +3,9 @@
 `adapt` turns an existing linear layer into one in place, by its class: the module, its
 parameters, its hooks and its state-dict names stay, and `restore` undoes it without a trace.
 `forward` is the one place that chooses how the adapters are computed.
+
+Where the layer reads more than attention (Flux's single blocks), adapters act on a slice of its
+input's columns alone.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from .ops.validate import FLOATS
 logger = logging.getLogger("a3fta_kernels")
 
 _PLAIN_WEIGHTS = (Tensor, nn.Parameter, FakeTensor)
+Columns = tuple[int, int] | None  # (start, length) of a layer's input; None: all of it
 _logged: set[tuple[str, str]] = set()
 
 
@@ -74,6 +78,7 @@ class AdaptedProjectionMixin(_Linear):
     weights: dict[str, float]
     enabled: bool
     backend: str
+    columns: Columns  # what the adapters read and write
     merged: Merged | None
     frozen: Frozen | None
     resting: tuple[str, ...]  # adapters that were chosen not to train
@@ -81,7 +86,8 @@ class AdaptedProjectionMixin(_Linear):
     def forward(self, h: Tensor, residual: Tensor | None = None) -> Tensor:
         """y = h' @ weight.T + bias [+ residual],  h' = h + sum of weight_i * adapter_i(h).
 
-        h (..., C), residual (..., N). With no active adapter this is the layer as it was.
+        h (..., K), residual (..., N). With columns = (start, C) the adapters have that slice for h
+        and h', and what is beside it stays. With no active adapter this is the layer as it was.
         """
         active = self.active()
         if not active:
@@ -96,24 +102,37 @@ class AdaptedProjectionMixin(_Linear):
         if reason is None and not others:
             return ops.adapter_linear(
                 h, first.w_down, first.w_up, self.weight, self.bias, first.b_down, first.b_up,
-                residual=residual, scale=first.scale, activation=first.activation,
-                gamma=first.gamma, backend=self.backend,
+                residual=residual, columns=self.columns, scale=first.scale,
+                activation=first.activation, gamma=first.gamma, backend=self.backend,
             )  # fmt: skip
         _log_once("its adapter apart from the layer", reason or "its adapters differ in activation")
+        before, inside, after = self._parts(h)
         adapted = ops.adapter(
-            h, first.w_down, first.w_up, first.b_down, first.b_up, scale=first.scale,
+            inside, first.w_down, first.w_up, first.b_down, first.b_up, scale=first.scale,
             activation=first.activation, gamma=first.gamma, backend=self.backend,
         )  # fmt: skip
         for other in others:
-            adapted = adapted + delta(h.to(adapted.dtype), other)
+            adapted = adapted + delta(inside.to(adapted.dtype), other)
+        if before is not None and after is not None:
+            dtype = adapted.dtype
+            adapted = torch.cat((before.to(dtype), adapted, after.to(dtype)), dim=-1)
         return _add(super().forward(adapted), residual)
+
+    def _parts(self, h: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """h before, inside and after the adapters' columns; (None, h, None) where that is all."""
+        if self.columns is None:
+            return None, h, None
+        start, length = self.columns
+        before, inside, after = h.split((start, length, h.shape[-1] - start - length), dim=-1)
+        # a copy: kept for the backward, a view would hold the whole of h
+        return before, inside.contiguous(), after
 
     def _forward_frozen(self, h: Tensor, residual: Tensor | None, frozen: Frozen) -> Tensor:
         stack = frozen.stack
         dtype = frozen.v.dtype
         return adapter_linear_api.apply_prepared(
             h.to(dtype), stack.w_down, stack.w_up, self.weight, self.bias, stack.b_down,
-            stack.b_up, residual, 0, stack.scale, stack.activation, None, None, "auto",
+            stack.b_up, residual, self._start(), stack.scale, stack.activation, None, None, "auto",
             resolve(self.backend, h.device, dtype), frozen.v, frozen.v_bias,
         )  # fmt: skip
 
@@ -153,6 +172,8 @@ class AdaptedProjectionMixin(_Linear):
     ) -> str | None:  # fmt: skip
         """Why `attend` cannot compute attention with this layer now; None where it can."""
         reason = self.unfused_reason()
+        if reason is None and self.columns is not None:
+            reason = "the layer reads more than attention"
         if reason is None and len({adapter.activation for adapter, _ in active}) > 1:
             reason = "its adapters differ in activation"
         if reason is None and has_hooks(self):
@@ -170,6 +191,9 @@ class AdaptedProjectionMixin(_Linear):
         if frozen is None or self.training or frozen.v.dtype != autocast_dtype(h):
             return None
         return frozen
+
+    def _start(self) -> int:
+        return 0 if self.columns is None else self.columns[0]
 
     def active(self) -> list[tuple[BottleneckAdapter, float]]:
         """The adapters that act in the next forward, with their weights."""
@@ -210,8 +234,9 @@ class AdaptedProjectionMixin(_Linear):
             if others:
                 return False
             v, v_bias = adapter_linear_contract.merged_up(
-                self.weight, self.bias, first.w_up, first.b_up, None, first.scale, 0, dtype
-            )
+                self.weight, self.bias, first.w_up, first.b_up, None, first.scale, self._start(),
+                dtype,
+            )  # fmt: skip
         self.frozen = Frozen(first, v, v_bias)
         return True
 
@@ -267,8 +292,18 @@ def _blank(stock: type) -> nn.Module:
     return cls.__new__(cls)
 
 
-def adapt(linear: nn.Linear, backend: str = "auto") -> AdaptedProjectionMixin:
-    """Turns `linear` into an adapted projection, in place, without an adapter yet."""
+def channels(linear: nn.Linear, columns: Columns) -> int:
+    """The width of adapters on these columns of the layer's input."""
+    return linear.in_features if columns is None else columns[1]
+
+
+def adapt(
+    linear: nn.Linear, backend: str = "auto", columns: Columns = None
+) -> AdaptedProjectionMixin:  # fmt: skip
+    """Turns `linear` into an adapted projection, in place, without an adapter yet.
+
+    columns: (start, length), the slice of its input that the adapters act on; None: all.
+    """
     check_forward(linear)
     stock: Any = type(linear)
     linear.__class__ = adapted_class(stock)
@@ -278,6 +313,7 @@ def adapt(linear: nn.Linear, backend: str = "auto") -> AdaptedProjectionMixin:
     projection.weights = {}
     projection.enabled = True
     projection.backend = backend
+    projection.columns = columns
     projection.merged = None
     projection.frozen = None
     projection.resting = ()
@@ -289,7 +325,7 @@ def restore(projection: AdaptedProjectionMixin) -> None:
     """Gives the layer its class back and removes everything that `adapt` added."""
     projection.__class__ = stock_class(projection)
     del projection._modules["adapters"]
-    for name in ("weights", "enabled", "backend", "merged", "frozen", "resting"):
+    for name in ("weights", "enabled", "backend", "columns", "merged", "frozen", "resting"):
         del projection.__dict__[name]
     rebind_forward(projection)
 

@@ -10,7 +10,7 @@ from typing import Any
 from .backends import resolve
 from .ops.adapter_linear import choice, contract
 from .ops.validate import FLOATS
-from .projection import AdaptedProjectionMixin
+from .projection import AdaptedProjectionMixin, Columns, channels
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class LayerReport:
     outputs: int = 0  # of the projection
     # the ways of adapter_linear, by the number of rows; empty where another way computes it
     paths: tuple[choice.Span, ...] = ()
+    columns: Columns = None  # (start, length) of its input, where the adapter has not all of it
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,14 @@ class InjectionReport:
             f"({share:.2f} %)",
         ]
         shapes = Counter(
-            (r.channels, r.outputs, r.rank, r.backend, r.paths) for r in self.layers.values()
+            (r.channels, r.outputs, r.columns or (), r.rank, r.backend, r.paths)
+            for r in self.layers.values()
         )
-        for (channels, outputs, rank, backend, paths), count in sorted(shapes.items()):
-            width = f"C={channels}" if outputs == channels else f"C={channels} N={outputs}"
-            lines.append(f"  {count} x {width} R={rank}, backend {backend}{_by_rows(paths)}")
+        for (width, outputs, columns, rank, backend, paths), count in sorted(shapes.items()):
+            said = f"C={width}" if outputs == width else f"C={width} N={outputs}"
+            if columns:
+                said += f" (input columns {columns[0]} to {sum(columns) - 1})"
+            lines.append(f"  {count} x {said} R={rank}, backend {backend}{_by_rows(paths)}")
         for reason, count in _reasons(r.why_not_fused for r in self.layers.values()):
             lines.append(f"  {count} x adapter apart from the projection: {reason}")
         for kind, count in _reasons(self.processors.values()):
@@ -91,8 +95,8 @@ def describe_layer(layer: AdaptedProjectionMixin, name: str) -> LayerReport:
             paths = contract.paths_by_rows(backend, weight, adapter.rank)
     parameters = sum(p.numel() for p in adapter.parameters())
     return LayerReport(
-        layer.in_features, adapter.rank, backend, not reason, reason, parameters,
-        layer.out_features, paths,
+        channels(layer, layer.columns), adapter.rank, backend, not reason, reason, parameters,
+        layer.out_features, paths, layer.columns,
     )  # fmt: skip
 
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from . import adapter_file
 from .adapter_file import AdapterFile, AdapterFileError, refuse
-from .adapters import DESIGNS, AdapterConfig, BottleneckAdapter
+from .adapters import AdapterConfig, BottleneckAdapter
 from .backends import BACKENDS
 from .checks import check_choice, describe
-from .inject import adapter_dtype, check_name, inject, plan_injection, unfreeze
-from .projection import AdaptedProjectionMixin
+from .inject import check_name, inject, plan_injection, unfreeze
+from .projection import AdaptedProjectionMixin, Columns
 from .tree import adapted, check_known, check_unmerged, denoiser, projections
 
 __all__ = ["AdapterFileError", "load_adapter", "save_adapter"]
@@ -126,7 +126,7 @@ def load_adapter(
     _check_base(file, root)
     existing = {key: layer for key, layer in layers.items() if name in layer.adapters}
     if existing:
-        _check_layers(file, existing, f"the adapter {name!r} of the model")
+        _check_layers(file, _shapes(existing), f"the adapter {name!r} of the model")
         adapters = {key: _adapter(layer, name) for key, layer in existing.items()}
         _check_kind(file, config, name, adapters)
         states = {key: _state(key, adapter) for key, adapter in adapters.items()}
@@ -188,24 +188,14 @@ def _planned(
         plan = plan_injection(root, config, name, backend)
     except ValueError as error:
         refuse(file.path, "a config that fits this model", f"one that does not: {error}", error)
-    _check_layers(file, plan.targets, "its config on this model")
+    shapes = {key: _shape(linear, plan.columns[key]) for key, linear in plan.targets.items()}
+    _check_layers(file, shapes, "its config on this model")
     # before anything of that size is made
     largest = max((size for t in file.tensors.values() for size in t.shape), default=0)
     if max(plan.ranks.values()) > largest:
         refuse(file.path, f"tensors of rank {max(plan.ranks.values())}", f"at most {largest}")
     with torch.device("meta"):
-        states = {
-            key: dict(
-                DESIGNS[config.design](
-                    linear.in_features,
-                    plan.ranks[key],
-                    config,
-                    device="meta",
-                    dtype=adapter_dtype(linear, config),
-                ).state_dict()
-            )
-            for key, linear in plan.targets.items()
-        }
+        states = {key: dict(plan.adapter(key, "meta").state_dict()) for key in plan.targets}
     return plan.targets, states
 
 
@@ -230,11 +220,20 @@ def _check_kind(
 
 
 def _base(root: nn.Module, layers: Mapping[str, AdaptedProjectionMixin]) -> dict[str, Any]:
-    return {"model": type(root).__name__, "layers": {k: _shape(v) for k, v in layers.items()}}
+    return {"model": type(root).__name__, "layers": _shapes(layers)}
 
 
-def _shape(linear: Any) -> str:
-    return f"{linear.out_features}x{linear.in_features}"
+def _shapes(layers: Mapping[str, AdaptedProjectionMixin]) -> dict[str, str]:
+    return {key: _shape(layer, layer.columns) for key, layer in layers.items()}
+
+
+def _shape(linear: nn.Linear, columns: Columns) -> str:
+    """`3072x3072`; `3072x15360[0:3072]` where adapters act on a slice of the input's columns."""
+    shape = f"{linear.out_features}x{linear.in_features}"
+    if columns is None:
+        return shape
+    start, length = columns
+    return f"{shape}[{start}:{start + length}]"
 
 
 def _check_base(file: AdapterFile, root: nn.Module) -> None:
@@ -248,8 +247,8 @@ def _check_base(file: AdapterFile, root: nn.Module) -> None:
         )
 
 
-def _check_layers(file: AdapterFile, layers: Mapping[str, Any], whose: str) -> None:
-    stored, here = file.base["layers"], {key: _shape(layer) for key, layer in layers.items()}
+def _check_layers(file: AdapterFile, here: Mapping[str, str], whose: str) -> None:
+    stored = file.base["layers"]
     for key in sorted({*stored, *here}):
         if stored.get(key) != here.get(key):
             refuse(

@@ -39,7 +39,7 @@ METHODS = {
 
 
 def cells(name: str) -> list[tuple[str, str]]:
-    """(method, level) of a model: every level of ours; LoRA's where there is no adapter yet."""
+    """(method, level) of a model: every level of ours; on Flux of LoRA."""
     if name == "flux-dev":
         return [(LORA, level) for level in LEVELS]
     plain = [(method, "stock") for method in METHODS if method != NATIVE]

@@ -7,6 +7,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import Tensor, nn
 
 _SMALL = dict(
@@ -69,14 +70,25 @@ def unet2d(**options: Any) -> nn.Module:
     return diffusers.UNet2DModel(**(config | options))
 
 
-def sd3() -> nn.Module:
+def flux(**options: Any) -> nn.Module:
+    """Like Flux-dev: dual blocks, then single ones, whose projection reads more than attention."""
+    config = dict(
+        patch_size=1, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8), guidance_embeds=True,
+    )  # fmt: skip
+    return diffusers.FluxTransformer2DModel(**(config | options))
+
+
+def sd3(**options: Any) -> nn.Module:
     """Like SD3: text and image attend together, by the stock processors."""
     torch.manual_seed(0)
-    model = diffusers.SD3Transformer2DModel(
+    config = dict(
         sample_size=16, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8,
         num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=32,
         pooled_projection_dim=16, out_channels=4,
     )  # fmt: skip
+    model = diffusers.SD3Transformer2DModel(**(config | options))
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.05)
     return model
@@ -93,7 +105,7 @@ def sd3_inputs() -> dict[str, Any]:
 
 
 MODELS = {
-    "sd15": sd15, "sd2": sd2, "sdxl": sdxl, "kandinsky": kandinsky, "unet2d": unet2d
+    "sd15": sd15, "sd2": sd2, "sdxl": sdxl, "kandinsky": kandinsky, "unet2d": unet2d, "flux": flux
 }  # fmt: skip
 
 
@@ -128,6 +140,12 @@ def inputs(
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
 
+    if name == "flux":
+        return dict(
+            hidden_states=draw(batch, 16, 4), encoder_hidden_states=draw(batch, 7, 32),
+            pooled_projections=draw(batch, 32), img_ids=draw(16, 3), txt_ids=draw(7, 3) * 0,
+            timestep=draw(batch).sigmoid(), guidance=draw(batch) * 0 + 3.5,
+        )  # fmt: skip
     found: dict[str, Any] = dict(sample=draw(batch, 4, 16, 16), timestep=7)
     if name != "unet2d":
         found["encoder_hidden_states"] = draw(batch, 7, 32)
@@ -158,7 +176,8 @@ def run(model: nn.Module, name: str, **options: Any) -> Tensor:
 
 def attention_processors(model: nn.Module) -> dict[str, Any]:
     """The processor of every attention layer, also where diffusers has no such property."""
-    return {n: m.get_processor() for n, m in model.named_modules() if isinstance(m, Attention)}
+    kinds = (Attention, FluxAttention)
+    return {n: m.get_processor() for n, m in model.named_modules() if isinstance(m, kinds)}
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

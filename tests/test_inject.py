@@ -94,20 +94,22 @@ class TestEveryModel:
             assert torch.equal(models.run(other, name), models.run(plain, name))
 
 
-ONE_LEVEL = {
-    "sd15": ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"),
-    "kandinsky": ("SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D"),
-    "unet2d": ("AttnDownBlock2D", "AttnUpBlock2D"),
+def one_level(down, up):
+    return dict(block_out_channels=(32,), down_block_types=(down,), up_block_types=(up,))
+
+
+SHALLOW = {
+    "sd15": one_level("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"),
+    "kandinsky": one_level("SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D"),
+    "unet2d": one_level("AttnDownBlock2D", "AttnUpBlock2D"),
+    "flux": dict(num_layers=1, num_single_layers=1),
 }
 
 
-@pytest.mark.parametrize("name", ONE_LEVEL)
+@pytest.mark.parametrize("name", SHALLOW)
 def test_fullgraph_compile(name):
     torch._dynamo.reset()
-    down, up = ONE_LEVEL[name]
-    model = models.build(
-        name, block_out_channels=(32,), down_block_types=(down,), up_block_types=(up,)
-    )
+    model = models.build(name, **SHALLOW[name])
     a3fta.inject(model, CONFIG)
     models.randomize(model)
     expected = models.run(model, name)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import a3fta_kernels as a3fta
+from a3fta_kernels import processors
 
 from . import models
 from .models import assert_unchanged, snapshot
@@ -16,29 +17,30 @@ from .models import assert_unchanged, snapshot
 LINEAR = a3fta.AdapterConfig(rank=4, activation="identity", scale=0.7)
 
 
-def make(config=LINEAR, dtype=torch.float64, **options):
-    model = models.build("sd15", dtype=dtype, **options)
+def make(config=LINEAR, name="sd15", dtype=torch.float64, **options):
+    model = models.build(name, dtype=dtype, **options)
     a3fta.inject(model, config)
     models.randomize(model)
     return model
 
 
-def run(model, dtype=torch.float64):
+def run(model, name="sd15", dtype=torch.float64):
     with torch.no_grad():
-        return models.run(model, "sd15", dtype=dtype)
+        return models.run(model, name, dtype=dtype)
 
 
 def strip_biases(model):
-    for module in model.modules():
-        if hasattr(module, "to_out"):
-            module.to_out[0].bias = None
+    for site in processors.family_of(model).sites(model):
+        for layer in site.projections.values():
+            layer.bias = None
 
 
+@pytest.mark.parametrize(("name", "count"), [("sd15", 8), ("flux", 6)])
 @pytest.mark.parametrize("bias", [True, False], ids=["adapter bias", "no adapter bias"])
 @pytest.mark.parametrize("own_bias", [True, False], ids=["layer bias", "no layer bias"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_merge_and_unmerge(bias, own_bias, dtype):
-    model = models.build("sd15", dtype=dtype)
+def test_merge_and_unmerge(bias, own_bias, dtype, name, count):
+    model = models.build(name, dtype=dtype)
     if not own_bias:
         strip_biases(model)
     config = a3fta.AdapterConfig(rank=4, activation="identity", scale=0.7, bias=bias)
@@ -47,16 +49,27 @@ def test_merge_and_unmerge(bias, own_bias, dtype):
     models.randomize(model)
     models.randomize(model, "second", seed=4)
     a3fta.set_adapters(model, ["default", "second"], [1.5, -0.5])
-    before, expected = snapshot(model), run(model, dtype)
+    before, expected = snapshot(model), run(model, name, dtype)
     a3fta.merge(model)
     tolerance = 1e-10 if dtype == torch.float64 else 1e-4
-    assert torch.allclose(run(model, dtype), expected, atol=tolerance)
+    assert torch.allclose(run(model, name, dtype), expected, atol=tolerance)
     layers = a3fta.projections(model)
     changed = [n for n, x in layers.items() if not torch.equal(x.weight, x.merged.weight)]
-    assert len(changed) == 8
+    assert len(changed) == count
     a3fta.unmerge(model)
     assert_unchanged(model, before)
-    assert torch.equal(run(model, dtype), expected)
+    assert torch.equal(run(model, name, dtype), expected)
+
+
+def test_only_the_columns_of_attention_are_merged_into():
+    model = make(name="flux")
+    a3fta.merge(model)
+    layers = a3fta.projections(model).values()
+    sliced = [layer for layer in layers if layer.columns is not None]
+    assert len(sliced) == 2
+    for layer in sliced:
+        same = layer.weight == layer.merged.weight
+        assert not same[:, :32].any() and same[:, 32:].all()
 
 
 def test_merged_layers_run_the_stock_layer():

@@ -19,6 +19,7 @@ from a3fta_kernels.projection import (
     AdaptedProjection,
     adapt,
     adapted_class,
+    channels,
     restore,
     stock_class,
 )
@@ -46,7 +47,8 @@ def linear(cls=nn.Linear, inputs=16, outputs=24, bias=True, dtype=torch.float64)
 
 def add(layer, name, weight=1.0, dtype=torch.float64, **options):
     config = AdapterConfig(**({"rank": 4} | options))
-    adapter = BottleneckAdapter(layer.in_features, config.rank, config, dtype=dtype)
+    width = channels(layer, layer.columns)
+    adapter = BottleneckAdapter(width, config.rank, config, dtype=dtype)
     with torch.no_grad():
         for i, p in enumerate(adapter.parameters()):
             generator = torch.Generator().manual_seed(len(name) + 10 * i)
@@ -58,14 +60,17 @@ def add(layer, name, weight=1.0, dtype=torch.float64, **options):
 
 def formula(layer, h):
     """h' @ weight.T + bias, written out, adapter by adapter."""
-    total = h
+    start, length = layer.columns or (0, h.shape[-1])
+    inside = total = h[..., start : start + length]
     for name, weight in layer.weights.items():
         x = layer.adapters[name]
-        z = activate(F.linear(h, x.w_down, x.b_down), x.activation)
+        z = activate(F.linear(inside, x.w_down, x.b_down), x.activation)
         total = total + weight * x.scale * F.linear(z, x.w_up, x.b_up)
+    total = torch.cat((h[..., :start], total, h[..., start + length :]), dim=-1)
     return F.linear(total, layer.weight, layer.bias)
 
 
+@pytest.mark.parametrize("columns", [None, (0, 10), (3, 8)])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("cls", [nn.Linear, Tagged])
 @pytest.mark.parametrize(
@@ -78,8 +83,8 @@ def formula(layer, h):
         {"a": {"activation": "silu", "weight": 0.0}, "bb": {"activation": "silu"}, "ccc": {}},
     ],
 )
-def test_parallel_adapters_follow_the_formula(backend, cls, adapters):
-    layer = adapt(linear(cls), backend)
+def test_parallel_adapters_follow_the_formula(backend, cls, adapters, columns):
+    layer = adapt(linear(cls), backend, columns)
     for name, options in adapters.items():
         add(layer, name, **options)
     h = torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True)
@@ -108,12 +113,13 @@ def test_no_active_adapter_is_the_stock_layer():
     assert torch.equal(layer(h, residual=residual), stock(h) + residual)
 
 
+@pytest.mark.parametrize("columns", [None, (2, 8)])
 @pytest.mark.parametrize("cls", [nn.Linear, Tagged])
-def test_adapt_and_restore_leave_no_trace(cls):
+def test_adapt_and_restore_leave_no_trace(cls, columns):
     layer = linear(cls)
     attributes, state = set(vars(layer)), layer.state_dict()
     weight = layer.weight
-    projection = adapt(layer)
+    projection = adapt(layer, columns=columns)
     assert projection is layer and isinstance(layer, cls) and layer.weight is weight
     assert stock_class(projection) is cls and type(layer) is adapted_class(cls)
     add(projection, "a")
@@ -124,9 +130,10 @@ def test_adapt_and_restore_leave_no_trace(cls):
     assert list(layer.state_dict()) == list(state) and "adapters" not in repr(layer)
 
 
+@pytest.mark.parametrize("columns", [None, (2, 8)])
 @pytest.mark.parametrize("cls", [nn.Linear, Tagged])
-def test_pickle_and_deepcopy(cls):
-    layer = adapt(linear(cls))
+def test_pickle_and_deepcopy(cls, columns):
+    layer = adapt(linear(cls), columns=columns)
     add(layer, "a", 0.5)
     h = torch.randn(3, 16, dtype=torch.float64)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
@@ -291,11 +298,12 @@ class TestFrozen:
             assert torch.equal(layer(h), expected)
 
 
+@pytest.mark.parametrize("columns", [None, (2, 8)])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("cls", [nn.Linear, Tagged])
-def test_fullgraph_compile(backend, cls):
+def test_fullgraph_compile(backend, cls, columns):
     torch._dynamo.reset()
-    layer = adapt(linear(cls, dtype=torch.float32), backend)
+    layer = adapt(linear(cls, dtype=torch.float32), backend, columns)
     add(layer, "a", dtype=torch.float32)
     add(layer, "bb", 0.5, dtype=torch.float32)
     h = torch.randn(2, 5, 16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from a3fta_kernels import adapter_file
 from a3fta_kernels.adapter_file import CONFIG_NAME, WEIGHTS_NAME
 
 from . import models
-from .adapter_files import adapted, load, output, refused, snapshot
+from .adapter_files import adapted, load, output, refused, resigned, snapshot
 
 # a test that expects a warning of a load says so
 pytestmark = pytest.mark.filterwarnings("error:.*adapter_config.json")
@@ -234,6 +235,19 @@ def test_another_architecture_even_if_another_base_is_allowed(other: str, saved:
 def test_other_widths(saved: Path):
     wide = models.build("sd15", block_out_channels=(32, 96))
     refused(wide, saved, "96x96.*64x64", allow_other_base=True)
+
+
+@pytest.mark.parametrize("stored", ["32x160", "32x160[32:64]", "32x160[0:64]"])
+@pytest.mark.parametrize("existing", [False, True], ids=["stock", "adapted"])
+def test_another_slice_of_the_input(existing: bool, stored: str, tmp_path: Path):
+    a3fta.save_adapter(adapted("flux"), tmp_path)
+    name = "single_transformer_blocks.1.proj_out"
+    layers = adapter_file.read(tmp_path).base["layers"]
+    assert layers[name] == "32x160[0:32]"
+    resigned(tmp_path, base={"layers": {**layers, name: stored}})
+    match = re.escape(f"{name} of shape 32x160[0:32]") + ".*" + re.escape(f"shape {stored} (")
+    model = adapted("flux", seed=6) if existing else models.build("flux")
+    refused(model, tmp_path, match, allow_other_base=True)
 
 
 def test_a_model_without_attention(saved: Path):

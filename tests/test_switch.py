@@ -7,23 +7,30 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention
 
 import a3fta_kernels as a3fta
+from a3fta_kernels import processors
 
 from . import models
 from .models import assert_unchanged, snapshot
 
+# half of the layers; of Flux a dual block, and a single one
+HALF = {"sd15": "attn1", "flux": r"blocks\.0\."}
 
-@pytest.fixture
-def model():
-    """Two trained adapters, "a" everywhere and "b" on self-attention."""
-    model = models.build("sd15")
+
+def two_adapters(name):
+    """Two trained adapters, "a" everywhere and "b" on half of the layers."""
+    model = models.build(name)
     a3fta.inject(model, a3fta.AdapterConfig(rank=4), name="a")
-    a3fta.inject(model, a3fta.AdapterConfig(rank=2, targets="attn1", scale=0.5), name="b")
+    a3fta.inject(model, a3fta.AdapterConfig(rank=2, targets=HALF[name], scale=0.5), name="b")
     models.randomize(model, "a", seed=2)
     models.randomize(model, "b", seed=3)
     return model
+
+
+@pytest.fixture
+def model():
+    return two_adapters("sd15")
 
 
 def run(model):
@@ -31,18 +38,22 @@ def run(model):
         return models.run(model, "sd15")
 
 
-def test_set_adapters_equals_the_formula_on_every_layer(model):
-    model.double()
+@pytest.mark.parametrize(("name", "count"), [("sd15", 4), ("flux", 3)])
+def test_set_adapters_equals_the_formula_on_every_layer(name, count):
+    model = two_adapters(name).double()
     seen = []
 
     def check(layer, args, kwargs, y):
         (h,) = args
-        total = h
+        total = h.clone()
+        start, length = layer.columns or (0, h.shape[-1])
+        inside = h.narrow(-1, start, length)
         for name, weight in {"b": -0.3, "a": 0.7}.items():
             if name in layer.adapters:
                 x = layer.adapters[name]
-                z = F.gelu(F.linear(h, x.w_down, x.b_down))
-                total = total + weight * x.scale * F.linear(z, x.w_up, x.b_up)
+                z = F.gelu(F.linear(inside, x.w_down, x.b_down))
+                change = weight * x.scale * F.linear(z, x.w_up, x.b_up)
+                total.narrow(-1, start, length).add_(change)
         torch.testing.assert_close(y, F.linear(total, layer.weight, layer.bias))
         seen.append(list(layer.weights))
 
@@ -50,8 +61,8 @@ def test_set_adapters_equals_the_formula_on_every_layer(model):
     for layer in a3fta.projections(model).values():
         layer.register_forward_hook(check, with_kwargs=True)
     with torch.no_grad():
-        models.run(model, "sd15", dtype=torch.float64)
-    assert seen.count(["b", "a"]) == 4 and seen.count(["a"]) == 4
+        models.run(model, name, dtype=torch.float64)
+    assert seen.count(["b", "a"]) == count and seen.count(["a"]) == count
 
 
 def test_choosing_one_is_as_if_the_other_were_ejected(model):
@@ -174,7 +185,7 @@ class TestTrainable:
 class TestPEFT:
     """LoRA before, and after, on the same layers and on others: both act and both train."""
 
-    TARGETS = ("to_q", "to_out.0")
+    TARGETS = ("to_q", "to_out.0", "to_add_out", "proj_out")
 
     def lora(self, model):
         peft = pytest.importorskip("peft")
@@ -183,9 +194,14 @@ class TestPEFT:
             peft.LoraConfig(r=2, target_modules=list(self.TARGETS), init_lora_weights=False)
         )
 
+    @pytest.mark.parametrize("name", ["sd15", "flux"])
     @pytest.mark.parametrize("lora_first", [True, False])
-    def test_both_train_and_eject_leaves_the_lora(self, lora_first):
-        model, alone = models.build("sd15"), models.build("sd15")
+    def test_both_train_and_eject_leaves_the_lora(self, lora_first, name):
+        def run(model):
+            with torch.no_grad():
+                return models.run(model, name)
+
+        model, alone = models.build(name), models.build(name)
         self.lora(alone)
         if lora_first:
             self.lora(model)
@@ -195,13 +211,13 @@ class TestPEFT:
             with pytest.warns(UserWarning, match="set_trainable"):
                 list(a3fta.trainable_parameters(model))
             a3fta.set_trainable(model)
-        assert set(a3fta.projections(model)) == {
-            f"{n}.to_out.0" for n, m in model.named_modules() if isinstance(m, Attention)
-        }
+        plain = models.build(name)
+        sites = list(processors.family_of(plain).sites(plain))
+        assert set(a3fta.projections(model)) == {n for site in sites for n in site.projections}
         assert torch.allclose(run(model), run(alone), atol=1e-5)
         models.randomize(model)
         assert not torch.allclose(run(model), run(alone), atol=1e-3)
-        models.run(model, "sd15").square().mean().backward()
+        models.run(model, name).square().mean().backward()
         for key, parameter in model.named_parameters():
             expected = ".adapters." in key or ".lora_" in key
             assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) == expected, key
@@ -219,12 +235,15 @@ class TestFreezeForInference:
     def kept(self, model):
         return sum(layer.frozen is not None for layer in a3fta.projections(model).values())
 
-    def test_same_output(self, model):
-        before = run(model)
-        assert a3fta.freeze_for_inference(model) == self.kept(model) == 8
-        assert torch.equal(run(model), before)
-        a3fta.unfreeze(model)
-        assert self.kept(model) == 0 and torch.equal(run(model), before)
+    @pytest.mark.parametrize(("name", "count"), [("sd15", 8), ("flux", 6)])
+    def test_same_output(self, name, count):
+        model = two_adapters(name)
+        with torch.no_grad():
+            before = models.run(model, name)
+            assert a3fta.freeze_for_inference(model) == self.kept(model) == count
+            assert torch.equal(models.run(model, name), before)
+            a3fta.unfreeze(model)
+            assert self.kept(model) == 0 and torch.equal(models.run(model, name), before)
 
     @pytest.mark.parametrize(
         "thaw",

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from .bottleneck import BottleneckAdapter
 from .config import AdapterConfig
+from .gated import GatedAdapter
+from .scaled import ScaledAdapter
 
-DESIGNS: dict[str, type[BottleneckAdapter]] = {"bottleneck": BottleneckAdapter}
+DESIGNS: dict[str, type[BottleneckAdapter]] = {
+    "bottleneck": BottleneckAdapter,
+    "gated": GatedAdapter,
+    "scaled": ScaledAdapter,
+}
 
-__all__ = ["DESIGNS", "AdapterConfig", "BottleneckAdapter"]
+__all__ = ["DESIGNS", "AdapterConfig", "BottleneckAdapter", "GatedAdapter", "ScaledAdapter"]

@@ -28,6 +28,9 @@ class BottleneckAdapter(nn.Module):
     w_up and b_up start at zero, so that a new adapter changes nothing. The projection that owns
     the adapter computes the formula.
 
+    A design whose formula differs in w_up and b_up alone adds its parameters and overrides
+    `forward`: everything that computes with an adapter takes its tensors from there.
+
     `.to(dtype)`, `.half()` and layerwise casting never narrow the parameters; moves to another
     device and wider dtypes are followed.
     """
@@ -47,11 +50,8 @@ class BottleneckAdapter(nn.Module):
         self.activation = config.activation
         self.scale = config.scale
         self.dropout = config.dropout
-        # drawn on the CPU in float32, so that a seed means the same on every device
-        bound = 1 / math.sqrt(channels)
-        w_down = torch.empty(rank, channels, dtype=torch.float32).uniform_(-bound, bound)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.w_down = nn.Parameter(w_down.to(**options))
+        self.w_down = nn.Parameter(drawn(rank, channels).to(**options))
         self.w_up = nn.Parameter(torch.zeros(channels, rank, **options))
         self.b_down = nn.Parameter(torch.zeros(rank, **options)) if config.bias else None
         self.b_up = nn.Parameter(torch.zeros(channels, **options)) if config.bias else None
@@ -79,6 +79,13 @@ class BottleneckAdapter(nn.Module):
             return tensor.to(moved.device)
 
         return super()._apply(never_narrow, recurse)
+
+
+def drawn(outputs: int, inputs: int) -> Tensor:
+    """The weight of a new linear layer: on the CPU in float32, so that a seed means the same on
+    every device."""
+    bound = 1 / math.sqrt(inputs)
+    return torch.empty(outputs, inputs, dtype=torch.float32).uniform_(-bound, bound)
 
 
 def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import unet
+from . import flux, unet
 from .family import Family, Site
 from .unet import A3FTAAttnAddedKVProcessor, A3FTAAttnProcessor, A3FTAFusedAttnProcessor
 
-FAMILIES: dict[str, Family] = {family.name: family for family in unet.FAMILIES}
+FAMILIES: dict[str, Family] = {family.name: family for family in (*unet.FAMILIES, flux.FAMILY)}
 
 
 def family_of(model: nn.Module) -> Family | None:

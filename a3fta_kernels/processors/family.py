@@ -10,11 +10,15 @@ from torch import nn
 
 
 class Site(NamedTuple):
-    """An attention layer, and the linear layers that consume its output."""
+    """An attention layer, and the linear layers that consume its output.
+
+    columns: (start, length) of those layers' input that is attention; None: all of it.
+    """
 
     name: str
     attention: nn.Module
     projections: dict[str, nn.Module]  # full name -> layer, PEFT's wrapper included
+    columns: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import a3fta_kernels as a3fta
 
-from .common import adapted_unet, adapter_grads, inputs, loss
+from .. import models
+from .common import adapted_unet, adapter_grads, inputs, loss, randomize
 
 
+def adapted(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    if name == "unet":
+        model = adapted_unet()
+        return model, inputs(model)
+    model = models.build(name)
+    a3fta.inject(model, a3fta.AdapterConfig(rank=4))
+    randomize(model)
+    return model, models.inputs(name)
+
+
+@pytest.mark.parametrize("name", ["unet", "flux"])
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-def test_same_gradients(reentrant: bool):
-    model = adapted_unet()
+def test_same_gradients(reentrant: bool, name: str):
+    model, batch = adapted(name)
     model.train()
-    batch = inputs(model)
     loss(model, batch).backward()
     expected = adapter_grads(model)
     model.zero_grad(set_to_none=True)
 
     if reentrant:  # a reentrant checkpoint only runs backward where an input needs a gradient
-        batch["sample"].requires_grad_(True)
+        next(iter(batch.values())).requires_grad_(True)
 
         def checkpoint(function, *args):
             return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=True)

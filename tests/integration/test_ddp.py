@@ -11,11 +11,20 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 import a3fta_kernels as a3fta
+from a3fta_kernels.adapters import DESIGNS
 
-from .common import adapted_unet, adapter_grads, inputs, loss
+from .common import adapted_unet, adapter_grads, inputs, loss, randomize
 
 RANKS = 2
 PER_RANK = 2
+
+
+def every_design():
+    model = adapted_unet()
+    for design in DESIGNS:
+        a3fta.inject(model, a3fta.AdapterConfig(rank=4, design=design), name=design)
+    randomize(model)
+    return model.train()
 
 
 def worker(rank: int, folder: str) -> None:
@@ -23,8 +32,7 @@ def worker(rank: int, folder: str) -> None:
     rendezvous = (Path(folder) / "rendezvous").as_uri()
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=RANKS)
     try:
-        model = adapted_unet()
-        model.train()
+        model = every_design()
         parallel = DistributedDataParallel(model, find_unused_parameters=False)
         batch = inputs(model, batch=RANKS * PER_RANK)
         mine = {k: v[rank * PER_RANK : (rank + 1) * PER_RANK] for k, v in batch.items()}
@@ -43,11 +51,10 @@ def test_two_processes_get_the_gradients_of_the_joint_batch(tmp_path, monkeypatc
     mp.spawn(worker, args=(os.fspath(tmp_path),), nprocs=RANKS)
     ranks = [torch.load(tmp_path / f"grads{rank}.pt") for rank in range(RANKS)]
 
-    model = adapted_unet()
-    model.train()
+    model = every_design()
     loss(model, inputs(model, batch=RANKS * PER_RANK)).backward()
     expected = adapter_grads(model)
-    assert len(expected) == 4 * len(a3fta.projections(model))
+    assert len(expected) == (4 + 4 + 5 + 5) * len(a3fta.projections(model))
     for step in range(2):
         assert ranks[0][step].keys() == expected.keys()
         for name, grad in expected.items():

@@ -27,31 +27,10 @@ def sd35() -> nn.Module:
     )  # fmt: skip
 
 
-def flux() -> nn.Module:
-    return diffusers.FluxTransformer2DModel(
-        patch_size=1, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
-        axes_dims_rope=(4, 4, 8),
-    )  # fmt: skip
-
-
-def flux_inputs() -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(1)
-    return dict(
-        hidden_states=torch.randn(2, 16, 4, generator=generator),
-        encoder_hidden_states=torch.randn(2, 7, 32, generator=generator),
-        pooled_projections=torch.randn(2, 32, generator=generator),
-        timestep=torch.tensor([0.5, 0.25]),
-        img_ids=torch.rand(16, 3, generator=generator),
-        txt_ids=torch.zeros(7, 3),
-    )
-
-
 MODELS = {
     **{n: (partial(models.build, n), partial(models.inputs, n)) for n in models.MODELS},
     "sd3": (models.sd3, models.sd3_inputs),
     "sd35": (sd35, models.sd3_inputs),
-    "flux": (flux, flux_inputs),
 }
 
 

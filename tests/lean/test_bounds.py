@@ -15,7 +15,7 @@ from a3fta_kernels.memory.levels import LEVELS
 
 ROWS = json.loads((Path(__file__).parents[2] / "benchmarks/results/saved_bytes.json").read_text())
 LORA = "PEFT LoRA r16 on q, k, v, out in bf16"
-# the most of what LoRA keeps on the stock trunk; Flux has no adapters yet: there it is LoRA's own
+# the most of what LoRA keeps on the stock trunk; on Flux it is LoRA's own that was counted
 BOUNDS = {
     "SD1.5 512x512": {
         "exact": 0.62, "recompute": 0.27, "block": 0.21, "block-int8": 0.15, "compressed": 0.45

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import a3fta_kernels as a3fta
+from a3fta_kernels.adapters import DESIGNS
 
 from .. import models
 from .common import MODELS, assert_same_step, batch_for, step, trained
 
 EXACT = ("exact", "recompute", "block")
-METHODS = [(name, "a3fta") for name in MODELS if name != "flux"]
+METHODS = [(name, "a3fta") for name in MODELS]
 METHODS += [(name, "lora") for name in ("sd15", "sdxl", "sd3", "sd35", "flux")]
 
 
@@ -48,6 +49,15 @@ def test_eight_bits_are_close(name, method, level, norms):
         )
         assert cosine >= 0.999, (key, cosine)
     assert found.kept < stock.kept
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_every_design(design):
+    model, batch = trained("sd15", design=design), batch_for("sd15")
+    stock = step(model, batch)
+    for level in EXACT:
+        a3fta.lean(model, level)
+        assert_same_step(step(model, batch), stock, 1e-12)
 
 
 def test_off_leaves_no_trace():

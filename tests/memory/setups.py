@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
@@ -13,38 +12,12 @@ import a3fta_kernels as a3fta
 
 from .. import models
 
-
-def flux() -> nn.Module:
-    torch.manual_seed(0)
-    return diffusers.FluxTransformer2DModel(
-        patch_size=1, in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
-        axes_dims_rope=(4, 4, 8), guidance_embeds=True,
-    )  # fmt: skip
-
-
-def flux_inputs(dtype: torch.dtype) -> dict[str, Any]:
-    return dict(
-        hidden_states=torch.randn(2, 16, 4, dtype=dtype),
-        encoder_hidden_states=torch.randn(2, 7, 32, dtype=dtype),
-        pooled_projections=torch.randn(2, 32, dtype=dtype),
-        timestep=torch.tensor([0.5, 0.7], dtype=dtype),
-        guidance=torch.tensor([3.5, 3.5], dtype=dtype),
-        img_ids=torch.zeros(16, 3, dtype=dtype),
-        txt_ids=torch.zeros(7, 3, dtype=dtype),
-    )
-
-
 NAMES = ("sd15", "sdxl", "unet2d", "sd3", "flux")
-_ALL = ("full", "checkpointed", "reference", "native", "adapted, checkpointed", "lora", "both")
-# no adapters for Flux's attention
-WAYS = {name: ("full", "checkpointed", "lora") if name == "flux" else _ALL for name in NAMES}
+WAYS = ("full", "checkpointed", "reference", "native", "adapted, checkpointed", "lora", "both")
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
     """A model that trains in full, and what it takes."""
-    if name == "flux":
-        return flux().to(dtype).train(), flux_inputs(dtype)
     if name == "sd3":
         inputs = models.sd3_inputs()
         floats = {k: v.to(dtype) for k, v in inputs.items() if v.is_floating_point()}

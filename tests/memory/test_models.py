@@ -82,6 +82,14 @@ def test_methods_train_what_they_say(method):
     assert {p.dtype for p in trained} == {dtype}
 
 
+def test_adapters_of_flux():
+    """Image and text of 19 dual blocks, and 38 single ones: each of 3072 channels."""
+    model = models.build("flux-dev")
+    methods.adapt(model, "a3fta", None, torch.bfloat16)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == (2 * 19 + 38) * (2 * 64 * 3072 + 64 + 3072)
+
+
 def test_methods_and_levels_that_are_not_there():
     with pytest.raises(ValueError, match="method: expected one of a3fta, lora"):
         methods.adapt(models.build("sd15"), "magic", None, torch.bfloat16)

@@ -13,7 +13,7 @@ from a3fta_kernels.memory.peak import measure
 from . import setups
 from .test_ledger import there
 
-CASES = [(n, w) for n in ("sd15", "sd3", "flux") for w in setups.WAYS[n]]
+CASES = [(n, w) for n in ("sd15", "sd3", "flux") for w in setups.WAYS]
 
 
 @pytest.mark.parametrize(("name", "way"), CASES)

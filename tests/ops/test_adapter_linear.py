@@ -101,6 +101,28 @@ def test_only_h_and_narrow_tensors_are_saved(run):
 
 
 @RUNS
+def test_beside_a_slice_nothing_of_h_is_saved(run):
+    """Of an input four times as wide as the adapter, its own columns alone."""
+    backend, device, dtype = run
+    inputs = Case((64,), 16, 4, n=24, columns=(8, 64)).inputs(dtype, device)
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        ops.adapter_linear(**inputs, backend=backend)
+    assert kept.pop(inputs["h"].untyped_storage().data_ptr(), None) is None
+    for name in ("weight", "w_down", "w_up", "b_down", "b_up"):
+        kept.pop(inputs[name].untyped_storage().data_ptr(), None)
+    # hs (M, C), a (M, R) and V (N, R)
+    size = 64 * 16 + 64 * 4 + 24 * 4
+    assert sum(storage.nbytes() for storage in kept.values()) == size * dtype.itemsize
+
+
+@RUNS
 @given(data=st.data())
 def test_property(data, run):
     case = draw_case(

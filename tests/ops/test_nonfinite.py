@@ -23,7 +23,8 @@ from ..oracle import (
 )
 
 RUNS = pytest.mark.parametrize("run", [r for r in runs() if r[0] == "triton"], ids=run_id)
-VALUES = pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan], ids=str)
+# a sign would change nothing: the activation is the identity
+VALUES = pytest.mark.parametrize("value", [torch.inf, torch.nan], ids=str)
 
 # identity: an infinite z has a finite slope, so that gradients stay apart by row and column
 ADAPTER = Case((2, 37), 70, 5, activation="identity", modulation="gamma", biases=False)

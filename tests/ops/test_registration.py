@@ -87,9 +87,11 @@ def test_opcheck_backward(case, run):
         return
     y, a, v = torch.ops.a3fta.adapter_linear(*arguments)
     needs = [t is not None for t in (h, *arguments[2:9])]
+    start, length = arguments[14], arguments[2].shape[1]
+    hs = h[:, start : start + length].contiguous()
     torch.library.opcheck(
         torch.ops.a3fta.adapter_linear_backward,
-        (torch.randn_like(y), a, v, *arguments[:9], *arguments[13:], needs),
+        (torch.randn_like(y), a, v, hs, *arguments[1:9], *arguments[13:], needs),
     )
 
 

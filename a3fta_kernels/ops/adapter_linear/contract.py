@@ -3,7 +3,7 @@
 With s = scale, W = weight, Ws = W[:, start : start + C] and hs the same columns of h:
 
     V  = s * Ws @ w_up                   (N, R), made in every forward and kept for its backward
-    a  = hs @ w_down.T + b_down          saved, with h
+    a  = hs @ w_down.T + b_down          saved, with hs
     z  = act(a) * (1 + gamma) + beta
     y  = h @ W.T + z @ V.T + (bias + s * Ws @ b_up) [+ residual]
     dz = dy @ V;  da = dz * (1 + gamma) * act'(a);  P = dy.T @ z
@@ -22,11 +22,11 @@ stride; row strides are free. `bias` already holds s * Ws @ b_up and is in the a
     RANK_LIMITS: the largest rank of a path, for paths that have one
     forward(h, weight, bias, w_down, v, b_down, gamma, beta, residual, start, activation, path)
         -> (y, a)
-    backward(dy, h, a, weight, w_down, v, gamma, beta, start, activation, path, need_dh, need_dw)
+    backward(dy, hs, a, weight, w_down, v, gamma, beta, start, activation, path, need_dh, need_dw)
         -> AdapterGrads, with g_up = P
 
-h (M, K); weight (N, K); y, dy, residual (M, N); v (N, R); a (M, R); w_down (R, C); gamma, beta
-(B, R) or None. M may be 0.
+h (M, K); hs (M, C); weight (N, K); y, dy, residual (M, N); v (N, R); a (M, R); w_down (R, C);
+gamma, beta (B, R) or None. M may be 0.
 """
 
 from __future__ import annotations
@@ -61,8 +61,10 @@ _SIGNATURE = (
     "Tensor? v, Tensor? v_bias, float scale, int start, str activation, str path, str backend"
 )
 _OPTIONS = 5  # trailing arguments of _SIGNATURE that are no tensors
-_NAMES = tuple(part.split()[1] for part in _SIGNATURE.split(", ")[:-_OPTIONS])
-SAVED = ("a", "v", *_NAMES[: _NAMES.index("residual")])  # what `save` keeps, in order
+_ARGUMENTS = tuple(part.split()[1] for part in _SIGNATURE.split(", "))
+_NAMES, _OPTION_NAMES = _ARGUMENTS[:-_OPTIONS], _ARGUMENTS[-_OPTIONS:]
+# what `save` keeps, in order; of h its columns hs
+SAVED = ("a", "v", *_NAMES[: _NAMES.index("residual")])
 
 backend_module = loader(__package__)
 
@@ -188,7 +190,7 @@ def backward(
     dy: Tensor,
     a: Tensor,
     v: Tensor,
-    h: Tensor,
+    hs: Tensor,
     weight: Tensor,
     w_down: Tensor,
     w_up: Tensor,
@@ -205,13 +207,13 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients for h, w_down ... scale_tensor; an empty tensor where none is needed."""
-    dtype = h.dtype
+    dtype = hs.dtype
     names = ("h", "w_down", "w_up", "b_down", "b_up", "gamma", "beta", "scale_tensor")
     need = dict(zip(names, needs, strict=True))
     weight = rows(cast(weight, dtype))
     grads = backend_module(backend).backward(
         rows(dy),
-        rows(h),
+        rows(hs),
         a,
         weight,
         w_down.to(dtype).contiguous(),
@@ -220,7 +222,7 @@ def backward(
         cast(beta, dtype),
         start,
         activation,
-        take_path(path, backend, h, weight, w_down.shape[0]),
+        take_path(path, backend, hs, weight, w_down.shape[0]),
         need["h"],
         any(needs[1:]),
     )
@@ -229,13 +231,13 @@ def backward(
     )
     found["h"] = grads.dh
     results = []
-    like = (h, w_down, w_up, b_down, b_up, gamma, beta, scale_tensor)
+    like = (hs, w_down, w_up, b_down, b_up, gamma, beta, scale_tensor)
     for name, tensor in zip(names, like, strict=True):
         grad = found.get(name)
         if need[name] and grad is not None and tensor is not None:
             results.append(grad.to(tensor.dtype))
         else:
-            results.append(h.new_empty(0))
+            results.append(hs.new_empty(0))
     return results
 
 
@@ -276,22 +278,27 @@ def parameter_grads(
 
 
 def save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Keeps h, a, V, the frozen weight and the adapter's own tensors: of size M x C only h."""
+    """Keeps hs, a, V, the frozen weight and the adapter's own tensors: of size M x C only hs."""
     tensors, options = inputs[:-_OPTIONS], inputs[-_OPTIONS:]
     _, a, v = output
-    ctx.save_for_backward(a, v, *tensors[: _NAMES.index("residual")])
+    h, weight, w_down, *rest = tensors[: _NAMES.index("residual")]
+    length = w_down.shape[1]
+    if length < h.shape[1]:
+        # a copy: a view would keep all of h
+        h = h.narrow(1, options[_OPTION_NAMES.index("start")], length).contiguous()
+    ctx.save_for_backward(a, v, h, weight, w_down, *rest)
     ctx.options = options
 
 
 def rule(ctx: Any, *grad_outputs: Any) -> tuple:
     """The gradients of a and V never come: no caller sees those outputs."""
     dy = grad_outputs[0]
-    a, v, h, weight, *adapter = ctx.saved_tensors
+    a, v, hs, weight, *adapter = ctx.saved_tensors
     need = dict(zip(_NAMES, ctx.needs_input_grad, strict=False))
     wanted = [n for n in _NAMES[: _NAMES.index("residual")] if n != "weight"]
     needs = [need[n] for n in wanted]
     run: Callable = backward if is_plain(dy) else torch.ops.a3fta.adapter_linear_backward
-    grads = run(dy, a, v, h, weight, *adapter, *ctx.options, needs)
+    grads = run(dy, a, v, hs, weight, *adapter, *ctx.options, needs)
     found = {n: g for n, g in zip(wanted, grads, strict=True) if need[n]}
     if need["residual"]:
         found["residual"] = dy
@@ -329,7 +336,7 @@ def apply(*inputs: Any) -> Tensor:
 _library = torch.library.Library("a3fta", "FRAGMENT")
 _library.define(f"adapter_linear({_SIGNATURE}) -> (Tensor y, Tensor a, Tensor v)")
 _library.define(
-    "adapter_linear_backward(Tensor dy, Tensor a, Tensor v, Tensor h, Tensor weight, "
+    "adapter_linear_backward(Tensor dy, Tensor a, Tensor v, Tensor hs, Tensor weight, "
     "Tensor w_down, Tensor w_up, Tensor? b_down, Tensor? b_up, Tensor? gamma, Tensor? beta, "
     "Tensor? scale_tensor, float scale, int start, str activation, str path, str backend, "
     "bool[] needs) -> Tensor[]"
@@ -353,11 +360,12 @@ def _(h: Tensor, weight: Tensor, w_down: Tensor, *_: Any) -> tuple[Tensor, Tenso
 
 
 @torch.library.register_fake("a3fta::adapter_linear_backward", lib=_library)
-def _(dy: Tensor, a: Tensor, v: Tensor, h: Tensor, weight: Tensor, *rest: Any) -> list[Tensor]:
-    tensors, needs = (h, *rest[:7]), rest[-1]
+def _(dy: Tensor, a: Tensor, v: Tensor, hs: Tensor, weight: Tensor, *rest: Any) -> list[Tensor]:
+    *adapter, needs = (*rest[:7], rest[-1])
+    like = (hs.new_empty(hs.shape[0], weight.shape[1]), *adapter)
     return [
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else h.new_empty(0)
-        for t, need in zip(tensors, needs, strict=True)
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need else hs.new_empty(0)
+        for t, need in zip(like, needs, strict=True)
     ]
 
 

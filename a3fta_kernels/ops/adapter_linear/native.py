@@ -63,7 +63,7 @@ def forward(
 
 def backward(
     dy: Tensor,
-    h: Tensor,
+    hs: Tensor,
     a: Tensor,
     weight: Tensor,
     w_down: Tensor,
@@ -81,16 +81,15 @@ def backward(
     da, p, dy_sum, dgamma, dbeta = _native.adapter_dz.default(
         dy, a, v.contiguous(), gamma, beta, activation_code(activation), need_dw
     )
-    channels = w_down.shape[1]
     dh = None
     if need_dh and path in ("fused", "concat"):
         dh = _native.adapter_linear_backward_dh.default(dy, da, weight, w_down, start)
     elif need_dh:
         dh = torch.mm(dy, weight)
-        _native.adapter_dh_.default(dh.narrow(1, start, channels), da, w_down)
+        _native.adapter_dh_.default(dh.narrow(1, start, w_down.shape[1]), da, w_down)
     if not need_dw:
         return AdapterGrads(dh, None, None, None, None, None, None)
-    dw_down, da_sum = _native.adapter_dw_down.default(da, h.narrow(1, start, channels))
+    dw_down, da_sum = _native.adapter_dw_down.default(da, hs)
     return AdapterGrads(
         dh,
         dw_down,

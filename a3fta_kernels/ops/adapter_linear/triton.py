@@ -64,7 +64,7 @@ def forward(
 
 def backward(
     dy: Tensor,
-    h: Tensor,
+    hs: Tensor,
     a: Tensor,
     weight: Tensor,
     w_down: Tensor,
@@ -78,16 +78,15 @@ def backward(
     need_dw: bool,
 ) -> AdapterGrads:
     """By the protocol of contract.py."""
-    length = w_down.shape[1]
     up = rows_backward(dy, a, v.contiguous(), gamma, beta, activation, need_sums=need_dw)
     dh = None
     if need_dh and path == "skinny":
         dh = dy @ weight
-        dh[:, start : start + length].addmm_(up.da, w_down)
+        dh[:, start : start + w_down.shape[1]].addmm_(up.da, w_down)
     elif need_dh:
         dh = concat_gemm(dy, weight, up.da, w_down, start=start)
     if not need_dw:
         return AdapterGrads(dh, None, None, None, None, None, None)
-    dw_down, _ = weight_grad(h[:, start : start + length], up.da, transposed=True)
+    dw_down, _ = weight_grad(hs, up.da, transposed=True)
     g_up, dy_sum = weight_grad(dy, a, from_a=True, gamma=gamma, beta=beta, activation=activation)
     return AdapterGrads(dh, dw_down, g_up, up.da_sum, dy_sum, up.dgamma, up.dbeta)

@@ -1,0 +1,41 @@
+"""The bottleneck behind a gate that starts closed."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .bottleneck import BottleneckAdapter, Tensors, drawn
+from .config import AdapterConfig
+
+
+class GatedAdapter(BottleneckAdapter):
+    """The parameters of  h' = h + scale * g * (act(h @ w_down.T + b_down) @ w_up.T + b_up).
+
+    g = tanh(gate), gate (1,): one learned number per layer, zero at the start. w_up starts as in a
+    usual linear layer instead: a new adapter changes nothing, yet all of it is at work as soon as
+    the gate opens, and until then the gate alone has a gradient.
+
+    Gates that start at zero: Bachlechner et al., "ReZero is All You Need" (UAI 2021); with tanh,
+    on layers added to a frozen model: Alayrac et al., "Flamingo" (NeurIPS 2022).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        rank: int,
+        config: AdapterConfig,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(channels, rank, config, device=device, dtype=dtype)
+        with torch.no_grad():
+            self.w_up.copy_(drawn(channels, rank))
+        # of one dimension, because sharded training takes no scalars
+        self.gate = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+
+    def forward(self) -> Tensors:
+        g = self.gate.tanh()
+        w_down, w_up, b_down, b_up = super().forward()
+        return Tensors(w_down, w_up * g, b_down, None if b_up is None else b_up * g)

@@ -1,0 +1,39 @@
+"""The bottleneck with a learned factor per channel of its output."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .bottleneck import BottleneckAdapter, Tensors
+from .config import AdapterConfig
+
+
+class ScaledAdapter(BottleneckAdapter):
+    """The parameters of  h' = h + scale * s * (act(h @ w_down.T + b_down) @ w_up.T + b_up).
+
+    s (C,): a learned factor per channel, one at the start. w_up and b_up start at zero as in the
+    bottleneck, and s has a gradient once they have moved.
+
+    Factors per channel on a residual branch: Touvron et al., "Going deeper with Image
+    Transformers" (ICCV 2021), as LayerScale; as what fine-tuning learns: Liu et al., "Few-Shot
+    Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning" (NeurIPS 2022).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        rank: int,
+        config: AdapterConfig,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(channels, rank, config, device=device, dtype=dtype)
+        self.s = nn.Parameter(torch.ones(channels, device=device, dtype=dtype))
+
+    def forward(self) -> Tensors:
+        w_down, w_up, b_down, b_up = super().forward()
+        return Tensors(
+            w_down, w_up * self.s[:, None], b_down, None if b_up is None else b_up * self.s
+        )
