@@ -19,6 +19,8 @@ COMMANDS = {
     "backends": "what can run on this machine, and the reason for what cannot",
     "ledger": "where the memory of a training step goes, counted without running it",
     "plan": "which batch, level and precision of a training step fit into a memory",
+    "finetune": "train an adapter on a folder of photos, and watch it for overfitting",
+    "sample": "a grid of images from a base and its adapters",
     "demo": "adapt a small diffusion model to 20 handwritten digits, against its rivals",
 }
 

@@ -76,10 +76,16 @@ def test_a_memory_that_fits_nothing_is_told_what_would(folder, capsys):
     [
         (["--model", "sd7"], "expected one of sd15"),
         (["--model", "sd15", "--resolution", "500"], "a multiple of 64"),
-        (["--model", "flux-dev", "--method", "a3fta"], "attention layers of a known family"),
+        (["--model", "{plain}", "--method", "a3fta"], "attention layers of a known family"),
     ],
 )
-def test_what_cannot_be_is_told_in_a_line(command, options, says, capsys):
+def test_what_cannot_be_is_told_in_a_line(command, options, says, capsys, tmp_path):
+    plain = models.unet2d(
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+        add_attention=False,
+    )  # fmt: skip
+    plain.save_config(tmp_path)
+    options = [option.format(plain=tmp_path) for option in options]
     assert cli.main([*command, *options]) == 1
     said = capsys.readouterr().err.strip().splitlines()
     assert says in said[-1] and said[-1].startswith(f"a3fta {command[0]}: ")

@@ -12,6 +12,9 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
@@ -20,6 +23,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
 )
 
 from tests import models
@@ -62,7 +68,43 @@ def write_sdxl(folder: Path) -> None:
     ).save_pretrained(folder / "pipeline")
 
 
-def _vae() -> AutoencoderKL:
+def write_sd3(folder: Path, t5: bool = True) -> None:
+    """`t5`: with the third text encoder, which is often left out."""
+    torch.manual_seed(0)
+    tokenizer = _tokenizer(folder / "words")
+    StableDiffusion3Pipeline(
+        vae=_vae(scaling_factor=1.5, shift_factor=0.06),
+        text_encoder=CLIPTextModelWithProjection(_text_config(projection_dim=_WIDTH)),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(projection_dim=_WIDTH)),
+        text_encoder_3=T5EncoderModel(_t5_config(2 * _WIDTH)) if t5 else None,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        tokenizer_3=_t5_tokenizer() if t5 else None,
+        # the two CLIPs side by side are as wide as T5
+        transformer=models.sd3(
+            joint_attention_dim=2 * _WIDTH, pooled_projection_dim=2 * _WIDTH, pos_embed_max_size=16
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ).save_pretrained(folder / "pipeline")
+
+
+def write_flux(folder: Path, distilled: bool = True) -> None:
+    """`distilled`: like dev, else like schnell."""
+    torch.manual_seed(0)
+    FluxPipeline(
+        vae=_vae(scaling_factor=0.36, shift_factor=0.12),
+        text_encoder=CLIPTextModel(_text_config()),
+        text_encoder_2=T5EncoderModel(_t5_config(_WIDTH)),
+        tokenizer=_tokenizer(folder / "words"),
+        tokenizer_2=_t5_tokenizer(),
+        transformer=models.flux(in_channels=16, guidance_embeds=distilled),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            shift=3.0 if distilled else 1.0, use_dynamic_shifting=distilled
+        ),
+    ).save_pretrained(folder / "pipeline")
+
+
+def _vae(**options: Any) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(4, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -70,6 +112,7 @@ def _vae() -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=2,
         sample_size=32,
+        **options,
     )
 
 
@@ -99,3 +142,18 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+
+
+def _t5_config(width: int) -> T5Config:
+    return T5Config(
+        vocab_size=len(_t5_tokens()), d_model=width, d_kv=8, d_ff=width, num_layers=1, num_heads=4
+    )
+
+
+def _t5_tokens() -> list[str]:
+    return ["<pad>", "</s>", "<unk>", "▁", *string.ascii_lowercase, *string.digits]
+
+
+def _t5_tokenizer() -> T5TokenizerFast:
+    """One token for each letter, and the end."""
+    return T5TokenizerFast(vocab=[(token, 0.0) for token in _t5_tokens()], extra_ids=0)

@@ -7,17 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...train.closeness import flat, nearest, recall
+
+__all__ = ["copies", "copy_threshold", "kid", "legible", "nearest", "recall", "saved_for_backward"]
+
 COPY_QUANTILE = 0.01
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.flatten(1).double()
-
-
-def nearest(samples: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
-    """Euclidean distance (N,) to the nearest training image, and its index (N,)."""
-    distance, index = torch.cdist(_flat(samples), _flat(train)).min(1)
-    return distance, index
 
 
 def copy_threshold(reference: Tensor, train: Tensor) -> float:
@@ -50,29 +44,17 @@ def kid(samples: Tensor, reference: Tensor) -> float:
     Scaled so that blank images score 100; 0 is real handwriting, and noise around 0 may be
     negative.
     """
-    real = _flat(reference)
-    blank = _flat(torch.full_like(reference, -1.0))
-    return 100 * _mmd(_flat(samples), real) / _mmd(blank, real)
-
-
-def recall(samples: Tensor, reference: Tensor, neighbours: int = 3) -> float:
-    """Share of the real images that lie within reach of the samples.
-
-    A sample reaches as far as its `neighbours`-th nearest other sample. Low where samples
-    repeat each other, or the training images.
-    """
-    samples, reference = _flat(samples), _flat(reference)
-    k = min(neighbours, len(samples) - 1)
-    radius = torch.cdist(samples, samples).kthvalue(k + 1, dim=1).values
-    return float((torch.cdist(reference, samples) <= radius).any(1).double().mean())
+    real = flat(reference)
+    blank = flat(torch.full_like(reference, -1.0))
+    return 100 * _mmd(flat(samples), real) / _mmd(blank, real)
 
 
 def legible(samples: Tensor, labels: Tensor, reference: Tensor, truth: Tensor) -> float:
     """Share of samples that a classifier of real digits reads as the digit asked for."""
     from sklearn.svm import SVC
 
-    reader = SVC().fit(_flat(reference).numpy(), truth.numpy())
-    return float((reader.predict(_flat(samples).numpy()) == labels.numpy()).mean())
+    reader = SVC().fit(flat(reference).numpy(), truth.numpy())
+    return float((reader.predict(flat(samples).numpy()) == labels.numpy()).mean())
 
 
 def saved_for_backward(model: nn.Module, *args: Any, **kwargs: Any) -> int:

@@ -1,0 +1,65 @@
+"""`a3fta sample`: a grid of images from a base and its adapters."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+from .errors import CommandError, require
+from .subject import positive
+
+
+def _adapter(text: str) -> tuple[str, float]:
+    folder, _, weight = text.rpartition("=")
+    if not folder or Path(text).is_dir():  # with = in its name
+        return text, 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        return text, 1.0
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected FOLDER or FOLDER=WEIGHT, got {text}")
+    return folder, value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, help="the pipeline: a folder, or a name on the hub")
+    add(
+        "--adapter", type=_adapter, action="append", required=True, metavar="FOLDER[=WEIGHT]",
+        help="a row of its own; several also together",
+    )  # fmt: skip
+    add("--prompt", action="append", default=[], help="or a class; several take turns")
+    add("--out", type=Path, default=Path("samples.png"), help="the grid")
+    add("--count", type=positive, default=4, help="columns, and one for each prompt at least")
+    add("--steps", type=positive, default=30, help="denoising steps")
+    add("--guidance", type=float, default=5.0, help="classifier-free guidance")
+    add("--seed", type=int, default=0, help="of the first column's noise")
+    add("--resolution", type=positive, help="pixels along an edge (the model's own)")
+    add("--precision", default="no", choices=("no", "fp16", "bf16"), help="of the weights")
+    add("--batch", type=positive, default=1, help="images at a time")
+    add("--allow-other-base", action="store_true", help="other weights than it was trained on")
+
+
+def run(args: argparse.Namespace) -> int:
+    require(("diffusers", "transformers", "PIL"), "train")
+    from PIL import Image
+
+    from ..train import TrainingError, sample
+
+    # before minutes of drawing
+    if args.out.suffix.lower() not in Image.registered_extensions():
+        raise CommandError(f"out: expected a picture's name such as samples.png, got {args.out}")
+    try:
+        page = sample(
+            args.model, args.adapter, args.prompt, count=args.count, steps=args.steps,
+            guidance=args.guidance, seed=args.seed, resolution=args.resolution,
+            precision=args.precision, batch=args.batch, allow_other_base=args.allow_other_base,
+        )  # fmt: skip
+    except TrainingError as error:
+        raise CommandError(str(error)) from error
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    page.save(args.out)
+    print(f"{args.out}: {page.width} x {page.height}")
+    return 0

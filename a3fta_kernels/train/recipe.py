@@ -1,0 +1,370 @@
+"""finetune: from a folder of photos to an adapter that explains itself.
+
+Photos are found and encoded once; folds of them train where too few can be held out; the last
+run trains what is kept. A report, a card and the chosen adapter close it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapters import AdapterConfig
+from ..inject import inject, trainable_parameters
+from ..lean import lean
+from . import checkpoints, monitor, optimizers, records
+from .batches import generator
+from .card import write_card
+from .dataset import PHOTOS, Data, encode, gather, keep
+from .drawing import DTYPES, Prompt, Sampler
+from .errors import TrainingError
+from .families import Family, load, stack
+from .loop import Result, train
+from .report import write_report
+from .settings import Settings, read_yaml
+from .trainer import Listener, Material, Run
+
+# where it stands in a run's folder
+SETTINGS, SUMMARY, ADAPTER = "settings.yaml", "summary.json", "adapter"
+# and what is there before it has begun
+_BEFORE = ("cache", PHOTOS)
+
+
+def finetune(settings: Settings, listener: Listener | None = None) -> Path:
+    """Trains an adapter as `settings` say, and returns its folder, `<output>/adapter`.
+
+    Everything is in `settings.output`: see the module `records` for the files. With
+    `settings.resume` a run goes on where it was cut off, with the same losses as if it had not
+    been. Raises TrainingError for what a person can mend; what was saved stays then.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin
+
+    listener = listener or Listener()
+    optimizers.check(settings.optimizer)
+    _check_paths(settings)
+    output = Path(settings.output)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=settings.mixed_precision, log_with=_trackers(settings),
+            project_dir=str(output),
+            # the settings say it, not the environment of `accelerate launch`
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )  # fmt: skip
+    except ValueError as error:  # no such precision here, or not after a run of another
+        raise TrainingError(f"mixed_precision {settings.mixed_precision}: {error}") from error
+    main = accelerator.is_main_process
+    torch.backends.cuda.matmul.allow_tf32 = settings.tf32
+    torch.backends.cudnn.allow_tf32 = settings.tf32
+    with _owned(output, main), records.explained(output):
+        _check_folder(output, settings)
+        if main:
+            checkpoints.tidy(output)
+        accelerator.wait_for_everyone()
+        family = load(settings.model, DTYPES[settings.mixed_precision])
+        _check_texts(settings, family)
+        data = gather(settings, family)
+        listener.say(str(data))
+        if main:
+            keep(output, data, begun=(output / SETTINGS).exists())
+        # the main process fills the cache, the others read it
+        with accelerator.main_process_first(), family.encoding(accelerator.device):
+            material, prompts = encode(settings, family, data, output)
+        family.denoiser.to(accelerator.device)
+        warnings = _prepare(settings, family, listener)
+        base = Run(settings, family, accelerator, material, output, (), (), "", listener)
+        _budget(base, data)
+        if main:
+            # from here on there is a run: what could not be was told before
+            records.write(output / SETTINGS, settings.to_yaml())
+        if settings.log_with:
+            accelerator.init_trackers("a3fta", config=_plain(settings))
+        result, chosen, folds = _train(base, data, prompts, material)
+        folder = output / ADAPTER
+        if main:
+            summary = _summary(settings, family, data, result, chosen, folds, warnings)
+            summary["seconds"] = _spent(output)
+            summary["device"] = _device(accelerator.device)
+            _finish(output, chosen["step"], summary)
+            if settings.push_to_hub:
+                _push(folder, settings.push_to_hub)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+    return folder
+
+
+def _check_paths(settings: Settings) -> None:
+    """Before a model is loaded, which takes its time."""
+    output = Path(settings.output).resolve()
+    if output.exists() and not output.is_dir():
+        raise TrainingError(f"output: expected a folder, got the file {settings.output}")
+    for name, folder in (("data", settings.data), ("prior_data", settings.prior_data)):
+        if folder and not Path(folder).is_dir():
+            raise TrainingError(f"{name}: expected a folder, got {folder}")
+        if folder and output.is_relative_to(Path(folder).resolve()):
+            raise TrainingError(
+                f"output: expected a folder outside of {name}, which its samples would join, got "
+                f"{settings.output} in {folder}"
+            )
+
+
+def _check_texts(settings: Settings, family: Family) -> None:
+    if family.captions:
+        return
+    for name in ("trigger", "caption_dropout", "prior_prompt", "sample_prompts"):
+        if value := getattr(settings, name):
+            raise TrainingError(f"{name}: expected none for a model without texts, got {value!r}")
+
+
+@contextlib.contextmanager
+def _owned(output: Path, main: bool) -> Iterator[None]:
+    """The folder, for this run alone; a killed process gives it back."""
+    import fcntl
+
+    with records.explained(output):
+        output.mkdir(parents=True, exist_ok=True)
+        with open(output / ".lock", "w") as stream:
+            if main:
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise TrainingError(f"output: {output} is in use by another run") from None
+            yield
+
+
+def _trackers(settings: Settings) -> list[Any] | None:
+    """accelerate leaves out those that are not installed."""
+    from accelerate.tracking import get_available_trackers
+
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for name in settings.log_with:
+        if name not in available:
+            raise TrainingError(
+                f"log_with: expected one of those installed ({', '.join(available) or 'none is'}), "
+                f"got {name!r}"
+            )
+    return list(settings.log_with) or None
+
+
+def _check_folder(output: Path, settings: Settings) -> None:
+    path = output / SETTINGS
+    if not path.exists():
+        # a run replaces what is there under its own names, such as adapter/
+        others = [p.name for p in output.iterdir() if not p.name.startswith(".")]
+        if strange := sorted(set(others).difference(_BEFORE)):
+            raise TrainingError(
+                f"output: expected a new or empty folder, or one of a run, got {output} with "
+                f"{', '.join(strange[:5])}{', ...' if len(strange) > 5 else ''}"
+            )
+        return
+    if not settings.resume:
+        raise TrainingError(
+            f"output: {output} has a run already; --resume goes on with it, another --output "
+            f"begins anew"
+        )
+    try:
+        before = Settings.from_dict(read_yaml(path))
+    except (TypeError, ValueError) as error:
+        raise TrainingError(
+            f"resume: expected {path} as the run wrote it, got another: {error}"
+        ) from error
+    changes = before.changes(settings)
+    if changes:
+        told = "; ".join(f"{name} was {a!r}, is {b!r}" for name, (a, b) in changes.items())
+        raise TrainingError(
+            f"resume: expected the settings that the run began with, got others: {told}. Take "
+            f"them back, or begin anew with another --output"
+        )
+
+
+def _prepare(settings: Settings, family: Family, listener: Listener) -> list[str]:
+    """Adapters, the lean trunk, checkpointing; what the report should warn of."""
+    model: Any = family.denoiser
+    family.noise.weight(torch.full((1,), 0.5), settings.snr_gamma)  # raises where there is none
+    torch.manual_seed(int(torch.randint(2**62, (), generator=generator(settings.seed, "adapter"))))
+    config = AdapterConfig(
+        rank=settings.rank, activation=settings.activation, design=settings.design,
+        bias=settings.bias, dropout=settings.dropout, targets=settings.targets or None,
+        rank_pattern=settings.ranks(),
+    )  # fmt: skip
+    try:
+        report = inject(model, config)
+        listener.say(str(report))
+        warnings = [f"{n} has no adapter: {why}" for n, why in report.unadapted.items()]
+        if settings.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        if settings.lean not in ("off", "auto"):
+            listener.say(str(lean(model, settings.lean, norms=settings.norms)))
+    except (TypeError, ValueError) as error:
+        raise TrainingError(str(error)) from error
+    return warnings
+
+
+def _train(
+    base: Run, data: Data, prompts: Sequence[Prompt], material: Material
+) -> tuple[Result, dict[str, Any], list[dict[str, Any]]]:
+    """The last run's result, what is chosen and why, and the curves of folds."""
+    settings, model = base.settings, base.family.denoiser
+    last = dataclasses.replace(
+        base, train=data.train, heldout=data.split.heldout, title="training"
+    )  # fmt: skip
+    if settings.sample_every and base.accelerator.is_main_process:
+        # before the folds, as what it needs may be missing
+        last.sampler = _sampler(last, data, prompts)
+    start = [p.detach().clone() for p in trainable_parameters(model)]
+    # of a fold only its losses are of use later; all of them run to the end, as they are compared
+    # at the steps that all have reached
+    short = dataclasses.replace(settings, checkpoint_limit=1, patience=0)
+    everything, curves = tuple(range(len(material.rows))), []
+    folds = data.split.folds if settings.evaluate_every else ()
+    reason = "the last step; nothing was held out"
+    for number, fold in enumerate(folds):
+        _reset(model, start)
+        rest = tuple(i for i in everything if i not in fold)
+        title = f"fold {number + 1} of {len(folds)}"
+        folder = base.folder / "folds" / str(number + 1)
+        run = dataclasses.replace(
+            base, settings=short, folder=folder, train=rest, heldout=fold, title=title
+        )
+        curves.append(train(run).evaluations)
+    if curves:
+        mixed = monitor.average(curves, [len(fold) for fold in folds])
+        best = monitor.best_step(mixed)
+        if settings.choose == "best" and best is not None:
+            last.stop = best
+            reason = f"the lowest mean loss of the photos left out of {len(curves)} folds"
+    _reset(model, start)
+    result = train(last)
+    step = result.step
+    if settings.choose == "best" and result.best is not None:
+        step, reason = result.best, f"the lowest loss of {len(data.split.heldout)} held-out photos"
+    elif settings.choose == "last":
+        reason = "the last step, as asked for"
+    return result, {"step": step, "why": reason}, _curves(curves)
+
+
+def _reset(model: nn.Module, start: Sequence[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, value in zip(trainable_parameters(model), start, strict=True):
+            parameter.copy_(value)
+
+
+def _budget(base: Run, data: Data) -> None:
+    """lean=auto, which needs to see a batch."""
+    settings, family = base.settings, base.family
+    if settings.lean != "auto":
+        return
+    largest = max(data.train, key=lambda i: base.material.rows[i]["mean"].numel())
+    batch = stack([base.material.rows[largest]] * settings.batch)
+    row = {name: value.to(base.accelerator.device) for name, value in batch.items()}
+    time = family.noise.time(torch.full((settings.batch,), 0.5)).to(base.accelerator.device)
+    inputs = family.inputs(row["mean"], time, row)
+    try:
+        report = lean(
+            family.denoiser, "auto", norms=settings.norms, budget=settings.budget, inputs=inputs
+        )
+    except (TypeError, ValueError) as error:
+        raise TrainingError(str(error)) from error
+    base.listener.say(str(report))
+
+
+def _sampler(run: Run, data: Data, prompts: Sequence[Prompt]) -> Sampler:
+    side = run.settings.resolution or run.family.resolution
+    return Sampler(
+        run.folder, run.family, run.settings, prompts, run.material.empty,
+        data.images(run.train), [run.material.names[i] for i in run.train],
+        data.images(run.heldout), (side, side),
+        run.accelerator.device,
+    )  # fmt: skip
+
+
+def _curves(curves: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "fold": number, "steps": [e["step"] for e in curve],
+            "heldout_mean": [e["heldout_mean"] for e in curve],
+        }
+        for number, curve in enumerate(curves, 1)
+    ]  # fmt: skip
+
+
+def _summary(
+    settings: Settings, family: Family, data: Data, result: Result, chosen: dict[str, Any],
+    folds: list[dict[str, Any]], warnings: list[str],
+) -> dict[str, Any]:  # fmt: skip
+    import accelerate
+    import diffusers
+
+    versions = {
+        "a3fta_kernels": sys.modules["a3fta_kernels"].__version__, "torch": torch.__version__,
+        "diffusers": diffusers.__version__, "accelerate": accelerate.__version__,
+        "python": platform.python_version(),
+    }  # fmt: skip
+    return {
+        "chosen_step": chosen["step"],
+        "why": chosen["why"],
+        "steps_done": result.step,
+        "stopped_early": result.stopped_early,
+        "rule": data.split.rule,
+        "fold_curves": folds,
+        "parameters": sum(p.numel() for p in trainable_parameters(family.denoiser)),
+        "base": settings.model,
+        "family": family.name,
+        "versions": versions,
+        "warnings": warnings,
+    }
+
+
+def _spent(output: Path) -> float:
+    """Seconds of all steps, of folds too, in whatever process they were made."""
+    runs = [output, *output.glob("folds/*")]
+    return sum(entry["seconds"] for run in runs for entry in records.read(run, records.LOG))
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()})"
+
+
+def _finish(output: Path, step: int, summary: dict[str, Any]) -> None:
+    """The chosen checkpoint's adapter in its place, and what explains it."""
+    chosen = checkpoints.place(output / "checkpoints", step)
+    checkpoints.check(chosen)
+    source = chosen / "adapter"
+    new, target = output / f".{ADAPTER}.new", output / ADAPTER
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.copytree(source, new)
+    shutil.rmtree(target, ignore_errors=True)
+    new.rename(target)
+    records.write_json(output / SUMMARY, summary)
+    write_report(output)
+    write_card(output, target)
+
+
+def _push(adapter: Path, repository: str) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=adapter)
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+        raise TrainingError(
+            f"push_to_hub: {repository} did not take the adapter, which lies in {adapter}: {error}"
+        ) from error
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    """For trackers, which take no lists."""
+    return {k: str(v) if isinstance(v, list) else v for k, v in settings.to_dict().items()}
