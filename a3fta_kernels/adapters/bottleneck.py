@@ -28,8 +28,8 @@ class BottleneckAdapter(nn.Module):
     w_up and b_up start at zero, so that a new adapter changes nothing. The projection that owns
     the adapter computes the formula.
 
-    A design whose formula differs in w_up and b_up alone adds its parameters and overrides
-    `forward`: everything that computes with an adapter takes its tensors from there.
+    A design whose formula differs in w_up and b_up alone makes its parameters in `extend` and
+    overrides `forward`: everything that computes with an adapter takes its tensors from there.
 
     `.to(dtype)`, `.half()` and layerwise casting never narrow the parameters; moves to another
     device and wider dtypes are followed.
@@ -55,6 +55,10 @@ class BottleneckAdapter(nn.Module):
         self.w_up = nn.Parameter(torch.zeros(channels, rank, **options))
         self.b_down = nn.Parameter(torch.zeros(rank, **options)) if config.bias else None
         self.b_up = nn.Parameter(torch.zeros(channels, **options)) if config.bias else None
+        self.extend(options)
+
+    def extend(self, options: dict[str, Any]) -> None:
+        """Makes what a design adds; `options`: device and dtype of its parameters."""
 
     def forward(self) -> Tensors:
         """The tensors: by a call, so that hooks that fetch offloaded parameters run."""

@@ -74,7 +74,7 @@ class AdapterConfig:
                 f"got {describe(self.rank_pattern)}"
             )
         for pattern, rank in self.rank_pattern.items():
-            _check_regex("rank_pattern", pattern)
+            check_regex("rank_pattern", pattern)
             _check_rank(f"rank_pattern[{pattern!r}]", rank)
         object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
         if self.dtype is not None and self.dtype not in DTYPES.values():
@@ -133,7 +133,7 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-def _check_regex(name: str, pattern: Any) -> None:
+def check_regex(name: str, pattern: Any) -> None:
     if not isinstance(pattern, str):
         raise TypeError(f"{name}: expected a regular expression, got {describe(pattern)}")
     try:
@@ -148,7 +148,7 @@ def _targets(value: Any) -> str | tuple[str, ...] | None:
     if value is None:
         return None
     if isinstance(value, str):
-        _check_regex("targets", value)
+        check_regex("targets", value)
         return value
     names = tuple(value) if isinstance(value, (list, tuple, set, frozenset)) else ()
     if not names or not all(isinstance(name, str) and name for name in names):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from .bottleneck import BottleneckAdapter, Tensors, drawn
-from .config import AdapterConfig
 
 
 class GatedAdapter(BottleneckAdapter):
@@ -20,20 +21,11 @@ class GatedAdapter(BottleneckAdapter):
     on layers added to a frozen model: Alayrac et al., "Flamingo" (NeurIPS 2022).
     """
 
-    def __init__(
-        self,
-        channels: int,
-        rank: int,
-        config: AdapterConfig,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(channels, rank, config, device=device, dtype=dtype)
+    def extend(self, options: dict[str, Any]) -> None:
         with torch.no_grad():
-            self.w_up.copy_(drawn(channels, rank))
+            self.w_up.copy_(drawn(*self.w_up.shape))
         # of one dimension, because sharded training takes no scalars
-        self.gate = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+        self.gate = nn.Parameter(torch.zeros(1, **options))
 
     def forward(self) -> Tensors:
         g = self.gate.tanh()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from .bottleneck import BottleneckAdapter, Tensors
-from .config import AdapterConfig
 
 
 class ScaledAdapter(BottleneckAdapter):
@@ -20,17 +21,8 @@ class ScaledAdapter(BottleneckAdapter):
     Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning" (NeurIPS 2022).
     """
 
-    def __init__(
-        self,
-        channels: int,
-        rank: int,
-        config: AdapterConfig,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(channels, rank, config, device=device, dtype=dtype)
-        self.s = nn.Parameter(torch.ones(channels, device=device, dtype=dtype))
+    def extend(self, options: dict[str, Any]) -> None:
+        self.s = nn.Parameter(torch.ones(len(self.w_up), **options))
 
     def forward(self) -> Tensors:
         w_down, w_up, b_down, b_up = super().forward()

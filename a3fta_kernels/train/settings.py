@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import functools
 import math
-import re
 import types
 import typing
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import DESIGNS
+from ..adapters.config import check_regex
 from ..checks import describe
 from ..ops.activations import ACTIVATIONS
 
@@ -199,12 +199,7 @@ class Settings:
             pattern, _, rank = entry.rpartition("=")
             if not pattern or not rank.isdecimal() or int(rank) < 1:
                 raise ValueError(f"rank_pattern: expected REGEX=RANK, got {entry!r}")
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    f"rank_pattern: expected a regular expression before =, got {entry!r} ({error})"
-                ) from error
+            check_regex("rank_pattern", pattern)
             found[pattern] = int(rank)
         return found
 

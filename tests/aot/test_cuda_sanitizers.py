@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,24 +41,30 @@ PLANTED = [
 
 @pytest.mark.parametrize("sanitizers", [ADDRESS, THREAD])
 def test_sanitizers(sanitizers, tmp_path):
-    probe = tmp_path / "probe.cpp"
-    probe.write_text("int main() {}\n")
-    links = subprocess.run(
-        [COMPILER, f"-fsanitize={sanitizers}", str(probe), "-o", str(tmp_path / "probe")],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    if links.returncode != 0:
-        pytest.skip(f"g++ has no {sanitizers} sanitizer here: {links.stderr.strip()[:200]}")
-    program = build_program(tmp_path, sanitizers)
-    clean = run(program)
-    if "unexpected memory mapping" in clean.stderr:
-        pytest.skip("ThreadSanitizer does not know this kernel's memory layout")
-    assert clean.returncode == 0 and clean.stdout == "clean\n", clean.stdout + clean.stderr
+    program = clean_program(build_program, tmp_path, sanitizers)
     for mistake, by, finding in PLANTED:
         if by in (None, sanitizers):
             broken = run(program, mistake)
             assert broken.returncode != 0, mistake
             assert finding in broken.stderr, broken.stderr
+
+
+def clean_program(build: Callable[[Path, str], Path], folder: Path, sanitizers: str) -> Path:
+    """The program, which has run clean; skips where there is no such sanitizer."""
+    probe = folder / "probe.cpp"
+    probe.write_text("int main() {}\n")
+    links = subprocess.run(
+        [COMPILER, f"-fsanitize={sanitizers}", str(probe), "-o", str(folder / "probe")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if links.returncode != 0:
+        pytest.skip(f"g++ has no {sanitizers} sanitizer here: {links.stderr.strip()[:200]}")
+    program = build(folder, sanitizers)
+    clean = run(program)
+    if "unexpected memory mapping" in clean.stderr:
+        pytest.skip("ThreadSanitizer does not know this kernel's memory layout")
+    assert clean.returncode == 0 and clean.stdout == "clean\n", clean.stdout + clean.stderr
+    return program
 
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -5,20 +5,18 @@ Its results are held to the oracle in test_cuda_emulated.py.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
 
 from ..cuda_emulator.build import COMPILER, build_hopper_program
-from .test_cuda_sanitizers import run
+from .test_cuda_sanitizers import ADDRESS, THREAD, clean_program, run
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="g++ not found: no emulated kernels"),
     pytest.mark.skipif(sys.platform != "linux", reason="the emulator needs ucontext on Linux"),
     pytest.mark.timeout(600),
 ]
-ADDRESS, THREAD = "address,undefined", "thread"
 # mistakes of sanitize_hopper.cpp, and what shows each under one sanitizer and under the other
 PLANTED = {
     "none": ("right", "right"),
@@ -37,19 +35,7 @@ PLANTED = {
 
 @pytest.mark.parametrize("sanitizers", [ADDRESS, THREAD])
 def test_sanitizers(sanitizers, tmp_path):
-    probe = tmp_path / "probe.cpp"
-    probe.write_text("int main() {}\n")
-    links = subprocess.run(
-        [COMPILER, f"-fsanitize={sanitizers}", str(probe), "-o", str(tmp_path / "probe")],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    if links.returncode != 0:
-        pytest.skip(f"g++ has no {sanitizers} sanitizer here: {links.stderr.strip()[:200]}")
-    program = build_hopper_program(tmp_path, sanitizers)
-    clean = run(program)
-    if "unexpected memory mapping" in clean.stderr:
-        pytest.skip("ThreadSanitizer does not know this kernel's memory layout")
-    assert clean.returncode == 0 and clean.stdout == "clean\n", clean.stdout + clean.stderr
+    program = clean_program(build_hopper_program, tmp_path, sanitizers)
     for mistake, findings in PLANTED.items():
         finding = findings[sanitizers == THREAD]
         if finding is not None:

@@ -9,11 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-Image = pytest.importorskip("PIL.Image")
-
-from a3fta_kernels.train.buckets import choices, fit, sizes, to_tensor  # noqa: E402
-from a3fta_kernels.train.errors import TrainingError  # noqa: E402
+from a3fta_kernels.train.buckets import choices, fit, sizes, to_tensor
+from a3fta_kernels.train.errors import TrainingError
 
 SIDES = st.integers(1, 5000)
 GRIDS = st.sampled_from([(512, 8), (512, 64), (1024, 16), (64, 8), (32, 16), (8, 8), (768, 32)])

@@ -9,12 +9,8 @@ import shlex
 
 import pytest
 import yaml
-from PIL import Image
-
-pytest.importorskip("matplotlib")
-pytest.importorskip("huggingface_hub")
-
 from huggingface_hub import ModelCard
+from PIL import Image
 
 from a3fta_kernels import cli
 from a3fta_kernels.train.card import base_name, write_card

@@ -12,11 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-pytest.importorskip("accelerate")
-pytest.importorskip("diffusers")
-runs = pytest.importorskip("tests.train.runs_on_disk")
-
-from a3fta_kernels.train import Settings, finetune, records  # noqa: E402
+from a3fta_kernels.train import Settings, finetune, records
+from tests.train import runs_on_disk as runs
 
 
 def process(settings: Settings, rank: int, port: int) -> None:

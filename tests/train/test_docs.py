@@ -7,12 +7,10 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
+import yaml
 
 from a3fta_kernels import cli
 from a3fta_kernels.train.settings import Settings
-
-yaml = pytest.importorskip("yaml")
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {

@@ -11,14 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import state as accelerate_state
 from PIL import Image
 
-pytest.importorskip("diffusers")
-accelerate_state = pytest.importorskip("accelerate.state")
-common = pytest.importorskip("tests.train.families.common")
-
-import a3fta_kernels as a3fta  # noqa: E402
-from a3fta_kernels.train import (  # noqa: E402
+import a3fta_kernels as a3fta
+from a3fta_kernels.train import (
     Settings,
     dataset,
     families,
@@ -26,6 +23,7 @@ from a3fta_kernels.train import (  # noqa: E402
     monitor,
     records,
 )
+from tests.train.families import common
 
 # the family of each pipeline that runs whole
 ROWS = {

@@ -8,12 +8,9 @@ import json
 import shutil
 
 import pytest
-from PIL import Image
-
-pytest.importorskip("matplotlib")
-
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
+from PIL import Image
 
 from a3fta_kernels.train import figures
 from a3fta_kernels.train.run_files import Run

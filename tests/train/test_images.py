@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-Image = pytest.importorskip("PIL.Image")
-
-from a3fta_kernels.train.images import Unusable, decode  # noqa: E402
+from a3fta_kernels.train.images import Unusable, decode
 
 W, H = 12, 8
 RAMP = np.linspace(0, 255, W * H).astype(np.uint8).reshape(H, W)

@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
-Image = pytest.importorskip("PIL.Image")
-
-from a3fta_kernels.train.errors import TrainingError  # noqa: E402
-from a3fta_kernels.train.photos import find  # noqa: E402
+from a3fta_kernels.train.errors import TrainingError
+from a3fta_kernels.train.photos import find
 
 
 def photo(path: Path, color: Any = None, size: tuple[int, int] = (40, 32), **options: Any) -> Path:

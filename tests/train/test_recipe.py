@@ -7,16 +7,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file
 
-pytest.importorskip("accelerate")
-diffusers = pytest.importorskip("diffusers")
-runs = pytest.importorskip("tests.train.runs_on_disk")
-
-import a3fta_kernels as a3fta  # noqa: E402
-from a3fta_kernels.train import (  # noqa: E402
+import a3fta_kernels as a3fta
+from a3fta_kernels.train import (
     Listener,
     TrainingError,
     checkpoints,
@@ -26,6 +23,7 @@ from a3fta_kernels.train import (  # noqa: E402
     records,
     run_files,
 )
+from tests.train import runs_on_disk as runs
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,6 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-pytest.importorskip("matplotlib")
-
 from a3fta_kernels.train import report
 from a3fta_kernels.train.report import duration, write_report
 from a3fta_kernels.train.run_files import Run

@@ -18,11 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("accelerate")
-pytest.importorskip("diffusers")
-runs = pytest.importorskip("tests.train.runs_on_disk")
-
-from a3fta_kernels.train import Settings, TrainingError, finetune, records  # noqa: E402
+from a3fta_kernels.train import Settings, TrainingError, finetune, records
+from tests.train import runs_on_disk as runs
 
 KILLS = int(os.environ.get("A3FTA_FUZZ_KILLS", "5"))
 # what a run does to the disk, by the functions that do it

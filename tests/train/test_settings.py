@@ -121,7 +121,7 @@ def test_help_says_the_defaults():
         ({"rank_pattern": ["attn1=0"]}, ValueError, "rank_pattern: .* got 'attn1=0'"),
         ({"rank_pattern": ["=4"]}, ValueError, "rank_pattern: .* got '=4'"),
         ({"rank_pattern": ["a=²"]}, ValueError, "rank_pattern: expected REGEX=RANK, got 'a=²'"),
-        ({"rank_pattern": ["(=4"]}, ValueError, "rank_pattern: .* got '\\(=4'"),
+        ({"rank_pattern": ["(=4"]}, ValueError, "rank_pattern: .* got '\\('"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(changes, error, told):

@@ -7,11 +7,10 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-Image = pytest.importorskip("PIL.Image")
-
-from a3fta_kernels.train.errors import TrainingError  # noqa: E402
-from a3fta_kernels.train.sources import read_folder  # noqa: E402
+from a3fta_kernels.train.errors import TrainingError
+from a3fta_kernels.train.sources import read_folder
 
 
 @pytest.fixture

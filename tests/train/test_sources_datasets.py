@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
-Image = pytest.importorskip("PIL.Image")
 datasets: Any = pytest.importorskip("datasets")
 
 from a3fta_kernels.train.errors import TrainingError  # noqa: E402

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .family import Row
-from .latents import LatentFamily, flow
+from .latents import TRANSFORMER_PARTS, LatentFamily, flow
 
 # of the distilled models: what they were taught to draw at 1 is the model without guidance,
 # which is what photos without guidance are the target of
@@ -28,10 +28,7 @@ class Flux(LatentFamily):
 
     name = "flux"
     pipelines = ("FluxPipeline",)
-    parts = (
-        "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer",
-        "scheduler",
-    )  # fmt: skip
+    parts = TRANSFORMER_PARTS
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)

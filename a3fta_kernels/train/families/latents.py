@@ -14,6 +14,11 @@ from ..errors import TrainingError
 from ..noise import Flow
 from .family import Crop, Family, Row, stack, to_images
 
+# of a pipeline with a transformer and two texts
+TRANSFORMER_PARTS = (
+    "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer", "scheduler",
+)  # fmt: skip
+
 
 class LatentFamily(Family):
     """A pipeline whose denoiser works on a VAE's latents and is told a text.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import TrainingError
 from .family import Crop, Row
-from .latents import LatentFamily, flow
+from .latents import TRANSFORMER_PARTS, LatentFamily, flow
 
 
 class StableDiffusion3(LatentFamily):
@@ -23,10 +23,7 @@ class StableDiffusion3(LatentFamily):
 
     name = "stable_diffusion_3"
     pipelines = ("StableDiffusion3Pipeline",)
-    parts = (
-        "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer",
-        "scheduler",
-    )  # fmt: skip
+    parts = TRANSFORMER_PARTS
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)

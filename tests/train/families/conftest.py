@@ -11,7 +11,8 @@ import torch
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a small pipeline of common.PIPELINES; nothing writes there."""
-    common = pytest.importorskip("tests.train.families.common")
+    from tests.train.families import common
+
     written: dict[str, Path] = {}
 
     def folder(name: str) -> Path:
@@ -26,7 +27,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture
 def load(pipeline: Callable[[str], Path]) -> Callable[..., Any]:
     """A family of a freshly loaded pipeline."""
-    families = pytest.importorskip("a3fta_kernels.train.families")
+    from a3fta_kernels.train import families
 
     def loaded(name: str, dtype: torch.dtype = torch.float32) -> Any:
         return families.load(str(pipeline(name)), dtype)

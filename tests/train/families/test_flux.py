@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
 
-diffusers = pytest.importorskip("diffusers")
-common = pytest.importorskip("tests.train.families.common")
-
-from a3fta_kernels.train import TrainingError  # noqa: E402
-from a3fta_kernels.train.families import stack  # noqa: E402
-from a3fta_kernels.train.families.flux import Flux, pack, unpack  # noqa: E402
+from a3fta_kernels.train import TrainingError
+from a3fta_kernels.train.families import stack
+from a3fta_kernels.train.families.flux import Flux, pack, unpack
+from tests.train.families import common
 
 NAMES = ["flux", "flux_schnell"]
 

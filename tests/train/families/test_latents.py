@@ -8,13 +8,11 @@ import shutil
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
-common = pytest.importorskip("tests.train.families.common")
-
-import a3fta_kernels as a3fta  # noqa: E402
-from a3fta_kernels.train import TrainingError, families  # noqa: E402
-from a3fta_kernels.train.families import Crop, stack  # noqa: E402
-from tests.models import randomize  # noqa: E402
+import a3fta_kernels as a3fta
+from a3fta_kernels.train import TrainingError, families
+from a3fta_kernels.train.families import Crop, stack
+from tests.models import randomize
+from tests.train.families import common
 
 NAMES = ["sd", "sdxl", "sd3", "flux"]
 CROP = Crop((32, 24), (32, 24), 0, 0)

@@ -8,11 +8,9 @@ import shutil
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
-common = pytest.importorskip("tests.train.families.common")
-
-from a3fta_kernels.train import TrainingError  # noqa: E402
-from a3fta_kernels.train.families import FAMILIES, load  # noqa: E402
+from a3fta_kernels.train import TrainingError
+from a3fta_kernels.train.families import FAMILIES, load
+from tests.train.families import common
 
 
 @pytest.mark.parametrize("name", common.PIPELINES)

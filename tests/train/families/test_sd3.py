@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
 
-diffusers = pytest.importorskip("diffusers")
-common = pytest.importorskip("tests.train.families.common")
-
-from a3fta_kernels.train import TrainingError  # noqa: E402
-from a3fta_kernels.train.families import Crop, stack  # noqa: E402
-from a3fta_kernels.train.families.sd3 import StableDiffusion3  # noqa: E402
+from a3fta_kernels.train import TrainingError
+from a3fta_kernels.train.families import Crop, stack
+from a3fta_kernels.train.families.sd3 import StableDiffusion3
+from tests.train.families import common
 
 
 def test_noise_is_the_schedulers(load):

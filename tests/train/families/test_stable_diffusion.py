@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
 
-diffusers = pytest.importorskip("diffusers")
-common = pytest.importorskip("tests.train.families.common")
-
-from a3fta_kernels.train.families import Crop, stack  # noqa: E402
+from a3fta_kernels.train.families import Crop, stack
+from tests.train.families import common
 
 
 @pytest.mark.parametrize("name", ["sd", "sd_v", "sdxl"])

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
 
-diffusers = pytest.importorskip("diffusers")
-common = pytest.importorskip("tests.train.families.common")
-
-from a3fta_kernels.train import TrainingError  # noqa: E402
-from a3fta_kernels.train.families import Crop, stack  # noqa: E402
-from a3fta_kernels.train.families.unconditional import Unconditional  # noqa: E402
-from tests import models  # noqa: E402
+from a3fta_kernels.train import TrainingError
+from a3fta_kernels.train.families import Crop, stack
+from a3fta_kernels.train.families.unconditional import Unconditional
+from tests import models
+from tests.train.families import common
 
 
 def family_of(scheduler=None, **options):
