@@ -65,9 +65,9 @@ def export_lora(
     Raises:
         TypeError: `dtype` is not a floating dtype of 16 bits or more, or the model is none.
         ValueError: no adapter of that name, one that is no LoRA (an activation, biases that are
-            not zero), scales that differ between layers, merged layers, a weight that is not a
-            plain tensor at hand (quantized, offloaded), adapter parameters on the meta device,
-            values beyond the range of the dtype, or a layout that the model has not.
+            not zero), merged layers, a weight that is not a plain tensor at hand (quantized,
+            offloaded), adapter parameters on the meta device, values beyond the range of the
+            dtype, or a layout that the model has not.
         OSError: from writing; the file that was there stays.
     """
     root = denoiser(model)
@@ -83,9 +83,6 @@ def export_lora(
     layers = {key: layer for key, layer in layers.items() if name in layer.adapters}
     for key, layer in layers.items():
         _check(key, layer, name)
-    scales = sorted({float(_adapter(layer, name).scale) for layer in layers.values()})
-    if len(scales) > 1:
-        raise ValueError(f"model: expected one scale for all layers, got {scales}")
     factors = {key: _factors(key, layer, name, dtype) for key, layer in layers.items()}
     tensors = _kohya(factors) if layout == "kohya" else _diffusers(factors, prefix)
     return _write(Path(folder) / LAYOUTS[layout], tensors)
@@ -135,8 +132,8 @@ def _check(key: str, layer: AdaptedProjectionMixin, name: str) -> None:
                 f"{name!r} with {parameter} of up to {largest:.3g} at {key}; "
                 f"train with AdapterConfig(bias=False), or merge and save the model"
             )
-    reason = layer.unfused_reason()
-    if reason not in (None, "the layer itself trains"):
+    reason = layer.unreadable_reason()
+    if reason is not None:
         raise ValueError(f"model: expected plain weights to export, got {key}: {reason}")
 
 

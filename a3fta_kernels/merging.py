@@ -59,8 +59,8 @@ def _check(name: str, layer: AdaptedProjectionMixin) -> None:
                 f"model: expected adapters without dropout to merge, or model.eval(), got adapter "
                 f"{adapter_name!r} with dropout={adapter.dropout} at {name}"
             )
-    reason = layer.unfused_reason()
-    if layer.active() and reason not in (None, "the layer itself trains"):
+    reason = layer.unreadable_reason()
+    if layer.active() and reason is not None:
         raise ValueError(f"model: expected plain weights to merge into, got {name}: {reason}")
 
 

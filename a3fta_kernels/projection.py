@@ -203,27 +203,31 @@ class AdaptedProjectionMixin(_Linear):
         return [(adapters[name], weight) for name, weight in self.weights.items()]
 
     def unfused_reason(self) -> str | None:
-        """Why the fused op cannot read this layer's weight now; None where it can."""
+        """Why the fused op cannot be this layer now; None where it can."""
+        reason = self.unreadable_reason()
+        trains = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        if reason is None and torch.is_grad_enabled() and trains:
+            return "the layer itself trains"
+        return reason
+
+    def unreadable_reason(self) -> str | None:
+        """Why this layer's weight is no plain tensor at hand; None where it is."""
         if type(self) is not AdaptedProjection:
             return f"the layer is of class {stock_class(self).__name__}, not a plain Linear"
-        weight, bias = self.weight, self.bias
+        weight = self.weight
         if type(weight) not in _PLAIN_WEIGHTS:
             return f"its weight is a {type(weight).__name__}, not a plain tensor"
         if weight.device.type == "meta":
             return "its weight is on the meta device"
         if weight.dtype not in FLOATS:
             return f"its weight is stored as {weight.dtype}"
-        if torch.is_grad_enabled() and (
-            weight.requires_grad or (bias is not None and bias.requires_grad)
-        ):
-            return "the layer itself trains"
         return None
 
     def freeze(self) -> bool:
         """Computes V and the bias once; False where this layer has nothing to keep."""
         self.frozen = None
         active = self.active()
-        if not active or self.unfused_reason() not in (None, "the layer itself trains"):
+        if not active or self.unreadable_reason() is not None:
             return False
         dtype = autocast_dtype(self.weight)
         if resolve(self.backend, self.weight.device, dtype) == "reference":

@@ -5,6 +5,7 @@
 
     build            the library, for the GPU found here only
     test-ops         the tests of the ops, on cuda too
+    test-train       the recipe: on the CPU, and runs on cuda
     test-rest        all other tests, on cuda too
     sanitize         compute-sanitizer over every CUDA kernel
     bench-adapter    `ops.adapter` with R = 64: results/<device>.json; its other rows stay
@@ -76,9 +77,9 @@ BENCHES = {
 }
 # of a stage, where it is not run.py
 SCRIPTS = dict.fromkeys(("bench-step", "bench-step-compile"), "benchmarks/bench_step.py")
-STAGES = ("build", "test-ops", "test-rest", "sanitize", *BENCHES, "targets")
+STAGES = ("build", "test-ops", "test-train", "test-rest", "sanitize", *BENCHES, "targets")
 GROUPS = {
-    "all": STAGES, "test": ("test-ops", "test-rest"), "bench": (*BENCHES, "targets")
+    "all": STAGES, "test": ("test-ops", "test-train", "test-rest"), "bench": (*BENCHES, "targets")
 }  # fmt: skip
 LIMIT_S = 455  # of a stage
 GRACE_S = 15  # for a step that is interrupted, to say how far it came
@@ -217,9 +218,11 @@ def steps(stage: str, options: argparse.Namespace, arch: str, folder: Path) -> l
         ]
     if stage == "test-ops":
         return [test_step(python, ["tests/ops"], folder / "ops.xml")]
+    if stage == "test-train":
+        return [test_step(python, ["tests/train"], folder / "train.xml")]
     if stage == "test-rest":
         # the ahead-of-time tests need no GPU and run in `make test`
-        where = ["tests", "--ignore=tests/aot", "--ignore=tests/ops"]
+        where = ["tests", *(f"--ignore=tests/{part}" for part in ("aot", "ops", "train"))]
         return [test_step(python, where, folder / "rest.xml")]
     if stage == "sanitize":
         return sanitize_steps(python, options.quick)

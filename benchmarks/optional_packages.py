@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 OPTIONAL = ("triton", "diffusers", "transformers", "accelerate", "peft", "safetensors", "sklearn",
-            "matplotlib", "PIL", "rich", "xformers", "mypy", "ruff", "build")  # fmt: skip
+            "matplotlib", "PIL", "rich", "yaml", "datasets", "prodigyopt", "bitsandbytes",
+            "tensorboard", "xformers", "mypy", "ruff", "build")  # fmt: skip
 
 
 def absent(name: str | None) -> bool:

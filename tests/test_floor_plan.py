@@ -125,7 +125,7 @@ HOMES = {
     "transformers": ["train*"],
     "huggingface_hub": ["train*"],
     "yaml": ["train*"],
-    "accelerate": ["train.recipe"],
+    "accelerate": ["train.recipe", "train.sampling"],
     "torch": ["*"],
 }
 

@@ -38,7 +38,9 @@ def sample(
     Prompts of a model with classes are their numbers; one without either takes none. Raises
     TrainingError for a pipeline, adapter or prompt that does not fit.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    from accelerate import PartialState
+
+    device = PartialState().device
     family = load(model, DTYPES[precision])
     side = resolution or family.resolution
     if side % family.multiple:

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+# bits are promised on the CPU; test_gpu.py runs where there is a GPU
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 # everything here, and below, is about the extra `train`
 NEEDED = ("accelerate", "diffusers", "matplotlib", "PIL", "transformers", "yaml")
 if any(importlib.util.find_spec(name) is None for name in NEEDED):

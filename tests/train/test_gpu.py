@@ -1,0 +1,48 @@
+"""A run on a GPU, from the command line: it learns, is counted, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from a3fta_kernels.train import records
+from tests.train import runs_on_disk as runs
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+
+
+def command(folder: Path, *more: str) -> None:
+    """In a process of its own, as the tests beside it keep theirs on the CPU."""
+    environment = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"}
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run(
+        [
+            sys.executable, "-m", "a3fta_kernels", "finetune", "--model", str(folder / "pipeline"),
+            "--data", str(folder / "photos"), "--output", str(folder / "run"), "--rank", "4",
+            "--batch", "2", "--warmup", "0", "--learning-rate", "0.01", "--evaluate-every", "2",
+            "--checkpoint-every", "2", "--sample-every", "4", "--sample-count", "2",
+            "--sample-steps", "2", "--min-side", "8", "--heldout", "holdout", "--heldout-count",
+            "2", *more,
+        ],
+        cwd=root, env=environment, check=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_a_run_on_a_gpu(precision, tmp_path):
+    runs.write_unet(tmp_path)
+    runs.write_photos(tmp_path, 6)
+    command(tmp_path, "--mixed-precision", precision, "--steps", "20")
+    command(tmp_path, "--mixed-precision", precision, "--steps", "24", "--resume")
+    log = records.read(tmp_path / "run", records.LOG)
+    assert [entry["step"] for entry in log] == list(range(1, 25))
+    assert all(math.isfinite(entry["loss"]) and entry["memory"] > 0 for entry in log)
+    judged = [e["heldout_mean"] for e in records.read(tmp_path / "run", records.EVALUATIONS)]
+    assert min(judged[1:]) < judged[0]
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
