@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from . import figures, records
-from .run_files import Run, prompts
+from .run_files import Run, prompts, told
 from .verdict import count, measured, percent
 
 CAPTIONS = 3
@@ -76,7 +76,11 @@ def base_name(run: Run) -> str | None:
     except (OSError, ValueError):
         return None
     origin = index.get("_name_or_path") if isinstance(index, dict) else None
-    return origin if isinstance(origin, str) and HUB_NAME.fullmatch(origin) else None
+    return (
+        origin
+        if isinstance(origin, str) and HUB_NAME.fullmatch(origin) and not Path(origin).exists()
+        else None
+    )
 
 
 def _metadata(run: Run) -> ModelCardData:
@@ -178,19 +182,13 @@ def _data(run: Run) -> str:
 
 def _settings(run: Run) -> str:
     rows = [
-        f"| {name} | {_code(_value(value))} |"
+        f"| {name} | {_code(told(value))} |"
         for name in TOLD
-        if (value := run.settings.get(name)) not in (None, "", [], False)
+        if (value := run.settings.get(name)) not in (None, "", [])
     ]
     versions = run.summary.get("versions") or {}
     rows += [f"| {_plain(name)} | {_code(str(value))} |" for name, value in versions.items()]
     return "\n".join(["| setting | value |", "|---|---|", *rows]) if rows else "Not recorded."
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _limits(run: Run) -> str:

@@ -23,6 +23,7 @@ class Encoder:
 
     def __init__(self, family: Family, cache: Cache) -> None:
         self.family, self.cache = family, cache
+        self.texts: dict[str, Row] = {}  # of photos that share one, one
         parts = {
             name: part for name, part in getattr(family.pipe, "components", {}).items()
             if isinstance(part, nn.Module) and part is not family.denoiser
@@ -47,7 +48,9 @@ class Encoder:
         if not self.family.captions:
             return {}
         key = {"kind": "text", "family": self.family.name, "base": self.base, "text": text}
-        return self.cache.get(key, lambda: self.family.encode_text(text))
+        if text not in self.texts:
+            self.texts[text] = self.cache.get(key, lambda: self.family.encode_text(text))
+        return self.texts[text]
 
     def rows(
         self, photos: Sequence[Photo], sizes: Sequence[Size], mirrored: bool = False

@@ -76,7 +76,7 @@ def losses(
             for question, error in zip(part, errors.tolist(), strict=True):
                 sums[0, question.range] += error
                 sums[1, question.range] += 1
-    total, count = reduce(sums.to(device if device.type != "mps" else "cpu")).cpu()
+    total, count = reduce(sums.to(device)).cpu()
     return (total / count).tolist()
 
 

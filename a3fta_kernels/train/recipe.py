@@ -56,7 +56,7 @@ def finetune(settings: Settings, listener: Listener | None = None) -> Path:
     try:
         accelerator = Accelerator(
             mixed_precision=settings.mixed_precision, log_with=_trackers(settings),
-            project_dir=str(output),
+            project_dir=str(output), cpu=not torch.cuda.is_available(),
             # the settings say it, not the environment of `accelerate launch`
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )  # fmt: skip
@@ -65,7 +65,7 @@ def finetune(settings: Settings, listener: Listener | None = None) -> Path:
     main = accelerator.is_main_process
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     torch.backends.cudnn.allow_tf32 = settings.tf32
-    with _owned(output, main), records.explained(output):
+    with _owned(output, main):
         _check_folder(output, settings)
         if main:
             checkpoints.tidy(output)
@@ -343,7 +343,9 @@ def _finish(output: Path, step: int, summary: dict[str, Any]) -> None:
     source = chosen / "adapter"
     new, target = output / f".{ADAPTER}.new", output / ADAPTER
     shutil.rmtree(new, ignore_errors=True)
-    shutil.copytree(source, new)
+    new.mkdir()
+    for file in source.iterdir():
+        records.write(new / file.name, file.read_bytes())
     shutil.rmtree(target, ignore_errors=True)
     new.rename(target)
     records.write_json(output / SUMMARY, summary)

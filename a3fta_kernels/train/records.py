@@ -91,7 +91,7 @@ def explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # a network's, of a tracker
+        if error.errno is None or isinstance(error, ConnectionError):  # a tracker's network
             raise
         told = f"{folder} cannot be written: {error.strerror or error}"
         if error.errno in FULL:

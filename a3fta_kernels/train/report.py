@@ -16,7 +16,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from . import figures, records
-from .run_files import Row, Run, thumbnail
+from .run_files import Row, Run, thumbnail, told
 from .verdict import count, verdict
 
 THUMBNAIL = 112  # pixels; shown at half of that on sharp screens
@@ -200,13 +200,5 @@ def _part(photo: Row) -> str:
 
 
 def _table(rows: Iterable[tuple[str, Any]]) -> str:
-    lines = [f"<tr><th>{escape(str(k))}</th><td>{escape(_value(v))}</td></tr>" for k, v in rows]
+    lines = [f"<tr><th>{escape(str(k))}</th><td>{escape(told(v))}</td></tr>" for k, v in rows]
     return f"<table>{''.join(lines)}</table>" if lines else ""
-
-
-def _value(value: Any) -> str:
-    if value is None or value == "" or value == []:
-        return "not set"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

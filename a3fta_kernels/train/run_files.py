@@ -222,6 +222,15 @@ def nearest_of(row: Row, i: int) -> str | None:
     return found[i] if i < len(found) else None
 
 
+def told(value: Any) -> str:
+    """A setting in words."""
+    if value is None or value == "" or value == []:
+        return "not set"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def thumbnail(path: Path | None, side: int) -> Image.Image | None:
     """The picture at most `side` pixels wide and high; None where it cannot be read any more."""
     if path is None:

@@ -40,7 +40,7 @@ def sample(
     """
     from accelerate import PartialState
 
-    device = PartialState().device
+    device = PartialState(cpu=not torch.cuda.is_available()).device
     family = load(model, DTYPES[precision])
     side = resolution or family.resolution
     if side % family.multiple:

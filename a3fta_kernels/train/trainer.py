@@ -96,11 +96,10 @@ class Trainer:
             from diffusers.training_utils import EMAModel
 
             self.average = EMAModel(self.parameters, decay=settings.ema, use_ema_warmup=True)
-        shapes: dict[torch.Size, list[int]] = {}
-        for i in run.train:
-            shapes.setdefault(run.material.rows[i]["mean"].shape, []).append(i)
-        self.order = Order(tuple(map(tuple, shapes.values())), settings.batch, settings.seed)
-        self.prior_order = _prior_order(run.material, settings)
+        self.order = _order(run.material.rows, run.train, settings)
+        self.prior_order: Order | None = None
+        if prior := run.material.prior:
+            self.prior_order = _order(prior, range(len(prior)), settings)
         self.device = self.accelerator.device
         self.done = 0
 
@@ -110,6 +109,8 @@ class Trainer:
         step = self.done + 1
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         self.plain.train()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # of this step, not of samples
         # dropout draws from the process's own generator
         torch.manual_seed(
             int(torch.randint(2**62, (), generator=generator(settings.seed, "step", step, rank)))
@@ -247,6 +248,7 @@ class Trainer:
             "rate": self.rate.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
+            "processes": self.accelerator.num_processes,
         }
         # torch.save to a file hides why a write failed
         buffer = io.BytesIO()
@@ -258,6 +260,11 @@ class Trainer:
         if list(state["parameters"]) != self.names:
             raise TrainingError(
                 f"checkpoint {path}: expected the parameters of this adapter, got others"
+            )
+        if state["processes"] != self.accelerator.num_processes:
+            raise TrainingError(
+                f"resume: expected {state['processes']} processes, with which the run began, got "
+                f"{self.accelerator.num_processes}"
             )
         with torch.no_grad():
             for name, parameter in zip(self.names, self.parameters, strict=True):
@@ -301,13 +308,11 @@ class Trainer:
         self.accelerator.free_memory()
 
 
-def _prior_order(material: Material, settings: Settings) -> Order | None:
-    if not material.prior:
-        return None
-    shapes: dict[torch.Size, list[int]] = {}
-    for i, row in enumerate(material.prior):
-        shapes.setdefault(row["mean"].shape, []).append(i)
-    return Order(tuple(map(tuple, shapes.values())), settings.batch, settings.seed)
+def _order(rows: Sequence[Row], chosen: Sequence[int], settings: Settings) -> Order:
+    by_shape: dict[torch.Size, list[int]] = {}
+    for i in chosen:
+        by_shape.setdefault(rows[i]["mean"].shape, []).append(i)
+    return Order(tuple(map(tuple, by_shape.values())), settings.batch, settings.seed)
 
 
 def _peak(device: torch.device) -> int | None:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...ops.rule import without_autocast
 from ..errors import TrainingError
 from ..noise import Flow
 from .family import Crop, Family, Row, stack, to_images
@@ -63,7 +64,9 @@ class LatentFamily(Family):
         config = self.pipe.vae.config
         raw = latents.to(self.pipe.vae.device, torch.float32) / config.scaling_factor
         raw = raw + (getattr(config, "shift_factor", None) or 0)
-        return to_images(self.pipe.vae.decode(raw).sample)
+        # the precision of a run does not reach here: SDXL's decoder overflows in fp16
+        with without_autocast(raw):
+            return to_images(self.pipe.vae.decode(raw).sample)
 
     @contextlib.contextmanager
     def encoding(self, device: torch.device) -> Iterator[None]:
