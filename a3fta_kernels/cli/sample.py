@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from ..train import TrainingError, sample
 
     # before minutes of drawing
-    if args.out.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(args.out.suffix.lower()) not in Image.SAVE:
         raise CommandError(f"out: expected a picture's name such as samples.png, got {args.out}")
     try:
         page = sample(

@@ -21,7 +21,7 @@ from .families import Family, Row
 from .photos import Photos, find
 from .settings import Settings
 from .split import Split, split
-from .trainer import Material
+from .trainer import Listener, Material
 
 PHOTOS = "photos.json"
 # what a run that goes on must find as it was
@@ -51,9 +51,7 @@ class Data:
             said += f"; {folds} runs without a part of them come before the last, on all"
         else:
             said += "; none is held out, so nothing will tell when it overfits"
-        skipped = [f"  left out: {name}: {why}" for name, why in self.photos.skipped.items()]
-        changed = [f"  {p.name}: {', '.join(p.notes)}" for p in self.photos.items if p.notes]
-        return "\n".join([said, *skipped, *changed])
+        return "\n".join([said, *_remarks(self.photos)])
 
     def to_dict(self) -> dict[str, Any]:
         fold_of = {i: number for number, fold in enumerate(self.split.folds, 1) for i in fold}
@@ -73,6 +71,12 @@ class Data:
     def images(self, indices: Sequence[int]) -> list[Image.Image]:
         """As training sees them."""
         return [fit(self.photos.items[i].open(), self.sizes[i])[0] for i in indices]
+
+
+def _remarks(photos: Photos) -> list[str]:
+    """A line per photo that is left out or changed."""
+    skipped = [f"  left out: {name}: {why}" for name, why in photos.skipped.items()]
+    return skipped + [f"  {p.name}: {', '.join(p.notes)}" for p in photos.items if p.notes]
 
 
 def gather(settings: Settings, family: Family) -> Data:
@@ -119,21 +123,16 @@ def keep(output: Path, data: Data, begun: bool) -> None:
 
 
 def encode(
-    settings: Settings, family: Family, data: Data, output: Path
+    settings: Settings, family: Family, data: Data, output: Path, listener: Listener
 ) -> tuple[Material, list[Prompt]]:
     encoder = Encoder(family, Cache(output / "cache"))
     photos = data.photos.items
     prior_text = {}
     prior: list[Row] = []
     if settings.prior_weight:
-        if family.captions and not settings.prior_prompt:
-            raise TrainingError(
-                "prior_prompt: expected a caption such as 'a photo of a dog' beside prior_weight, "
-                "got nothing"
-            )
         prior_text = encoder.text(settings.prior_prompt)
         if settings.prior_data:
-            prior = _prior(settings, family, encoder)
+            prior = _prior(settings, family, encoder, listener)
     material = Material(
         rows=encoder.rows(photos, data.sizes),
         mirrored=encoder.rows(photos, data.sizes, mirrored=True) if settings.flip else (),
@@ -146,14 +145,15 @@ def encode(
     return material, _prompts(settings, family, encoder, data)
 
 
-def _prior(settings: Settings, family: Family, encoder: Encoder) -> list[Row]:
+def _prior(settings: Settings, family: Family, encoder: Encoder, listener: Listener) -> list[Row]:
     resolution = settings.resolution or family.resolution
     found = find(
         settings.prior_data, resolution=resolution, min_side=settings.min_side, captions=False,
         labels=family.classes, channels=family.channels,
-    ).items  # fmt: skip
-    cut = sizes((p.size for p in found), resolution, family.multiple, settings.buckets)
-    return encoder.rows(found, cut)
+    )  # fmt: skip
+    listener.say("\n".join([f"{len(found.items)} images for the prior", *_remarks(found)]))
+    cut = sizes((p.size for p in found.items), resolution, family.multiple, settings.buckets)
+    return encoder.rows(found.items, cut)
 
 
 def _prompts(settings: Settings, family: Family, encoder: Encoder, data: Data) -> list[Prompt]:

@@ -31,7 +31,7 @@ from .families import Family, load, stack
 from .loop import Result, train
 from .report import write_report
 from .settings import Settings, read_yaml
-from .trainer import Listener, Material, Run
+from .trainer import Listener, Run
 
 # where it stands in a run's folder
 SETTINGS, SUMMARY, ADAPTER = "settings.yaml", "summary.json", "adapter"
@@ -71,24 +71,30 @@ def finetune(settings: Settings, listener: Listener | None = None) -> Path:
             checkpoints.tidy(output)
         accelerator.wait_for_everyone()
         family = load(settings.model, DTYPES[settings.mixed_precision])
-        _check_texts(settings, family)
+        _check_family(settings, family)
         data = gather(settings, family)
         listener.say(str(data))
         if main:
             keep(output, data, begun=(output / SETTINGS).exists())
         # the main process fills the cache, the others read it
         with accelerator.main_process_first(), family.encoding(accelerator.device):
-            material, prompts = encode(settings, family, data, output)
+            material, prompts = encode(settings, family, data, output, listener)
         family.denoiser.to(accelerator.device)
         warnings = _prepare(settings, family, listener)
         base = Run(settings, family, accelerator, material, output, (), (), "", listener)
-        _budget(base, data)
+        _lean(base, data)
         if main:
             # from here on there is a run: what could not be was told before
             records.write(output / SETTINGS, settings.to_yaml())
         if settings.log_with:
             accelerator.init_trackers("a3fta", config=_plain(settings))
-        result, chosen, folds = _train(base, data, prompts, material)
+        try:
+            result, chosen, folds = _train(base, data, prompts)
+        except TrainingError:
+            if main:  # how far it came, where that can be written
+                with contextlib.suppress(TrainingError):
+                    write_report(output)
+            raise
         folder = output / ADAPTER
         if main:
             summary = _summary(settings, family, data, result, chosen, folds, warnings)
@@ -117,8 +123,15 @@ def _check_paths(settings: Settings) -> None:
             )
 
 
-def _check_texts(settings: Settings, family: Family) -> None:
+def _check_family(settings: Settings, family: Family) -> None:
+    """What only the kind of model tells to be wrong, before anything is encoded."""
+    family.noise.weight(torch.full((1,), 0.5), settings.snr_gamma)  # raises where there is none
     if family.captions:
+        if settings.prior_weight and not settings.prior_prompt:
+            raise TrainingError(
+                "prior_prompt: expected a caption such as 'a photo of a dog' beside prior_weight, "
+                "got nothing"
+            )
         return
     for name in ("trigger", "caption_dropout", "prior_prompt", "sample_prompts"):
         if value := getattr(settings, name):
@@ -187,9 +200,8 @@ def _check_folder(output: Path, settings: Settings) -> None:
 
 
 def _prepare(settings: Settings, family: Family, listener: Listener) -> list[str]:
-    """Adapters, the lean trunk, checkpointing; what the report should warn of."""
+    """Adapters and checkpointing; what the report should warn of."""
     model: Any = family.denoiser
-    family.noise.weight(torch.full((1,), 0.5), settings.snr_gamma)  # raises where there is none
     torch.manual_seed(int(torch.randint(2**62, (), generator=generator(settings.seed, "adapter"))))
     config = AdapterConfig(
         rank=settings.rank, activation=settings.activation, design=settings.design,
@@ -202,15 +214,13 @@ def _prepare(settings: Settings, family: Family, listener: Listener) -> list[str
         warnings = [f"{n} has no adapter: {why}" for n, why in report.unadapted.items()]
         if settings.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        if settings.lean not in ("off", "auto"):
-            listener.say(str(lean(model, settings.lean, norms=settings.norms)))
     except (TypeError, ValueError) as error:
         raise TrainingError(str(error)) from error
     return warnings
 
 
 def _train(
-    base: Run, data: Data, prompts: Sequence[Prompt], material: Material
+    base: Run, data: Data, prompts: Sequence[Prompt]
 ) -> tuple[Result, dict[str, Any], list[dict[str, Any]]]:
     """The last run's result, what is chosen and why, and the curves of folds."""
     settings, model = base.settings, base.family.denoiser
@@ -224,12 +234,13 @@ def _train(
     # of a fold only its losses are of use later; all of them run to the end, as they are compared
     # at the steps that all have reached
     short = dataclasses.replace(settings, checkpoint_limit=1, patience=0)
-    everything, curves = tuple(range(len(material.rows))), []
-    folds = data.split.folds if settings.evaluate_every else ()
+    curves, folds = [], data.split.folds
     reason = "the last step; nothing was held out"
+    if data.split.heldout or folds:
+        reason = "the last step; no held-out loss was a number"
     for number, fold in enumerate(folds):
         _reset(model, start)
-        rest = tuple(i for i in everything if i not in fold)
+        rest = tuple(i for i in data.train if i not in fold)
         title = f"fold {number + 1} of {len(folds)}"
         folder = base.folder / "folds" / str(number + 1)
         run = dataclasses.replace(
@@ -258,20 +269,20 @@ def _reset(model: nn.Module, start: Sequence[torch.Tensor]) -> None:
             parameter.copy_(value)
 
 
-def _budget(base: Run, data: Data) -> None:
-    """lean=auto, which needs to see a batch."""
+def _lean(base: Run, data: Data) -> None:
+    """The memory-lean trunk, which for lean=auto needs to see a batch."""
     settings, family = base.settings, base.family
-    if settings.lean != "auto":
+    if settings.lean == "off":
         return
-    largest = max(data.train, key=lambda i: base.material.rows[i]["mean"].numel())
-    batch = stack([base.material.rows[largest]] * settings.batch)
-    row = {name: value.to(base.accelerator.device) for name, value in batch.items()}
-    time = family.noise.time(torch.full((settings.batch,), 0.5)).to(base.accelerator.device)
-    inputs = family.inputs(row["mean"], time, row)
+    options: dict[str, Any] = {}
+    if settings.lean == "auto":
+        largest = max(data.train, key=lambda i: base.material.rows[i]["mean"].numel())
+        batch = stack([base.material.rows[largest]] * settings.batch)
+        row = {name: value.to(base.accelerator.device) for name, value in batch.items()}
+        time = family.noise.time(torch.full((settings.batch,), 0.5)).to(base.accelerator.device)
+        options = {"budget": settings.budget, "inputs": family.inputs(row["mean"], time, row)}
     try:
-        report = lean(
-            family.denoiser, "auto", norms=settings.norms, budget=settings.budget, inputs=inputs
-        )
+        report = lean(family.denoiser, settings.lean, norms=settings.norms, **options)
     except (TypeError, ValueError) as error:
         raise TrainingError(str(error)) from error
     base.listener.say(str(report))

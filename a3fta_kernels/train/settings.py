@@ -186,6 +186,11 @@ class Settings:
             raise ValueError(
                 "prior_weight: expected more than 0 beside prior_prompt or prior_data, got 0"
             )
+        if self.heldout_count is not None and self.heldout not in ("auto", "holdout"):
+            raise ValueError(
+                f"heldout_count: expected none beside heldout={self.heldout}, "
+                f"got {self.heldout_count}"
+            )
         if self.heldout not in ("auto", "none") and not self.evaluate_every:
             raise ValueError(
                 f"evaluate_every: expected more than 0 beside heldout={self.heldout}, got 0"

@@ -34,7 +34,7 @@ def split(
     count: int,
     rule: str,
     *,
-    holdout: float | None = None,
+    holdout: int | None = None,
     folds: int = 3,
     seed: int,
     groups: Sequence[Hashable] | None = None,
@@ -43,8 +43,7 @@ def split(
 
     Args:
         rule: "auto" holds out from 16 photos on, makes folds of 3 to 15, and else does nothing.
-        holdout: how many to hold out, or, below 1, which share of them; None: an eighth, and at
-            least 3.
+        holdout: how many to hold out, also by "auto"; None: an eighth, and at least 3.
         folds: how many, for "kfold".
         groups: of each photo, its class: held-out sets and folds take from the classes in
             proportion, and a held-out set does not take the last of a class while others have
@@ -54,7 +53,9 @@ def split(
         raise TrainingError(f"split: expected one of {', '.join(RULES)}, got {rule!r}")
     if groups is not None and len(groups) != count:
         raise ValueError(f"groups: expected {count}, one for each photo, got {len(groups)}")
-    if rule == "auto":
+    if rule == "auto" and holdout is not None:
+        rule = "holdout"
+    elif rule == "auto":
         rule = "holdout" if count >= _ENOUGH_TO_HOLD_OUT else "kfold"
         rule = rule if count >= _ENOUGH_FOR_FOLDS else "none"
     shuffled = _by_group(count, seed, groups)
@@ -84,17 +85,8 @@ def _by_group(count: int, seed: int, groups: Sequence[Hashable] | None) -> list[
     return list(members.values())
 
 
-def _number(count: int, holdout: float | None) -> int:
-    if holdout is None:
-        number = max(3, round(count / 8))
-    elif 0 < holdout < 1:
-        number = max(1, round(holdout * count))
-    elif holdout >= 1 and holdout == int(holdout):
-        number = int(holdout)
-    else:
-        raise TrainingError(
-            f"holdout: expected a share between 0 and 1 or a number of photos, got {holdout}"
-        )
+def _number(count: int, holdout: int | None) -> int:
+    number = max(3, round(count / 8)) if holdout is None else holdout
     if number >= count:
         raise TrainingError(
             f"holdout: {number} of {count} photos leave nothing to train on; "

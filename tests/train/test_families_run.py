@@ -16,6 +16,7 @@ from PIL import Image
 
 import a3fta_kernels as a3fta
 from a3fta_kernels.train import (
+    Listener,
     Settings,
     dataset,
     families,
@@ -128,7 +129,7 @@ def test_a_run_ends_with_an_adapter_that_loads(base, tmp_path, name, precision):
 def heldout_loss(family: Any, asked: Settings) -> list[float]:
     """What the run recorded, of a pipeline that is fresh from its folder."""
     data = dataset.gather(asked, family)
-    material, _ = dataset.encode(asked, family, data, Path(asked.output))
+    material, _ = dataset.encode(asked, family, data, Path(asked.output), Listener())
     questions = monitor.questions(
         data.split.heldout, material.digests, asked.bins, asked.draws, asked.seed
     )
@@ -158,7 +159,7 @@ def test_levels_of_memory_train_the_same(base, tmp_path, name, monkeypatch):
         finetune(
             settings(
                 base(name), tmp_path / title, name, steps=3, evaluate_every=0, sample_every=0,
-                heldout="none", checkpoint_every=100, learning_rate=1e-3, **changes,
+                heldout="none", heldout_count=None, checkpoint_every=100, learning_rate=1e-3, **changes,
             )
         )  # fmt: skip
         log = records.read(tmp_path / title, records.LOG)

@@ -216,8 +216,17 @@ def test_images_of_their_own_for_the_prior(tmp_path):
     settings = setting_out(tmp_path, 3, heldout="none", sample_every=0, steps=2)
     (tmp_path / "more").mkdir()
     runs.write_photos(tmp_path / "more", 2, seed=1)
+    (tmp_path / "more" / "photos" / "torn.png").write_bytes(b"no picture")
     other = replace(settings, prior_weight=1.0, prior_data=str(tmp_path / "more" / "photos"))
-    finetune(other)
+    said: list[str] = []
+
+    class Ears(Listener):
+        def say(self, text):
+            said.append(text)
+
+    finetune(other, Ears())
+    (prior,) = (text for text in said if text.startswith("2 images for the prior"))
+    assert "left out: torn.png" in prior
     assert len(records.read(tmp_path / "run", records.LOG)) == 2
 
 
@@ -265,13 +274,16 @@ def test_the_hub_gets_the_adapter(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch):
     settings = setting_out(
         tmp_path, 3, heldout="none", sample_every=0, learning_rate=1e18, max_grad_norm=0.0,
         schedule="constant", steps=50,
     )  # fmt: skip
+    told: list[Path] = []
+    monkeypatch.setattr(recipe, "write_report", told.append)
     with pytest.raises(TrainingError, match=r"step \d+: the \w+ is (nan|inf).*photos .*\.png"):
         finetune(settings)
+    assert told == [tmp_path / "run"]
     for step in checkpoints.steps(tmp_path / "run" / "checkpoints"):
         checkpoints.check(checkpoints.place(tmp_path / "run" / "checkpoints", step))
 

@@ -153,7 +153,8 @@ def judging(monkeypatch, told):
 @pytest.mark.parametrize("diverged", [{4}, {2}, {2, 4}, {0, 2, 4}])
 def test_a_model_that_diverged_is_not_chosen(settings, tmp_path, monkeypatch, heldout, diverged):
     judging(monkeypatch, lambda step: None if step in diverged else 1.0 + step)
-    finetune(settings(steps=4, heldout=heldout, heldout_count=1, folds=2))
+    count = 1 if heldout == "holdout" else None
+    finetune(settings(steps=4, heldout=heldout, heldout_count=count, folds=2))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     whole = {2, 4} - diverged
     assert summary["chosen_step"] == min(whole or {4})

@@ -6,6 +6,8 @@ renaming, removing. A3FTA_FUZZ_KILLS says how many kills each run survives (5).
 
 from __future__ import annotations
 
+import hashlib
+import json
 import multiprocessing
 import os
 import random
@@ -180,6 +182,24 @@ def test_other_photos_do_not_resume(tmp_path):
         finetune(replace(first, resume=True))
 
 
+def test_other_numbers_of_processes_do_not_resume(tmp_path):
+    """They would see other batches."""
+    runs.write_unet(tmp_path)
+    runs.write_photos(tmp_path, 3)
+    first = runs.settings(tmp_path, steps=2, heldout="none", sample_every=0)
+    finetune(first)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000002"
+    state = torch.load(checkpoint / "training.pt", weights_only=True)
+    assert state["processes"] == 1
+    torch.save({**state, "processes": 2}, checkpoint / "training.pt")
+    facts = json.loads((checkpoint / "state.json").read_text())
+    digest = hashlib.sha256((checkpoint / "training.pt").read_bytes()).hexdigest()
+    facts["files"]["training.pt"] = digest
+    (checkpoint / "state.json").write_text(json.dumps(facts))
+    with pytest.raises(TrainingError, match=r"expected 2 processes, .* began, got 1"):
+        finetune(replace(first, resume=True))
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
     runs.write_unet(tmp_path)
     runs.write_photos(tmp_path, 3)
@@ -210,8 +230,6 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
 def test_folds_that_found_another_step_later(tmp_path, monkeypatch):
     """More steps may bring the folds to an earlier best than the last run has reached: it then
     goes back to a checkpoint before, or begins again."""
-    import json
-
     from a3fta_kernels.train import monitor
 
     runs.write_unet(tmp_path)

@@ -119,6 +119,7 @@ def test_help_says_the_defaults():
         ({"prior_data": "dogs"}, ValueError, "prior_weight: expected more than 0"),
         ({"rank_pattern": ["attn1"]}, ValueError, "rank_pattern: .* got 'attn1'"),
         ({"rank_pattern": ["attn1=0"]}, ValueError, "rank_pattern: .* got 'attn1=0'"),
+        ({"heldout": "kfold", "heldout_count": 2}, ValueError, "heldout_count: .*kfold, got 2"),
         ({"rank_pattern": ["=4"]}, ValueError, "rank_pattern: .* got '=4'"),
         ({"rank_pattern": ["a=²"]}, ValueError, "rank_pattern: expected REGEX=RANK, got 'a=²'"),
         ({"rank_pattern": ["(=4"]}, ValueError, "rank_pattern: .* got '\\('"),

@@ -143,3 +143,13 @@ def test_a_pipeline_without_a_part_is_refused(pipeline, name, tmp_path):
     (folder / "model_index.json").write_text(json.dumps(index | {"tokenizer": [None, None]}))
     with pytest.raises(TrainingError, match=r"expected a \w+ with .*, got one without tokenizer"):
         families.load(str(folder), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_pictures_are_decoded_in_full_precision_whatever_the_run_s(load, name):
+    family = load(name)
+    latents = torch.randn(1, 4, 12, 16, generator=torch.Generator().manual_seed(0))
+    (expected,) = family.decode(latents)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        (found,) = family.decode(latents)
+    assert found.tobytes() == expected.tobytes()
