@@ -105,7 +105,7 @@ def write(
     ):
         os.replace(new_weights, folder / WEIGHTS_NAME)
         os.replace(new_twin, folder / CONFIG_NAME)
-    sync_folder(folder)
+    sync(folder)
 
 
 def read(folder: Path) -> AdapterFile:
@@ -315,11 +315,18 @@ def temporary(target: Path, data: bytes) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes the renames durable where the system lets a folder be synced."""
+def replace(target: Path, data: bytes) -> None:
+    """The file as a whole, or as it was; durable when this returns."""
+    with temporary(target, data) as new:
+        os.replace(new, target)
+    sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Makes a file's bytes, or a folder's renames, durable where the system lets that be asked."""
     if os.name != "posix":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

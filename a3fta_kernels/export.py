@@ -190,7 +190,5 @@ def _rounded(what: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> Path:
     blob = adapter_file.serialize(tensors, {"format": "pt"})
     path.parent.mkdir(parents=True, exist_ok=True)
-    with adapter_file.temporary(path, blob) as new:
-        os.replace(new, path)
-    adapter_file.sync_folder(path.parent)
+    adapter_file.replace(path, blob)
     return path

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..adapter_file import sync_folder, temporary
-from .errors import TrainingError
-from .records import FULL
+from ..adapter_file import replace
+from .records import explained
 
 logger = logging.getLogger("a3fta_kernels")
-
-_LEFT_OVER = 3600  # seconds: no process writes an entry for that long
 
 
 class Cache:
@@ -33,13 +28,9 @@ class Cache:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        if folder is None:
-            return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers(folder)
-        except OSError as error:
-            raise _unwritable(folder, error) from error
+        if folder is not None:
+            with explained(folder):
+                folder.mkdir(parents=True, exist_ok=True)
 
     def get(
         self, key_parts: Mapping[str, Any], make: Callable[[], Mapping[str, Tensor]]
@@ -58,23 +49,9 @@ class Cache:
             return kept
         tensors = _on_cpu(make())
         blob = save(tensors, {"entry": json.dumps({"key": key, "sha256": _checksum(tensors)})})
-        try:
-            with temporary(path, blob) as new:
-                os.replace(new, path)
-            sync_folder(self.folder)
-        except OSError as error:
-            raise _unwritable(self.folder, error) from error
+        with explained(self.folder):
+            replace(path, blob)
         return tensors
-
-    @staticmethod
-    def _remove_leftovers(folder: Path) -> None:
-        """Removes the temporary files of killed runs, but not those of one that is at work."""
-        for path in folder.glob(".*.safetensors.*.tmp"):
-            try:
-                if time.time() - path.stat().st_mtime > _LEFT_OVER:
-                    path.unlink()
-            except FileNotFoundError:
-                continue  # its writer was at work after all
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -107,9 +84,3 @@ def _read(path: Path, key: str) -> dict[str, Tensor] | None:
         logger.warning("%s is not a whole entry of the cache (%s): made again", path, reason)
         return None
     return tensors
-
-
-def _unwritable(folder: Path, error: OSError) -> TrainingError:
-    if error.errno in FULL:
-        return TrainingError(f"cache {folder}: the disk is full; make room, then start again")
-    return TrainingError(f"cache {folder}: cannot be written ({error.strerror or error})")

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from ..adapter_file import sync
 from .errors import TrainingError
 from .records import explained
 
@@ -46,12 +47,12 @@ def save(folder: Path, step: int, fill: Callable[[Path], None]) -> Path:
             state = {"step": step, "files": hashes}
             (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
             for path in [*files, temporary / STATE]:
-                _sync(path)
+                sync(path)
             for path in (p for p in temporary.rglob("*") if p.is_dir()):
-                _sync(path)
-            _sync(temporary)
+                sync(path)
+            sync(temporary)
             os.rename(temporary, target)  # fails where one of that step is there
-            _sync(folder)
+            sync(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return target
@@ -133,11 +134,3 @@ def _remove(path: Path) -> None:
 def _digest(path: Path) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -125,7 +125,8 @@ def keep(output: Path, data: Data, begun: bool) -> None:
 def encode(
     settings: Settings, family: Family, data: Data, output: Path, listener: Listener
 ) -> tuple[Material, list[Prompt]]:
-    encoder = Encoder(family, Cache(output / "cache"))
+    # pixels alone need no encoder
+    encoder = Encoder(family, Cache(output / "cache" if family.captions else None))
     photos = data.photos.items
     prior_text = {}
     prior: list[Row] = []

@@ -11,11 +11,11 @@ import errno
 import json
 import math
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..adapter_file import replace
 from .errors import TrainingError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -69,16 +69,8 @@ def cut(run: Path, step: int) -> None:
 def write(path: Path, content: str | bytes) -> None:
     """The file as a whole, or as it was."""
     data = content.encode(**_TEXT) if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with explained(path.parent):
-        try:
-            with open(temporary, "xb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace(path, data)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,13 +7,13 @@ import logging
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from a3fta_kernels.train import checkpoints
 from a3fta_kernels.train.cache import Cache
 from a3fta_kernels.train.errors import TrainingError
 
@@ -127,7 +127,7 @@ def test_a_folder_in_the_way_is_said(tmp_path):
     path = entry(tmp_path)
     path.unlink()
     path.mkdir()
-    with pytest.raises(TrainingError, match=f"cache {tmp_path}: cannot be written"):
+    with pytest.raises(TrainingError, match=f"{tmp_path} cannot be written"):
         cache.get(KEY, Maker())
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
@@ -139,7 +139,7 @@ def test_a_full_disk(tmp_path, monkeypatch, number, place):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, place, full)
-    with pytest.raises(TrainingError, match=f"cache {tmp_path}: the disk is full"):
+    with pytest.raises(TrainingError, match=f"{tmp_path} cannot be written: .*make room"):
         Cache(tmp_path).get(KEY, Maker())
     assert list(tmp_path.iterdir()) == []
 
@@ -154,7 +154,7 @@ def test_a_disk_that_is_really_full(tmp_path, monkeypatch):
         return real("/dev/full", "wb") if str(path).endswith(".tmp") else real(path, *args)
 
     monkeypatch.setattr(builtins, "open", redirected)
-    with pytest.raises(TrainingError, match="the disk is full"):
+    with pytest.raises(TrainingError, match=r"No space left.*make room"):
         Cache(tmp_path).get(KEY, Maker())
 
 
@@ -188,12 +188,8 @@ Cache(Path(folder)).get({"photo": 1}, lambda: {"x": torch.arange(1000)})
 def test_killed_while_it_writes(tmp_path, at):
     done = subprocess.run([sys.executable, "-c", KILLED, at, str(tmp_path)], cwd=ROOT)
     assert done.returncode == -9
-    left = entry(tmp_path)
-    assert left.suffix == ".tmp"
+    assert entry(tmp_path).suffix == ".tmp"
+    checkpoints.tidy(tmp_path)  # as a run does that owns the folder
     found = Cache(tmp_path).get({"photo": 1}, lambda: {"x": torch.arange(1000)})
     assert torch.equal(found["x"], torch.arange(1000))
-    assert left.exists()  # it might belong to a run that is at work
-    past = time.time() - 7200
-    os.utime(left, (past, past))
-    Cache(tmp_path)
     assert entry(tmp_path).suffix == ".safetensors"

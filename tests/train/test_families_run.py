@@ -159,7 +159,8 @@ def test_levels_of_memory_train_the_same(base, tmp_path, name, monkeypatch):
         finetune(
             settings(
                 base(name), tmp_path / title, name, steps=3, evaluate_every=0, sample_every=0,
-                heldout="none", heldout_count=None, checkpoint_every=100, learning_rate=1e-3, **changes,
+                heldout="none", heldout_count=None, checkpoint_every=100, learning_rate=1e-3,
+                **changes,
             )
         )  # fmt: skip
         log = records.read(tmp_path / title, records.LOG)

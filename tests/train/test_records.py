@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from a3fta_kernels import adapter_file
 from a3fta_kernels.train import records
 from a3fta_kernels.train.errors import TrainingError
 from a3fta_kernels.train.records import EVALUATIONS, LOG, SAMPLES
@@ -160,7 +161,8 @@ def fill_disk(monkeypatch, room):
     def full(*args, **options):
         return Full(open(*args, **options), room)
 
-    monkeypatch.setattr(records, "open", full, raising=False)
+    for module in (records, adapter_file):
+        monkeypatch.setattr(module, "open", full, raising=False)
 
 
 def test_a_full_disk_leaves_a_file_as_it_was(tmp_path, monkeypatch):
