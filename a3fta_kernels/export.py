@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import adapter_file
 from .adapters.config import DTYPES
 from .checks import check_choice, describe
-from .projection import AdaptedProjectionMixin
+from .projection import AdaptedProjectionMixin, span
 from .tree import adapted, check_known, check_unmerged, denoiser
 
 # layout: its file's name; "diffusers": the one that load_lora_weights looks for first
@@ -142,7 +142,7 @@ def _factors(
 ) -> tuple[Tensor, Tensor, torch.dtype]:
     """A (R, K) and B (N, R) in float64 on the CPU, and the dtype that they are for."""
     adapter = _adapter(layer, name)
-    start, length = layer.columns or (0, layer.in_features)
+    start, length = span(layer, layer.columns)
     with torch.no_grad():
         own = adapter()
         weight, w_down, w_up = (

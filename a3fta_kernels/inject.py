@@ -25,9 +25,9 @@ from .projection import (
     AdaptedProjectionMixin,
     Columns,
     adapt,
-    channels,
     check_restorable,
     restore,
+    span,
 )
 from .report import InjectionReport, LayerReport, describe_layer
 from .switch import (
@@ -90,7 +90,7 @@ class Plan:
         """A new adapter for one of the targets."""
         linear = self.targets[target]
         return DESIGNS[self.config.design](
-            channels(linear, self.columns[target]),
+            span(linear, self.columns[target])[1],
             self.ranks[target],
             self.config,
             device=device,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters.bottleneck import Tensors
-from .projection import AdaptedProjectionMixin, Merged
+from .projection import AdaptedProjectionMixin, Merged, span
 from .tree import adapted, check_unmerged, denoiser, plain_name
 
 
@@ -67,7 +67,7 @@ def _check(name: str, layer: AdaptedProjectionMixin) -> None:
 def _merge(layer: AdaptedProjectionMixin) -> None:
     kept = Merged(layer.weight.detach().clone(), _copy(layer.bias))
     wide = torch.float64 if kept.weight.dtype == torch.float64 else torch.float32
-    start, length = layer.columns or (0, layer.in_features)
+    start, length = span(layer, layer.columns)
     w = kept.weight.narrow(1, start, length).to(wide)
     change = torch.zeros_like(w)
     shift = None

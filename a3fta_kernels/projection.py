@@ -132,8 +132,8 @@ class AdaptedProjectionMixin(_Linear):
         dtype = frozen.v.dtype
         return adapter_linear_api.apply_prepared(
             h.to(dtype), stack.w_down, stack.w_up, self.weight, self.bias, stack.b_down,
-            stack.b_up, residual, self._start(), stack.scale, stack.activation, None, None, "auto",
-            resolve(self.backend, h.device, dtype), frozen.v, frozen.v_bias,
+            stack.b_up, residual, span(self, self.columns)[0], stack.scale, stack.activation,
+            None, None, "auto", resolve(self.backend, h.device, dtype), frozen.v, frozen.v_bias,
         )  # fmt: skip
 
     def attend(
@@ -192,9 +192,6 @@ class AdaptedProjectionMixin(_Linear):
             return None
         return frozen
 
-    def _start(self) -> int:
-        return 0 if self.columns is None else self.columns[0]
-
     def active(self) -> list[tuple[BottleneckAdapter, float]]:
         """The adapters that act in the next forward, with their weights."""
         if not self.enabled or self.merged is not None:
@@ -238,8 +235,8 @@ class AdaptedProjectionMixin(_Linear):
             if others:
                 return False
             v, v_bias = adapter_linear_contract.merged_up(
-                self.weight, self.bias, first.w_up, first.b_up, None, first.scale, self._start(),
-                dtype,
+                self.weight, self.bias, first.w_up, first.b_up, None, first.scale,
+                span(self, self.columns)[0], dtype,
             )  # fmt: skip
         self.frozen = Frozen(first, v, v_bias)
         return True
@@ -296,9 +293,9 @@ def _blank(stock: type) -> nn.Module:
     return cls.__new__(cls)
 
 
-def channels(linear: nn.Linear, columns: Columns) -> int:
-    """The width of adapters on these columns of the layer's input."""
-    return linear.in_features if columns is None else columns[1]
+def span(linear: nn.Linear, columns: Columns) -> tuple[int, int]:
+    """(start, length) of the layer's input that adapters act on."""
+    return columns or (0, linear.in_features)
 
 
 def adapt(

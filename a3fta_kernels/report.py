@@ -10,7 +10,7 @@ from typing import Any
 from .backends import resolve
 from .ops.adapter_linear import choice, contract
 from .ops.validate import FLOATS
-from .projection import AdaptedProjectionMixin, Columns, channels
+from .projection import AdaptedProjectionMixin, Columns, span
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def describe_layer(layer: AdaptedProjectionMixin, name: str) -> LayerReport:
             paths = contract.paths_by_rows(backend, weight, adapter.rank)
     parameters = sum(p.numel() for p in adapter.parameters())
     return LayerReport(
-        channels(layer, layer.columns), adapter.rank, backend, not reason, reason, parameters,
+        span(layer, layer.columns)[1], adapter.rank, backend, not reason, reason, parameters,
         layer.out_features, paths, layer.columns,
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ by default with folds, as 20 images are too few to spare some. Look at digits/ru
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from diffusers import DDPMPipeline
@@ -17,7 +18,7 @@ from PIL import Image
 
 from a3fta_kernels.cli.demo import base, data
 from a3fta_kernels.cli.progress import Bars
-from a3fta_kernels.train import Settings, finetune
+from a3fta_kernels.train import Settings, finetune, run_files
 
 
 def main(arguments: list[str] | None = None) -> Path:
@@ -26,6 +27,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--heldout", default="kfold")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--record", type=Path, help="write the figures of docs/finetune.md here")
     args = parser.parse_args(arguments)
     if not args.resume:
         write_pipeline(args.out / "pipeline")
@@ -37,7 +39,22 @@ def main(arguments: list[str] | None = None) -> Path:
         sample_every=100, sample_count=20, sample_steps=20,
     )  # fmt: skip
     with Bars() as bars:
-        return finetune(settings, bars)
+        adapter = finetune(settings, bars)
+    if args.record is not None:
+        record(args.out / "run", args.record)
+    return adapter
+
+
+def record(run: Path, target: Path) -> None:
+    """The figures of docs/finetune.md: the choice, and the held-out loss that it rests on."""
+    found = run_files.Run(run)
+    curve, summary = found.heldout, found.summary
+    assert curve is not None
+    facts = {name: summary[name] for name in ("chosen_step", "why", "rule", "device", "versions")}
+    facts |= {"steps": curve.steps, "heldout_mean": curve.values}
+    facts["folds"] = {str(fold.fold): fold.best() for fold in found.folds}
+    target.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (target.with_suffix(".png")).write_bytes((run / "adapter" / "curves.png").read_bytes())
 
 
 def write_pipeline(folder: Path) -> None:

@@ -19,8 +19,8 @@ from a3fta_kernels.projection import (
     AdaptedProjection,
     adapt,
     adapted_class,
-    channels,
     restore,
+    span,
     stock_class,
 )
 
@@ -47,7 +47,7 @@ def linear(cls=nn.Linear, inputs=16, outputs=24, bias=True, dtype=torch.float64)
 
 def add(layer, name, weight=1.0, dtype=torch.float64, **options):
     config = AdapterConfig(**({"rank": 4} | options))
-    width = channels(layer, layer.columns)
+    width = span(layer, layer.columns)[1]
     adapter = BottleneckAdapter(width, config.rank, config, dtype=dtype)
     with torch.no_grad():
         for i, p in enumerate(adapter.parameters()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from rich.console import Console
@@ -15,9 +16,7 @@ class Bars(Listener):
     """A bar per run, folds one after the other; only in the main process."""
 
     def __init__(self) -> None:
-        import os
-
-        self.quiet = int(os.environ.get("LOCAL_RANK", "0")) > 0  # accelerate's, for its processes
+        self.quiet = int(os.environ.get("RANK", "0")) > 0  # of `accelerate launch`
         self.console = Console(stderr=True, quiet=self.quiet)
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),

@@ -75,9 +75,7 @@ class Sampler:
             for i, image in enumerate(images):
                 image.save(folder / f"{i}.png")
                 files.append(str((folder / f"{i}.png").relative_to(self.run)))
-        found = closeness(
-            self.features(images), self.train, self.other, mirrored=self.mirrored
-        )  # fmt: skip
+        found = closeness(self.features(images), self.train, self.other, mirrored=self.mirrored)
         records.append(
             self.run,
             records.SAMPLES,

@@ -42,7 +42,7 @@ _BEFORE = ("cache", PHOTOS)
 def finetune(settings: Settings, listener: Listener | None = None) -> Path:
     """Trains an adapter as `settings` say, and returns its folder, `<output>/adapter`.
 
-    Everything is in `settings.output`: see the module `records` for the files. With
+    Everything is in `settings.output`; docs/finetune.md lists the files. With
     `settings.resume` a run goes on where it was cut off, with the same losses as if it had not
     been. Raises TrainingError for what a person can mend; what was saved stays then.
     """
@@ -224,9 +224,7 @@ def _train(
 ) -> tuple[Result, dict[str, Any], list[dict[str, Any]]]:
     """The last run's result, what is chosen and why, and the curves of folds."""
     settings, model = base.settings, base.family.denoiser
-    last = dataclasses.replace(
-        base, train=data.train, heldout=data.split.heldout, title="training"
-    )  # fmt: skip
+    last = dataclasses.replace(base, train=data.train, heldout=data.split.heldout, title="training")
     if settings.sample_every and base.accelerator.is_main_process:
         # before the folds, as what it needs may be missing
         last.sampler = _sampler(last, data, prompts)

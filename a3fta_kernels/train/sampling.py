@@ -51,9 +51,7 @@ def sample(
     try:
         for number, (folder, _) in enumerate(adapters):
             names.append(f"adapter-{number}")
-            load_adapter(
-                family.denoiser, folder, names[-1], allow_other_base=allow_other_base
-            )  # fmt: skip
+            load_adapter(family.denoiser, folder, names[-1], allow_other_base=allow_other_base)
     except (AdapterFileError, ValueError, TypeError) as error:
         raise TrainingError(str(error)) from error
     with family.encoding(device):

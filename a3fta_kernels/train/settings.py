@@ -53,10 +53,8 @@ class Settings:
     # its photos are compared one by one; the folder may have moved
     data: str = setting(
         "", "base and photos", "folder of photos, or one that `datasets` saved", changeable=True
-    )  # fmt: skip
-    output: str = setting(
-        "a3fta-run", "base and photos", "folder of the run", changeable=True
-    )  # fmt: skip
+    )
+    output: str = setting("a3fta-run", "base and photos", "folder of the run", changeable=True)
     trigger: str = setting(
         "", "base and photos",
         "caption of photos that have none; put before captions that do not contain it",
@@ -86,9 +84,7 @@ class Settings:
     batch: int = setting(1, "training", "photos per process and forward", low=1)
     accumulate: int = setting(1, "training", "batches per step", low=1)
     optimizer: str = setting("adamw", "training", "adamw, adamw8bit, prodigy")
-    learning_rate: float | None = setting(
-        None, "training", "its top (5e-4; 1 for prodigy)", low=0
-    )  # fmt: skip
+    learning_rate: float | None = setting(None, "training", "its top (5e-4; 1 for prodigy)", low=0)
     weight_decay: float = setting(0.01, "training", "of the optimizer", low=0)
     schedule: str = setting("constant_with_warmup", "training", "of the rate", choices=SCHEDULES)
     warmup: int = setting(50, "training", "steps until the rate is at its top", low=0)
@@ -106,7 +102,7 @@ class Settings:
     )
     ema: float = setting(
         0.0, "training", "decay of the adapter's average; 0: none", low=0, high=0.99999
-    )  # fmt: skip
+    )
     prior_weight: float = setting(
         0.0, "training", "of staying near the model without adapter; 0: off", low=0
     )
@@ -168,9 +164,7 @@ class Settings:
         "", "running", "name/of-a-repository to upload the adapter's folder to at the end",
         changeable=True,
     )  # fmt: skip
-    log_with: tuple[str, ...] = setting(
-        (), "running", "tensorboard, wandb", changeable=True
-    )  # fmt: skip
+    log_with: tuple[str, ...] = setting((), "running", "tensorboard, wandb", changeable=True)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

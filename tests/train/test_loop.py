@@ -80,9 +80,7 @@ def test_nothing_is_watched_where_nothing_is_asked(make):
 
 
 def test_training_lowers_the_loss(make):
-    run = make(
-        steps=40, batch=4, rank=8, learning_rate=0.1, evaluate_every=40, checkpoint_every=99
-    )  # fmt: skip
+    run = make(steps=40, batch=4, rank=8, learning_rate=0.1, evaluate_every=40, checkpoint_every=99)
     before, after = train(run).evaluations
     assert all(b < 0.95 * a for a, b in zip(before["train"], after["train"], strict=True))
 

@@ -13,9 +13,7 @@ from tests.train.families import common
 @pytest.mark.parametrize("name", ["sd", "sd_v", "sdxl"])
 def test_a_step_along_the_target_ends_at_the_clean_latents(load, name):
     family = load(name)
-    scheduler = diffusers.DDIMScheduler.from_config(
-        family.pipe.scheduler.config, clip_sample=False
-    )  # fmt: skip
+    scheduler = diffusers.DDIMScheduler.from_config(family.pipe.scheduler.config, clip_sample=False)
     assert scheduler.config.prediction_type == ("v_prediction" if name == "sd_v" else "epsilon")
     x = family.clean(stack(common.rows(family, 3)), torch.Generator().manual_seed(3))
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
