@@ -189,7 +189,7 @@ def test_one_process_of_several_says_where_it_lies(capsys, monkeypatch):
         a3fta_kernels.train, "finetune", lambda settings, bars: Path("run/adapter"), raising=False
     )
     for rank, lines in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setenv("RANK", rank)
         assert run(*PATHS) == 0
         assert len(capsys.readouterr().out.splitlines()) == lines
 
