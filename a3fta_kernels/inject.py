@@ -217,7 +217,7 @@ def plan_injection(root: nn.Module, config: AdapterConfig | None, name: str, bac
 
 def _plan_site(plan: Plan, site: processors.Site) -> None:
     if not site.projections:
-        plan.unadapted[site.name] = "no linear layer of its own consumes it"
+        plan.unadapted[site.name] = site.reason
         return
     reasons = []
     for full, layer in site.projections.items():
