@@ -93,6 +93,9 @@ class A3FTALinear(AdaptedProjectionMixin, _Around, BaseTunerLayer):
             return "the layer carries hooks, which want its input"
         return unreadable_weight(base.weight)
 
+    # the weight, and its keys in a state dict, are the base layer's
+    _load_from_state_dict = nn.Module._load_from_state_dict
+
     # what PEFT and diffusers ask of a layer
 
     def update_layer(
