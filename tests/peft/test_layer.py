@@ -288,12 +288,13 @@ def test_a_base_that_is_not_plain(kind: str):
         plain.merge()
 
 
-def test_a_residual_and_few_keys_go_into_the_op():
-    """What our processors give the layer; native computes attention to text with it."""
+def test_our_processors_give_the_layer_the_residual():
     twin = injected("unet2d")
     model = peft.inject_adapter_in_model(A3FTAConfig(rank=4, **BACKEND), stock("unet2d"), "a")
     fill(model, twin)
-    model.set_attn_processor(a3fta.processors.A3FTAAttnProcessor())
+    for module in model.modules():
+        if hasattr(module, "set_processor"):
+            module.set_processor(a3fta.processors.A3FTAAttnProcessor())
     assert torch.equal(output(model, "unet2d"), output(twin, "unet2d"))
     layer = next(iter(layers(by_peft()).values()))
     h, residual = torch.randn(2, 3, layer.in_features), torch.randn(2, 3, layer.out_features)
