@@ -53,8 +53,10 @@ def injected(
 def added(model: Any, source: Any, adapter: str = "a") -> Any:
     """`model` with that adapter of `source` by PEFT."""
     layer = next(iter(a3fta.projections(source).values())).adapters[adapter]
-    free = copy.deepcopy(source)
-    a3fta.eject(free)
+    free = None
+    if layer.config.targets is not None:
+        free = copy.deepcopy(source)
+        a3fta.eject(free)
     config = A3FTAConfig.from_adapter_config(layer.config, free, **BACKEND)
     model.add_adapter(config, adapter_name=adapter)
     fill(model, source, adapter)

@@ -58,8 +58,12 @@ def test_a_new_adapter_changes_nothing_and_trains_alone(name: str):
     assert not a3fta.projections(model)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, options) for name in ("sd15", "flux") for options in OPTIONS]
+    + [("sdxl", {}), ("sd3", {})],
+    ids=str,
+)
 def test_equal_to_inject_bit_for_bit(name: str, options: dict[str, Any]):
     twin = injected(name, **options)
     if options.get("targets") and name == "flux":
@@ -186,7 +190,7 @@ def test_state_dicts_come_and_go():
     assert torch.equal(output(empty), output(twin))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["sd15", "flux"])
 def test_pretrained_folders(name: str, tmp_path: Path):
     twin = injected(name, rank_pattern={"blocks.1": 2}, scale=0.5)
     options = {"rank_pattern": {r".*blocks\.1.*": 2}, "scale": 0.5}
