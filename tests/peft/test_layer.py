@@ -313,3 +313,21 @@ def test_the_layer_shows_what_it_is():
     model = by_peft()
     text = repr(next(iter(layers(model).values())))
     assert text.startswith("a3fta.A3FTALinear(") and "rank=4" in text
+
+
+def test_beside_inject_when_frozen_for_inference_and_with_a_residual():
+    """What `freeze_for_inference` keeps is of the injected adapters alone."""
+    both = injected(adapters={"ours": 2, "a": 5})
+    ours = copy.deepcopy(both)
+    a3fta.eject(ours, "a")
+    for layer in a3fta.projections(ours).values():
+        layer.backend = "auto"
+    model = added(ours, both)
+    kept = a3fta.freeze_for_inference(model)
+    assert kept == (len(layers(model)) if a3fta.backends()["native"].available else 0)
+    close(output(model), output(both))
+    name, layer = next(iter(layers(model).items()))
+    h, residual = torch.randn(2, 3, layer.in_features), torch.randn(2, 3, layer.out_features)
+    expected = both.get_submodule(name)(h) + residual
+    close(layer(h, residual=residual), expected)
+    close(layer(h, residual=residual.double()).float(), expected)
