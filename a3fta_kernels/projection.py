@@ -22,6 +22,7 @@ from . import ops
 from .adapters import BottleneckAdapter
 from .adapters.bottleneck import Tensors
 from .backends import resolve
+from .bank import Bank
 from .forwards import check_forward, has_hooks, rebind_forward
 from .ops.activations import activate
 from .ops.adapter_linear import api as adapter_linear_api
@@ -81,6 +82,7 @@ class AdaptedProjectionMixin(_Linear):
     columns: Columns  # what the adapters read and write
     merged: Merged | None
     frozen: Frozen | None
+    banks: tuple[Bank, ...] | None  # each sample with its own adapter, in place of `weights`
     resting: tuple[str, ...]  # adapters that were chosen not to train
 
     def forward(self, h: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -89,6 +91,8 @@ class AdaptedProjectionMixin(_Linear):
         h (..., K), residual (..., N). With columns = (start, C) the adapters have that slice for h
         and h', and what is beside it stays. With no active adapter this is the layer as it was.
         """
+        if self.banks is not None and self.enabled and self.merged is None:
+            return _add(super().forward(self._by_sample(h, self.banks)), residual)
         active = self.active()
         if not active:
             return _add(super().forward(h), residual)
@@ -113,10 +117,20 @@ class AdaptedProjectionMixin(_Linear):
         )  # fmt: skip
         for other in others:
             adapted = adapted + delta(inside.to(adapted.dtype), other)
-        if before is not None and after is not None:
-            dtype = adapted.dtype
-            adapted = torch.cat((before.to(dtype), adapted, after.to(dtype)), dim=-1)
-        return _add(super().forward(adapted), residual)
+        return _add(super().forward(_whole(before, adapted, after)), residual)
+
+    def _by_sample(self, h: Tensor, banks: tuple[Bank, ...]) -> Tensor:
+        """h' of a batch whose samples have adapters of their own.
+
+        Then the layer as it is: V would differ by sample, and z @ V.T is no library product. That
+        way h' is written and read; z and the residual's way through memory would cost as much.
+        """
+        if not banks:
+            return h
+        before, adapted, after = self._parts(h)
+        for bank in banks:
+            adapted = bank(adapted, self.backend)
+        return _whole(before, adapted, after)
 
     def _parts(self, h: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """h before, inside and after the adapters' columns; (None, h, None) where that is all."""
@@ -146,7 +160,7 @@ class AdaptedProjectionMixin(_Linear):
         None where that op cannot be: then the caller computes attention, and `forward` the rest.
         """
         active = self.active()
-        if not active:
+        if not active or self.banks is not None:
             return None
         reason = self.unattended_reason(q, k, heads, mask, active)
         if reason is not None:
@@ -248,6 +262,8 @@ class AdaptedProjectionMixin(_Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedProjectionMixin:
         self.frozen = None
+        if self.banks is not None:
+            self.banks = tuple(bank.moved(fn) for bank in self.banks)
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(
@@ -317,6 +333,7 @@ def adapt(
     projection.columns = columns
     projection.merged = None
     projection.frozen = None
+    projection.banks = None
     projection.resting = ()
     rebind_forward(projection)
     return projection
@@ -326,7 +343,7 @@ def restore(projection: AdaptedProjectionMixin) -> None:
     """Gives the layer its class back and removes everything that `adapt` added."""
     projection.__class__ = stock_class(projection)
     del projection._modules["adapters"]
-    for name in ("weights", "enabled", "backend", "columns", "merged", "frozen", "resting"):
+    for name in ("weights", "enabled", "backend", "columns", "merged", "frozen", "banks", "resting"):
         del projection.__dict__[name]
     rebind_forward(projection)
 
@@ -399,6 +416,13 @@ def delta(h: Tensor, stack: Stack) -> Tensor:
 
 def _or_zeros(x: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if x is None else x
+
+
+def _whole(before: Tensor | None, adapted: Tensor, after: Tensor | None) -> Tensor:
+    """What `_parts` took apart, in the dtype of the adapters' part."""
+    if before is None or after is None:
+        return adapted
+    return torch.cat((before.to(adapted.dtype), adapted, after.to(adapted.dtype)), dim=-1)
 
 
 def _add(y: Tensor, residual: Tensor | None) -> Tensor:

@@ -25,7 +25,7 @@ from .backends import BACKENDS
 from .checks import check_choice, describe
 from .inject import check_name, inject, plan_injection, unfreeze
 from .projection import AdaptedProjectionMixin, Columns
-from .tree import adapted, check_known, check_unmerged, denoiser, projections
+from .tree import adapted, check_known, check_one_batch, check_unmerged, denoiser, projections
 
 __all__ = ["AdapterFileError", "load_adapter", "save_adapter"]
 
@@ -121,6 +121,7 @@ def load_adapter(
     layers = projections(root)
     backend = backend or next((layer.backend for layer in layers.values()), "auto")
     check_unmerged(layers, "load")
+    check_one_batch(layers, "load an adapter")
     file = adapter_file.read(Path(folder))
     config = _parse_config(file)
     _check_base(file, root)

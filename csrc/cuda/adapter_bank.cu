@@ -73,9 +73,9 @@ __device__ __forceinline__ void copy_rows(const Params<T>& p, const Block<T>& b,
   for (int64_t i = threadIdx.x; i < rows * per_row; i += threads) {
     const int64_t row = i / per_row, col = i % per_row;
     if (vectors) {
-      Pack<T, N> pack;
-      memcpy(&pack, from + row * p.residual.stride + col * N, sizeof(pack));
-      store16(to + row * cols + col * N, &pack);
+      const T* const source = from + row * p.residual.stride + col * N;
+      write_pack(reinterpret_cast<Pack<T, N>*>(to + row * cols + col * N),
+                 read_pack(reinterpret_cast<const Pack<T, N>*>(source)));
     } else {
       to[row * cols + col] = from[row * p.residual.stride + col];
     }

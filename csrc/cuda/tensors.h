@@ -90,8 +90,9 @@ class Call {
   void* dense(const char* name, const Tensor& t, std::initializer_list<int64_t> shape) const {
     bool fits = t.dim() == static_cast<int64_t>(shape.size()) && t.is_contiguous();
     std::string expected;
+    int64_t i = 0;
     for (const int64_t n : shape) {
-      fits = fits && t.size(&n - shape.begin()) == n;
+      fits = fits && t.size(i++) == n;
       expected += (expected.empty() ? "" : ", ") + std::to_string(n);
     }
     STD_TORCH_CHECK(fits, name, ": expected a contiguous (", expected, ") tensor, got ",

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a3fta_kernels import ops
@@ -51,7 +51,9 @@ def test_gradients_of_any_stride(kind, run, poisoned):
     check(Case((3, 11), 24, 8, bank=2), run, kind)
 
 
+# a tenth of the suite's: nearly all of what there is to draw is in CASES
 @RUNS
+@settings(max_examples=max(3, settings.default.max_examples // 10))
 @given(data=st.data())
 def test_property(data, run):
     lead = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple))
