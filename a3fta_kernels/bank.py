@@ -7,6 +7,7 @@ after the other passes through: in all but one of them it has no adapter.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -78,15 +79,24 @@ class Bank:
             index = index.repeat(samples // named)
         return index if rows == samples else index.repeat_interleave(rows // samples)
 
+    def sized_freely(self) -> Bank:
+        """Itself: for another number of adapters, or another rank, compiled code stays."""
+        dynamo = sys.modules.get("torch._dynamo")
+        if dynamo is None:  # nothing is compiled; its import takes a second
+            return self
+        w_down, w_up, b_down, b_up = self.stacked
+        for tensor, dims in ((w_down, (0, 1)), (w_up, (0, 2)), (b_down, (0, 1)), (b_up, (0,))):
+            if tensor is not None:
+                dynamo.maybe_mark_dynamic(tensor, dims)
+        dynamo.maybe_mark_dynamic(self.scale, 0)
+        return self
+
     def moved(self, fn: Callable[[Tensor], Tensor]) -> Bank:
         """With what a module's `to`, `cuda` or `half` does to its tensors."""
         index = fn(self.index)
-        return replace(
-            self,
-            stacked=Stacked(*(None if t is None else fn(t) for t in self.stacked)),  # type: ignore[arg-type]
-            scale=self.scale.to(index.device),
-            index=index,
-        )
+        made = Stacked(*(None if t is None else fn(t) for t in self.stacked))  # type: ignore[arg-type]
+        scale = self.scale.to(index.device)
+        return replace(self, stacked=made, scale=scale, index=index).sized_freely()
 
 
 def check_batch(samples: int, named: int) -> None:
@@ -105,27 +115,20 @@ def banks_of(
     for activation in dict.fromkeys(a.activation for a in adapters if a is not None):
         own = dict.fromkeys(a for a in adapters if a is not None and a.activation == activation)
         order = {adapter: k for k, adapter in enumerate(own)}
-        with torch.no_grad():
-            made = stacked(tuple(order))
+        # compiled code has a size of 1 for a constant
+        members = (*order, *[next(iter(order))] * (len(order) == 1 < len(adapters)))
+        # a tensor made in inference mode could not serve a forward outside it
+        with torch.inference_mode(False), torch.no_grad():
+            made = stacked(members)
             if dtype is not None:
                 made = Stacked(*(None if t is None else t.to(dtype) for t in made))  # type: ignore[arg-type]
+        wide = torch.float64 if made.w_down.dtype == torch.float64 else torch.float32
         device = made.w_down.device
+        scale = torch.tensor([a.scale for a in members], dtype=wide, device=device)
         index = [-1 if a is None else order.get(a, -1) for a in adapters]
-        found.append(
-            Bank(
-                tuple(order),
-                made,
-                torch.tensor([a.scale for a in order], dtype=torch.float64).to(device, _wide(made)),
-                torch.tensor(index, dtype=torch.int32, device=device),
-                activation,
-                batch,
-            )
-        )
+        places = torch.tensor(index, dtype=torch.int32, device=device)
+        found.append(Bank(members, made, scale, places, activation, batch).sized_freely())
     return tuple(found)
-
-
-def _wide(made: Stacked) -> torch.dtype:
-    return torch.float64 if made.w_down.dtype == torch.float64 else torch.float32
 
 
 def stacked(adapters: tuple[BottleneckAdapter, ...]) -> Stacked:

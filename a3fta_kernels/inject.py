@@ -176,8 +176,7 @@ def eject(model: Any, name: str | None = None) -> None:
         for gone in list(layer.adapters) if name is None else [name]:
             if gone in layer.adapters:
                 del layer.adapters[gone]
-                layer.weights.pop(gone, None)
-        layer.frozen = None
+        layer.choose({n: w for n, w in layer.weights.items() if n in layer.adapters})
         if len(layer.adapters) == 0:
             restore(layer)
     if not projections(root):
@@ -317,10 +316,9 @@ def _apply(root: nn.Module, plan: Plan) -> None:
         )
         fresh[name].train(layer.training)
         layer.adapters[plan.name] = fresh[name]
-        layer.weights[plan.name] = 1.0
+        layer.choose(layer.weights | {plan.name: 1.0})
         layer.backend = plan.backend
         layer.enabled = enabled
-        layer.frozen = None
 
 
 def _freeze(root: nn.Module) -> list[str]:

@@ -75,7 +75,7 @@ class _Note:
 
 
 def _names(names: Any) -> list[str | None]:
-    chosen = list(names) if isinstance(names, (list, tuple)) else [0]
+    chosen: list[Any] = list(names) if isinstance(names, (list, tuple)) else [0]
     if not all(n is None or isinstance(n, str) for n in chosen):
         raise TypeError(
             f"names: expected a list with the name of an adapter, or None, for each sample, "

@@ -76,7 +76,8 @@ class AdaptedProjectionMixin(_Linear):
     """What an adapted layer adds to the linear class it had before."""
 
     adapters: nn.ModuleDict
-    weights: dict[str, float]
+    weights: dict[str, float]  # changed by `choose` alone
+    acting: list[tuple[BottleneckAdapter, Tensor]]  # the same, as compiled code reads it
     enabled: bool
     backend: str
     columns: Columns  # what the adapters read and write
@@ -120,10 +121,11 @@ class AdaptedProjectionMixin(_Linear):
         return _add(super().forward(_whole(before, adapted, after)), residual)
 
     def _by_sample(self, h: Tensor, banks: tuple[Bank, ...]) -> Tensor:
-        """h' of a batch whose samples have adapters of their own.
+        """h' of a batch whose samples have adapters of their own; then comes the layer as it is.
 
-        Then the layer as it is: V would differ by sample, and z @ V.T is no library product. That
-        way h' is written and read; z and the residual's way through memory would cost as much.
+        With V by sample there is no wide product to save: z @ V.T would be a skinny kernel of its
+        own that writes what the projection then reads, as h' is written and read here, and V of
+        every adapter would be made first. And so any layer will do, a quantized one too.
         """
         if not banks:
             return h
@@ -182,7 +184,7 @@ class AdaptedProjectionMixin(_Linear):
 
     def unattended_reason(
         self, q: Tensor, k: Tensor, heads: int, mask: Tensor | None,
-        active: list[tuple[BottleneckAdapter, float]],
+        active: list[tuple[BottleneckAdapter, float | Tensor]],
     ) -> str | None:  # fmt: skip
         """Why `attend` cannot compute attention with this layer now; None where it can."""
         reason = self.unfused_reason()
@@ -206,10 +208,29 @@ class AdaptedProjectionMixin(_Linear):
             return None
         return frozen
 
-    def active(self) -> list[tuple[BottleneckAdapter, float]]:
-        """The adapters that act in the next forward, with their weights."""
+    def choose(self, weights: dict[str, float]) -> None:
+        """Makes these adapters act, with these weights.
+
+        Compiled code reads `acting`: a name or a number would be a constant of it, so that each
+        choice compiled anew; a place in a list and a tensor are not.
+        """
+        adapters: Any = self.adapters
+        self.weights = dict(weights)
+        self.acting = []
+        for name, weight in weights.items():
+            like = adapters[name].w_down
+            device = "cpu" if like.device.type == "meta" else like.device
+            wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+            self.acting.append((adapters[name], torch.tensor(weight, dtype=wide, device=device)))
+        self.frozen = None
+
+    def active(self) -> list[tuple[BottleneckAdapter, float | Tensor]]:
+        """The adapters that act in the next forward, with their weights: numbers, or tensors of
+        one element where code is compiled."""
         if not self.enabled or self.merged is not None:
             return []
+        if torch.compiler.is_compiling():
+            return list(self.acting)
         adapters: Any = self.adapters
         return [(adapters[name], weight) for name, weight in self.weights.items()]
 
@@ -261,10 +282,11 @@ class AdaptedProjectionMixin(_Linear):
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedProjectionMixin:
-        self.frozen = None
+        super()._apply(fn, recurse)
         if self.banks is not None:
             self.banks = tuple(bank.moved(fn) for bank in self.banks)
-        return super()._apply(fn, recurse)
+        self.choose(self.weights)
+        return self
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
@@ -327,7 +349,7 @@ def adapt(
     projection = cast(AdaptedProjectionMixin, linear)
     projection.adapters = nn.ModuleDict()
     projection.adapters.train(linear.training)
-    projection.weights = {}
+    projection.choose({})
     projection.enabled = True
     projection.backend = backend
     projection.columns = columns
@@ -343,7 +365,9 @@ def restore(projection: AdaptedProjectionMixin) -> None:
     """Gives the layer its class back and removes everything that `adapt` added."""
     projection.__class__ = stock_class(projection)
     del projection._modules["adapters"]
-    for name in ("weights", "enabled", "backend", "columns", "merged", "frozen", "banks", "resting"):
+    for name in (
+        "weights", "acting", "enabled", "backend", "columns", "merged", "frozen", "banks", "resting"
+    ):  # fmt: skip
         del projection.__dict__[name]
     rebind_forward(projection)
 
@@ -358,31 +382,31 @@ def check_restorable(projection: AdaptedProjectionMixin) -> None:
         )
 
 
-def stacks(active: list[tuple[BottleneckAdapter, float]], h: Tensor | None) -> list[Stack]:
+def stacks(active: list[tuple[BottleneckAdapter, float | Tensor]], h: Tensor | None) -> list[Stack]:
     """The active adapters, stacked along the rank, one stack per activation.
 
     With h, dropout is drawn for its samples.
     """
     if len(active) == 1:
         return [_stack(active, active[0][0].activation, h)]
-    groups: dict[str, list[tuple[BottleneckAdapter, float]]] = {}
+    groups: dict[str, list[tuple[BottleneckAdapter, float | Tensor]]] = {}
     for adapter, weight in active:
         groups.setdefault(adapter.activation, []).append((adapter, weight))
     return [_stack(group, activation, h) for activation, group in groups.items()]
 
 
 def _stack(
-    group: list[tuple[BottleneckAdapter, float]], activation: str, h: Tensor | None
+    group: list[tuple[BottleneckAdapter, float | Tensor]], activation: str, h: Tensor | None
 ) -> Stack:
     if len(group) == 1 and not torch.compiler.is_compiling():
         adapter, weight = group[0]
         mask = None if h is None else adapter.mask(h.shape[0], h.device)
         own: Tensors = adapter()
-        return Stack(*own, adapter.scale * weight, activation, mask)
+        return Stack(*own, adapter.scale * float(weight), activation, mask)
     masks = [None if h is None else a.mask(h.shape[0], h.device) for a, _ in group]
     tensors: list[Tensors] = [a() for a, _ in group]
     factors = [a.scale * weight for a, weight in group]
-    # compiled, a number that an op takes is a constant: in w_up no new weight compiles anew
+    # of several, and compiled, the weights go into w_up: an op takes one number, and as a constant
     b_down = b_up = gamma = None
     if any(t.b_down is not None for t in tensors):
         b_down = _cat([_or_zeros(t.b_down, t.w_down[:, 0]) for t in tensors])

@@ -34,8 +34,8 @@ def set_adapters(
     check_unmerged(layers, "choose adapters")
     check_one_batch(layers, "choose adapters")
     for layer in layers.values():
-        layer.weights = {n: w for n, w in zip(chosen, factors, strict=True) if n in layer.adapters}
-        layer.frozen = None
+        pairs = zip(chosen, factors, strict=True)
+        layer.choose({n: w for n, w in pairs if n in layer.adapters})
 
 
 def enable_adapters(model: Any) -> None:

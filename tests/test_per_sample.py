@@ -131,7 +131,7 @@ def test_positional_and_keyword_batches_are_seen():
 
 def test_frames_of_a_sample_lie_side_by_side():
     """Video layers see (samples x frames); halves of guidance, a part of the batch."""
-    adapters = list(a3fta.projections(served("unet2d")).values())[0].adapters
+    adapters = next(iter(a3fta.projections(served("unet2d")).values())).adapters
     a, c = adapters["a"], adapters["c"]
     (bank,) = banks_of([a, None, a], None, batch := Batch())
     assert bank.places(3).tolist() == [0, -1, 0]
@@ -139,7 +139,7 @@ def test_frames_of_a_sample_lie_side_by_side():
     batch.samples = 6
     assert bank.places(12).tolist() == [0, 0, -1, -1, 0, 0] * 2, "two frames of each"
     assert bank.places(3).tolist() == [0, -1, 0], "PAG takes the batch apart"
-    with pytest.raises(ValueError, match="h: expected a batch that is a multiple of the model's, 6"):
+    with pytest.raises(ValueError, match=r"h: expected .* a multiple of the model's, 6, got 9"):
         bank.places(9)
     first, second = banks_of([a, None, c], None, batch)
     assert first.index.tolist() == [0, -1, -1] and second.index.tolist() == [-1, -1, 0]
@@ -249,7 +249,7 @@ def test_nothing_stays_behind(monkeypatch):
 @pytest.mark.parametrize(
     ("names", "error", "message"),
     [
-        (["a", "z"], ValueError, r"names: expected adapters that the model has \(a, b, c\), got 'z'"),
+        (["a", "z"], ValueError, r"names: expected adapters that .* \(a, b, c\), got 'z'"),
         ("a", TypeError, "names: expected a list with the name of an adapter, or None"),
         (["a", 1], TypeError, "names: expected a list with the name of an adapter, or None"),
         ([], ValueError, "names: expected at least one sample"),

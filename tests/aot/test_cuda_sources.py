@@ -45,7 +45,8 @@ KERNELS = {
 }
 MATRIX_KERNELS = (
     "adapter_kernel", "adapter_rows_kernel", "adapter_cluster_kernel", "cluster_forward_kernel",
-    "bank_kernel", "bank_rows_kernel", "product_kernel", "adapter_linear_kernel", "row_product_kernel",
+    "bank_kernel", "bank_rows_kernel", "product_kernel", "adapter_linear_kernel",
+    "row_product_kernel",
 )  # fmt: skip
 # the kernels that read and write each element once: how they must do it
 STREAMING = (

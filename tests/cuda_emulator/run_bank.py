@@ -36,8 +36,8 @@ CASES = [
 
 
 def check_traffic(emulator: Emulator) -> None:
-    """h is read once and y written once, with an adapter and without; of the bank, once per block of
-    rows, what the samples have."""
+    """h is read once and y written once, with an adapter and without; of the bank what the samples
+    have, once per block of rows."""
     draw = lambda *shape: torch.randn(*shape, dtype=torch.bfloat16)  # noqa: E731
     emulator.use_chip(90, 4, 227)
     h, w_down, w_up = draw(4 * 100, 640), draw(3, 32, 640), draw(3, 640, 32)

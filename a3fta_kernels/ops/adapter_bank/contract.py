@@ -21,8 +21,8 @@ serving is what the op is for. It keeps h and the bank, and computes a anew.
 
 A backend is a module with RANK_LIMIT and one function, without autograd. h, residual (M, C), rows
 as `rule.rows`; the bank contiguous, in h's dtype, of a rank up to RANK_LIMIT; scale (K,) in the
-accumulation dtype; index (B,) int32. Sample b owns the rows b * M/B to (b + 1) * M/B. A sample whose
-index is neither -1 nor of the bank becomes NaN, or is refused. M may be 0.
+accumulation dtype; index (B,) int32. Sample b owns the rows b * M/B to (b + 1) * M/B. A sample
+whose index is neither -1 nor of the bank becomes NaN, or is refused. M may be 0.
 
     forward(h, residual, w_down, w_up, b_down, b_up, scale, index, activation) -> y
 
@@ -130,8 +130,8 @@ def backward(
 
     def summed(per_sample: Tensor, like: Tensor) -> Tensor:
         """Those of each adapter together."""
-        found = torch.zeros(like.shape, dtype=wide, device=h.device)
-        return found.index_add_(0, k, torch.where(has, per_sample.to(wide), 0).view(-1, *like.shape[1:]))
+        kept = torch.where(has, per_sample.to(wide), 0).view(-1, *like.shape[1:])
+        return torch.zeros(like.shape, dtype=wide, device=h.device).index_add_(0, k, kept)
 
     found: list[Tensor | None] = [None] * 7
     if needs[0]:

@@ -1,4 +1,4 @@
-"""`adapter_bank` in the compiled library, on the CPU and on CUDA. The protocol is in contract.py."""
+"""`adapter_bank` in the compiled library, on the CPU and on CUDA. Protocol: contract.py."""
 
 from __future__ import annotations
 

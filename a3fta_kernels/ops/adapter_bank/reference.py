@@ -42,5 +42,5 @@ def _of(bias: Tensor | None, k: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, L, N) for x (B, L, K), weight (B, N, K) and bias (B, 1, N): linear layers side by side."""
+    """(B, L, N) of x (B, L, K), weight (B, N, K), bias (B, 1, N): linear layers side by side."""
     return x @ weight.mT if bias is None else torch.baddbmm(bias, x, weight.mT)

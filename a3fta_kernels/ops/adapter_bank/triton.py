@@ -26,18 +26,34 @@ from ..skinny_triton import RANK_LIMIT
 
 
 @triton.jit
+def store_columns(
+    y, c, z, w_up_ptr, b_up_ptr, scale, y_ptr, rows, mask_m, offs_c, offs_r, mask_r, N, R, stride_ym
+):  # fmt: skip
+    """Stores y + z @ w_up.T + scale * b_up at the columns from c on."""
+    offs_n = c + offs_c
+    mask_n = offs_n < N
+    w_ptrs = w_up_ptr + offs_n.to(tl.int64)[None, :] * R + offs_r[:, None]
+    w_up = tl.load(w_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
+    y = dot(z, w_up, y.to(tl.float32))
+    if b_up_ptr is not None:
+        y += tl.load(b_up_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :] * scale
+    y_ptrs = y_ptr + rows * stride_ym + offs_n[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+@triton.jit
 def adapted_rows(
-    h_ptrs, residual_ptrs, y_ptrs, w_down_ptr, w_up_ptr, b_down_ptr, b_up_ptr, scale,
-    mask_m, N, R,
+    h_ptr, residual_ptr, y_ptr, w_down_ptr, w_up_ptr, b_down_ptr, b_up_ptr, scale,
+    rows, mask_m, N, R, stride_hm, stride_residual_m, stride_ym,
     ACT: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Stores residual + scale * adapter(h) for BLOCK_M rows; the pointers to h, residual and y are
-    those of the first BLOCK_C columns."""
-    offs_r = tl.arange(0, BLOCK_R)
+    """Stores residual + scale * adapter(h) for BLOCK_M rows."""
     offs_c = tl.arange(0, BLOCK_C)
+    offs_r = tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
-    down_ptrs = w_down_ptr + offs_r[None, :] * N + offs_c[:, None]
+    h_ptrs = h_ptr + rows * stride_hm + offs_c[None, :]
+    w_ptrs = w_down_ptr + offs_r[None, :] * N + offs_c[:, None]
     a = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     held = ()
     if CHUNKS > 0:
@@ -48,46 +64,31 @@ def adapted_rows(
             held += (h,)  # type: ignore[assignment]
         for i in tl.static_range(CHUNKS):
             mask_w = (offs_c < N - i * BLOCK_C)[:, None] & mask_r[None, :]
-            w_down = tl.load(down_ptrs + i * BLOCK_C, mask=mask_w, other=0.0)
-            a = dot(held[i], w_down, a)
+            a = dot(held[i], tl.load(w_ptrs + i * BLOCK_C, mask=mask_w, other=0.0), a)
     else:
         for c in range(0, N, BLOCK_C):
             mask_c = offs_c < N - c
             h = tl.load(h_ptrs + c, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
-            w_down = tl.load(down_ptrs + c, mask=mask_c[:, None] & mask_r[None, :], other=0.0)
+            w_down = tl.load(w_ptrs + c, mask=mask_c[:, None] & mask_r[None, :], other=0.0)
             a = dot(h, w_down, a)
     if b_down_ptr is not None:
         a += tl.load(b_down_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)[None, :]
     # an infinite h times the zeros beyond the rank is NaN there
-    z = tl.where(mask_r[None, :], activate(a, ACT) * scale, 0.0).to(y_ptrs.dtype.element_ty)
-    up_ptrs = w_up_ptr + offs_c[None, :] * R + offs_r[:, None]
+    z = tl.where(mask_r[None, :], activate(a, ACT) * scale, 0.0).to(y_ptr.dtype.element_ty)
     if CHUNKS > 0:
         for i in tl.static_range(CHUNKS):
             store_columns(
-                held[i], i * BLOCK_C, z, up_ptrs, b_up_ptr, scale, y_ptrs, mask_m, mask_r, offs_c,
-                N, R,
+                held[i], i * BLOCK_C, z, w_up_ptr, b_up_ptr, scale, y_ptr, rows, mask_m,
+                offs_c, offs_r, mask_r, N, R, stride_ym,
             )  # fmt: skip
     else:
         for c in range(0, N, BLOCK_C):
-            mask_y = mask_m[:, None] & (offs_c < N - c)[None, :]
-            residual = tl.load(residual_ptrs + c, mask=mask_y, other=0.0)
+            mask = mask_m[:, None] & (offs_c < N - c)[None, :]
+            residual_ptrs = residual_ptr + rows * stride_residual_m + (c + offs_c)[None, :]
             store_columns(
-                residual, c, z, up_ptrs, b_up_ptr, scale, y_ptrs, mask_m, mask_r, offs_c, N, R
-            )
-
-
-@triton.jit
-def store_columns(
-    residual, c, z, up_ptrs, b_up_ptr, scale, y_ptrs, mask_m, mask_r, offs_c, N, R
-):  # fmt: skip
-    """Stores residual + z @ w_up.T + scale * b_up at the columns from c on."""
-    mask_c = offs_c < N - c
-    mask_w = mask_r[:, None] & mask_c[None, :]
-    w_up = tl.load(up_ptrs + tl.cast(c, tl.int64) * R, mask=mask_w, other=0.0)
-    y = dot(z, w_up, residual.to(tl.float32))
-    if b_up_ptr is not None:
-        y += tl.load(b_up_ptr + c + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :] * scale
-    tl.store(y_ptrs + c, y.to(y_ptrs.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :])
+                tl.load(residual_ptrs, mask=mask, other=0.0), c, z, w_up_ptr, b_up_ptr, scale,
+                y_ptr, rows, mask_m, offs_c, offs_r, mask_r, N, R, stride_ym,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows_per_sample", "tiles_per_sample", "adapters"])
@@ -105,27 +106,30 @@ def bank_kernel(
     pid = tl.program_id(0)
     sample = pid // tiles_per_sample
     offs_l = (pid % tiles_per_sample) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_c = tl.arange(0, BLOCK_C)
     mask_m = offs_l < rows_per_sample
     rows = (sample * rows_per_sample + offs_l).to(tl.int64)[:, None]
-    residual_ptrs = residual_ptr + rows * stride_residual_m + offs_c[None, :]
-    y_ptrs = y_ptr + rows * stride_ym + offs_c[None, :]
 
     k = tl.load(index_ptr + sample)
     if k == -1:
         for c in range(0, N, BLOCK_C):
-            mask = mask_m[:, None] & (offs_c < N - c)[None, :]
-            tl.store(y_ptrs + c, tl.load(residual_ptrs + c, mask=mask, other=0.0), mask=mask)
+            offs_n = c + tl.arange(0, BLOCK_C)
+            mask = mask_m[:, None] & (offs_n < N)[None, :]
+            x = tl.load(
+                residual_ptr + rows * stride_residual_m + offs_n[None, :], mask=mask, other=0.0
+            )
+            tl.store(y_ptr + rows * stride_ym + offs_n[None, :], x, mask=mask)
     else:
         inside = (k >= 0) & (k < adapters)
+        # an adapter that is not there must show, and nothing be read beside the bank
         scale = tl.load(scale_ptr + k, mask=inside, other=float("nan"))
-        k = tl.where(inside, k, 0).to(tl.int64)
+        place = tl.where(inside, k, 0).to(tl.int64)
         adapted_rows(
-            h_ptr + rows * stride_hm + offs_c[None, :], residual_ptrs, y_ptrs,
-            w_down_ptr + k * R * N, w_up_ptr + k * R * N,
-            None if b_down_ptr is None else b_down_ptr + k * R,
-            None if b_up_ptr is None else b_up_ptr + k * N,
-            scale, mask_m, N, R, ACT, CHUNKS, BLOCK_M, BLOCK_C, BLOCK_R,
+            h_ptr, residual_ptr, y_ptr,
+            w_down_ptr + place * R * N, w_up_ptr + place * R * N,
+            None if b_down_ptr is None else b_down_ptr + place * R,
+            None if b_up_ptr is None else b_up_ptr + place * N,
+            scale, rows, mask_m, N, R, stride_hm, stride_residual_m, stride_ym,
+            ACT, CHUNKS, BLOCK_M, BLOCK_C, BLOCK_R,
         )  # fmt: skip
 
 
