@@ -37,10 +37,10 @@ LAYERS = [
     ["adapters.bottleneck"],
     ["adapters.*"],
     ["adapters"],
-    ["forwards"],
+    ["bank", "forwards"],
     ["projection"],
     ["tree"],
-    ["merging", "report", "switch"],
+    ["merging", "per_sample", "report", "switch"],
     ["processors.engines", "processors.family", "processors.qkv"],
     ["processors.unet"],
     ["processors.*"],
@@ -113,7 +113,10 @@ COMPOSED = {"cross_attention_adapter"}
 # ops that are a rule around PyTorch's own operator on every device
 LIBRARY = {"frozen_conv"}
 # op: its schemas in csrc/ops.cpp, where they are not <op>_forward and <op>_backward
-SCHEMAS = {"quantize": ("quantize(", "dequantize(")}
+SCHEMAS = {
+    "adapter_bank": ("adapter_bank_forward(",),
+    "quantize": ("quantize(", "dequantize("),
+}
 
 # a third-party package may be imported in these modules alone
 HOMES = {
@@ -297,6 +300,7 @@ PUBLIC = {
     "BackendStatus",
     "BackendUnavailableError",
     "InjectionReport",
+    "adapters_per_sample",
     "attn_processors",
     "backends",
     "disable_adapters",
