@@ -40,6 +40,7 @@ from .switch import (
     trainable_parameters,
     unfreeze,
 )
+from .timesteps import check_timed, follow, unfollow
 from .tree import (
     RECORD,
     adapted,
@@ -195,6 +196,8 @@ def plan_injection(root: nn.Module, config: AdapterConfig | None, name: str, bac
             f"first, or choose another"
         )
     check_unmerged(existing, "inject another")
+    if DESIGNS[config.design].timed:
+        check_timed(root)
     family = processors.family_of(root)
     sites = [] if family is None else list(family.sites(root))
     if family is None or not sites:
@@ -318,6 +321,8 @@ def _apply(root: nn.Module, plan: Plan) -> None:
         layer.backend = plan.backend
         layer.enabled = enabled
         layer.frozen = None
+    if DESIGNS[plan.config.design].timed:
+        follow(root, plan.family.timesteps)
 
 
 def _freeze(root: nn.Module) -> list[str]:
@@ -350,6 +355,7 @@ def _restore_model(root: nn.Module) -> None:
             module = holder.get_submodule(attention)
             if family is not None and family.owns(module.get_processor()):  # type: ignore[operator]
                 module.set_processor(stock)  # type: ignore[operator]
+        unfollow(holder)
         del holder.__dict__[RECORD]
 
 

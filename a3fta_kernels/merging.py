@@ -54,6 +54,11 @@ def _check(name: str, layer: AdaptedProjectionMixin) -> None:
                 f"model: expected linear adapters to merge (activation='identity'), got adapter "
                 f"{adapter_name!r} with activation={adapter.activation!r} at {name}"
             )
+        if adapter.timed:
+            raise ValueError(
+                f"model: expected adapters that are the same at all timesteps to merge, got "
+                f"adapter {adapter_name!r} of design {adapter.config.design!r} at {name}"
+            )
         if adapter.dropout and adapter.training:
             raise ValueError(
                 f"model: expected adapters without dropout to merge, or model.eval(), got adapter "

@@ -32,14 +32,14 @@ LAYERS = [
     ["ops.*.api"],
     ["ops.*"],
     ["ops"],
-    ["adapters.config"],
+    ["adapters.config", "adapters.timestep"],
     ["adapters.bottleneck"],
     ["adapters.*"],
     ["adapters"],
     ["forwards"],
     ["projection"],
     ["tree"],
-    ["merging", "report", "switch"],
+    ["merging", "report", "switch", "timesteps"],
     ["processors.engines", "processors.family", "processors.qkv"],
     ["processors.*"],
     ["processors"],
@@ -370,7 +370,10 @@ def test_every_bench_names_an_op():
 def test_every_design_is_in_its_table():
     from a3fta_kernels.adapters import DESIGNS
 
-    files = {name for name in FILES if name.startswith("adapters.")} - {"adapters.config"}
+    files = {name for name in FILES if name.startswith("adapters.")} - {
+        "adapters.config",
+        "adapters.timestep",
+    }
     homes = {cls.__module__.removeprefix("a3fta_kernels.") for cls in DESIGNS.values()}
     assert homes == files
 

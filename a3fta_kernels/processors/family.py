@@ -30,6 +30,7 @@ class Family:
     processor_for: our processor in the place of a stock one, None for one it does not know.
     owns: whether a processor is one of ours.
     joinable: groups of projections of one input (q, k, v) that our processor computes together.
+    timesteps: what the forward's timestep is multiplied by to run from 0 to 1000.
     """
 
     name: str
@@ -38,3 +39,4 @@ class Family:
     processor_for: Callable[[Any], Any | None]
     owns: Callable[[Any], bool]
     joinable: Callable[[Any], list[tuple[nn.Module, ...]]]
+    timesteps: float = 1.0

@@ -45,4 +45,5 @@ FAMILY = Family(
     processor_for=lambda processor: None,
     owns=lambda processor: False,
     joinable=lambda attention: [],
+    timesteps=1000.0,
 )
