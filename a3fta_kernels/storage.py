@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from . import adapter_file
 from .adapter_file import AdapterFile, AdapterFileError, refuse
 from .adapters import AdapterConfig, BottleneckAdapter
+from .attention_weights import stock_values, trained_values
 from .backends import BACKENDS
 from .checks import check_choice, describe
 from .inject import check_name, inject, plan_injection, unfreeze
@@ -45,7 +46,8 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], name: str = "defaul
 
     The weights file stands alone; it also holds the config and a fingerprint of the base (class,
     names and shapes of the adapted layers, some of their weights). Tensors are named
-    `<layer>.<parameter>`, without the adapter's name and without PEFT's wrapping. The mixing
+    `<layer>.<parameter>`, without the adapter's name and without PEFT's wrapping; attention that
+    trained beside the adapter is stored whole, as `attention:<layer>.<parameter>`. The mixing
     weights of `set_adapters` belong to the model and are not stored.
 
     Both files are replaced atomically, weights first: an interrupted save leaves an adapter that
@@ -64,6 +66,7 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], name: str = "defaul
     check_unmerged(layers, "save")
     layers = {key: layer for key, layer in layers.items() if name in layer.adapters}
     states = {key: _state(key, _adapter(layer, name)) for key, layer in layers.items()}
+    states |= _attention(trained_values(root, name))
     config = _config([_adapter(layer, name) for layer in layers.values()])
     target = Path(folder)
     adapter_file.write(
@@ -71,7 +74,7 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], name: str = "defaul
         tensors={f"{k}.{p}": tensor for k, state in states.items() for p, tensor in state.items()},
         config=config.to_dict(),
         base=_base(root, layers),
-        samples=_samples(layers),
+        samples=_samples(root, layers),
         library_version=sys.modules[__package__].__version__,
     )
     return target
@@ -130,16 +133,18 @@ def load_adapter(
         adapters = {key: _adapter(layer, name) for key, layer in existing.items()}
         _check_kind(file, config, name, adapters)
         states = {key: _state(key, adapter) for key, adapter in adapters.items()}
+        states |= _attention(trained_values(root, name))
         targets: Mapping[str, nn.Linear] = existing
     else:
         targets, states = _planned(file, root, config, name, backend)
-    _check_samples(file, targets, allow_other_base)
+    _check_samples(file, root, targets, allow_other_base)
     values = _converted(file, states)
 
     if not existing:
         inject(root, config, name, backend=backend)
         added = projections(root)
         states = {key: _state(key, _adapter(added[key], name)) for key in targets}
+        states |= _attention(trained_values(root, name))
     with torch.no_grad():
         for key, state in states.items():
             for parameter, tensor in state.items():
@@ -162,6 +167,15 @@ def _state(layer: str, adapter: BottleneckAdapter) -> dict[str, Tensor]:
                 f"meta device; save and load before the model is offloaded"
             )
     return state
+
+
+def _attention(values: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Attention's own tensors among those of the adapters: `attention:<layer>`."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in values.items():
+        layer, _, leaf = name.rpartition(".")
+        found.setdefault(f"attention:{layer}", {})[leaf] = tensor
+    return found
 
 
 def _config(adapters: list[BottleneckAdapter]) -> AdapterConfig:
@@ -196,6 +210,7 @@ def _planned(
         refuse(file.path, f"tensors of rank {max(plan.ranks.values())}", f"at most {largest}")
     with torch.device("meta"):
         states = {key: dict(plan.adapter(key, "meta").state_dict()) for key in plan.targets}
+    states |= _attention(plan.attention)
     return plan.targets, states
 
 
@@ -208,6 +223,7 @@ def _check_kind(
             "activation": adapter.activation,
             "scale": float(adapter.scale),
             "bias": adapter.b_down is not None,
+            "train": adapter.config.train,
         }
         for field, value in there.items():
             if value != getattr(config, field):
@@ -262,23 +278,28 @@ def _presence(shape: Any) -> str:
     return "not adapted" if shape is None else f"of shape {shape}"
 
 
-def _samples(layers: Mapping[str, nn.Module]) -> dict[str, list[float | None]]:
+def _samples(root: nn.Module, layers: Mapping[str, nn.Linear]) -> dict[str, list[float | None]]:
     """Some weights of some layers: enough to tell one base from another at little cost."""
-    keys = sorted(key for key, layer in layers.items() if _readable(layer))
+    weights = _base_weights(root, layers)
+    keys = sorted(key for key, weight in weights.items() if _readable(weight))
     step = max(1, math.ceil(len(keys) / _SAMPLED_LAYERS))
-    return {key: _sampled(layers[key]) for key in keys[::step]}
+    return {key: _sampled(weights[key]) for key in keys[::step]}
 
 
-def _readable(layer: nn.Module) -> bool:
+def _base_weights(root: nn.Module, layers: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+    """The weights of the base, also of a layer that trains."""
+    stock = stock_values(root)
+    return {key: stock.get(f"{key}.weight", layer.weight) for key, layer in layers.items()}
+
+
+def _readable(weight: Tensor) -> bool:
     """Whether the weight is at hand, in a plain floating dtype."""
-    weight: Any = layer.weight
     plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype in _SAMPLED_DTYPES
     return plain and weight.device.type != "meta"
 
 
-def _sampled(layer: nn.Module) -> list[float | None]:
+def _sampled(weight: Tensor) -> list[float | None]:
     """Weights at even distances."""
-    weight: Any = layer.weight
     count = min(_SAMPLES_PER_LAYER, weight.numel())
     places = torch.arange(count, device=weight.device) * (weight.numel() - 1) // max(1, count - 1)
     values = weight.detach().reshape(-1)[places].double().tolist()
@@ -286,16 +307,17 @@ def _sampled(layer: nn.Module) -> list[float | None]:
 
 
 def _check_samples(
-    file: AdapterFile, layers: Mapping[str, nn.Linear], allow_other_base: bool
+    file: AdapterFile, root: nn.Module, layers: Mapping[str, nn.Linear], allow_other_base: bool
 ) -> None:
     compared = 0
+    weights = _base_weights(root, layers)
     for key, stored in file.samples.items():
         if key not in layers or not isinstance(stored, list):
             refuse(file.path, "samples of adapted layers", f"samples of {key}: {stored!r:.80}")
-        if not _readable(layers[key]):
+        if not _readable(weights[key]):
             continue
         compared += 1
-        here = _sampled(layers[key])
+        here = _sampled(weights[key])
         if len(stored) != len(here):
             refuse(file.path, f"{len(here)} samples of {key}", f"{len(stored)}")
         for a, b in zip(stored, here, strict=True):

@@ -39,6 +39,7 @@ LAYERS = [
     ["forwards"],
     ["projection"],
     ["tree"],
+    ["attention_weights"],
     ["merging", "report", "switch", "timesteps"],
     ["processors.engines", "processors.family", "processors.qkv"],
     ["processors.*"],
