@@ -5,6 +5,7 @@ The other names of the interface (`set_adapters`, `merge`, ...) are here too.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import processors
+from . import attention_weights, processors
 from .adapters import DESIGNS, AdapterConfig, BottleneckAdapter
 from .attention import engines_in_use, unfuse_qkv
 from .backends import BACKENDS, resolve
@@ -40,6 +41,7 @@ from .switch import (
     trainable_parameters,
     unfreeze,
 )
+from .timesteps import check_timed, follow, unfollow
 from .tree import (
     RECORD,
     adapted,
@@ -86,6 +88,7 @@ class Plan:
     processors: dict[str, Any]  # attention name -> ours
     left: dict[str, str]
     unadapted: dict[str, str]
+    attention: dict[str, nn.Parameter]  # what trains beside the adapters, by plain name
 
     def adapter(self, target: str, device: torch.device | str) -> BottleneckAdapter:
         """A new adapter for one of the targets."""
@@ -105,6 +108,7 @@ def inject(
     name: str = "default",
     *,
     backend: str = "auto",
+    train: str | None = None,
 ) -> InjectionReport:
     """Puts an adapter on every attention layer, freezes the rest and swaps the processors.
 
@@ -114,6 +118,14 @@ def inject(
         config: the adapter; None: AdapterConfig().
         name: of the adapter. A further one joins those the model has, in parallel, with weight 1.
         backend: auto, reference, triton or native, for these layers' ops.
+        train: "adapter" or "adapter+attention", in place of the config's. With the latter the
+            linear layers of attention train beside their adapters (q, k, v, out and, where text
+            has its own, those): in the dtype that they have, so float32 is advised. They are part
+            of this adapter: saved and loaded with it, and where it does not act (`disabled`,
+            `set_adapters` without it) the model has the stock weights. Their stock values are
+            kept on the CPU, as many bytes as they have; every switch copies these to the device.
+            Mixing weights of `set_adapters` are the adapter's alone. A layer that reads more than
+            attention (Flux' single blocks) stays frozen.
 
     The first injection sets requires_grad=False on everything but adapters and PEFT's own
     parameters; `eject` restores it. Processors that are not known stay; the adapter acts there
@@ -125,11 +137,17 @@ def inject(
         BackendUnavailableError: the named backend cannot run here.
     """
     root = denoiser(model)
-    plan = plan_injection(root, config, name, backend)
+    plan = plan_injection(root, _training(config, train), name, backend)
     _apply(root, plan)
     for attention, processor in plan.processors.items():
         root.get_submodule(attention).set_processor(processor)  # type: ignore[operator]
     return _report(root, plan)
+
+
+def _training(config: AdapterConfig | None, train: str | None) -> AdapterConfig | None:
+    if train is None or not isinstance(config, AdapterConfig | None):
+        return config
+    return dataclasses.replace(config or AdapterConfig(), train=train)
 
 
 def attn_processors(
@@ -172,6 +190,7 @@ def eject(model: Any, name: str | None = None) -> None:
         check_restorable(layer)
     if name is None or all(list(layer.adapters) == [name] for layer in layers.values()):
         unfuse_qkv(root)
+    attention_weights.end(root, name)
     for layer in layers.values():
         for gone in list(layer.adapters) if name is None else [name]:
             if gone in layer.adapters:
@@ -197,6 +216,8 @@ def plan_injection(root: nn.Module, config: AdapterConfig | None, name: str, bac
         )
     check_unmerged(existing, "inject another")
     check_one_batch(existing, "inject another")
+    if DESIGNS[config.design].timed:
+        check_timed(root)
     family = processors.family_of(root)
     sites = [] if family is None else list(family.sites(root))
     if family is None or not sites:
@@ -205,9 +226,10 @@ def plan_injection(root: nn.Module, config: AdapterConfig | None, name: str, bac
             f"({', '.join(processors.FAMILIES)}), got a {type(root).__name__} with none"
         )
 
-    plan = Plan(name, config, backend, family, {}, {}, {}, {}, {}, {})
+    plan = Plan(name, config, backend, family, {}, {}, {}, {}, {}, {}, {})
     for site in sites:
         _plan_site(plan, site)
+    attention_weights.check_free(root, plan.attention)
     _check_patterns(plan, [plain_name(p) for site in sites for p in site.projections])
     for linear in plan.targets.values():
         if not isinstance(linear, AdaptedProjectionMixin):
@@ -237,6 +259,9 @@ def _plan_site(plan: Plan, site: processors.Site) -> None:
     if len(reasons) == len(site.projections):
         plan.unadapted[site.name] = reasons[0]
         return
+    if plan.config.train != "adapter":
+        outputs = {} if site.columns else {k: _inside(x) for k, x in site.projections.items()}
+        plan.attention |= attention_weights.find(site.name, site.attention, outputs)
     current = site.attention.get_processor()  # type: ignore[operator]
     ours = plan.family.processor_for(current)
     if ours is not None:
@@ -319,6 +344,11 @@ def _apply(root: nn.Module, plan: Plan) -> None:
         layer.choose(layer.weights | {plan.name: 1.0})
         layer.backend = plan.backend
         layer.enabled = enabled
+    if plan.attention:
+        attention_weights.begin(record, plan.name, plan.attention)
+        attention_weights.sync(root)
+    if DESIGNS[plan.config.design].timed:
+        follow(root, plan.family.timesteps)
 
 
 def _freeze(root: nn.Module) -> list[str]:
@@ -351,6 +381,7 @@ def _restore_model(root: nn.Module) -> None:
             module = holder.get_submodule(attention)
             if family is not None and family.owns(module.get_processor()):  # type: ignore[operator]
                 module.set_processor(stock)  # type: ignore[operator]
+        unfollow(holder)
         del holder.__dict__[RECORD]
 
 
@@ -382,6 +413,13 @@ def _report(root: nn.Module, plan: Plan) -> InjectionReport:
         notes.append(
             f"{len(meta)} weights are on the meta device: their adapters are on "
             f"{adapter_device(layers[meta[0]])}"
+        )
+    if plan.attention:
+        count_trained = sum(p.numel() for p in plan.attention.values())
+        kept = sum(p.nbytes for p in plan.attention.values()) / 2**20
+        notes.append(
+            f"{count_trained:,} parameters of attention train too; their stock values are kept on "
+            f"the CPU ({kept:.1f} MiB)"
         )
     count = Counter({plan.family.name: len(found)})
     ours = {name: repr(processor).split(" ")[0] for name, processor in plan.processors.items()}

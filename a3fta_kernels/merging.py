@@ -63,6 +63,11 @@ def check_linear(layer: str, name: str, adapter: Any) -> None:
             f"model: expected linear adapters to merge (activation='identity'), got adapter "
             f"{name!r} with activation={adapter.activation!r} at {layer}"
         )
+    if adapter.timed:
+        raise ValueError(
+            f"model: expected adapters that are the same at all timesteps to merge, got adapter "
+            f"{name!r} of design {adapter.config.design!r} at {layer}"
+        )
     if adapter.dropout and adapter.training:
         raise ValueError(
             f"model: expected adapters without dropout to merge, or model.eval(), got adapter "

@@ -50,6 +50,7 @@ class Stack(NamedTuple):
     scale: float
     activation: str
     gamma: Tensor | None
+    beta: Tensor | None
 
 
 class Frozen(NamedTuple):
@@ -107,20 +108,21 @@ class AdaptedProjectionMixin(_Linear):
             return _add(AdaptedProjectionMixin.forward(self, h, beside=beside), residual)
         frozen = None if beside else self._frozen_for(h)
         if frozen is not None:
-            return self._forward_frozen(h, residual, frozen)
+            return self._forward_frozen(h, residual, frozen, _for_samples(frozen.stack, active, h))
         first, *others = stacks(active, h)
         reason = self.unfused_reason()
         if reason is None and not others:
             return ops.adapter_linear(
                 h, first.w_down, first.w_up, self.weight, self.bias, first.b_down, first.b_up,
                 residual=residual, columns=self.columns, scale=first.scale,
-                activation=first.activation, gamma=first.gamma, backend=self.backend,
+                activation=first.activation, gamma=first.gamma, beta=first.beta,
+                backend=self.backend,
             )  # fmt: skip
         _log_once("its adapter apart from the layer", reason or "its adapters differ in activation")
         before, inside, after = self._parts(h)
         adapted = ops.adapter(
             inside, first.w_down, first.w_up, first.b_down, first.b_up, scale=first.scale,
-            activation=first.activation, gamma=first.gamma, backend=self.backend,
+            activation=first.activation, gamma=first.gamma, beta=first.beta, backend=self.backend,
         )  # fmt: skip
         for other in others:
             adapted = adapted + delta(inside.to(adapted.dtype), other)
@@ -152,13 +154,15 @@ class AdaptedProjectionMixin(_Linear):
         # a copy: kept for the backward, a view would hold the whole of h
         return before, inside.contiguous(), after
 
-    def _forward_frozen(self, h: Tensor, residual: Tensor | None, frozen: Frozen) -> Tensor:
-        stack = frozen.stack
+    def _forward_frozen(
+        self, h: Tensor, residual: Tensor | None, frozen: Frozen, stack: Stack
+    ) -> Tensor:
         dtype = frozen.v.dtype
         return adapter_linear_api.apply_prepared(
             h.to(dtype), stack.w_down, stack.w_up, self.weight, self.bias, stack.b_down,
             stack.b_up, residual, span(self, self.columns)[0], stack.scale, stack.activation,
-            None, None, "auto", resolve(self.backend, h.device, dtype), frozen.v, frozen.v_bias,
+            stack.gamma, stack.beta, "auto", resolve(self.backend, h.device, dtype), frozen.v,
+            frozen.v_bias,
         )  # fmt: skip
 
     def attend(
@@ -182,13 +186,14 @@ class AdaptedProjectionMixin(_Linear):
             stack, v_up, v_bias = stacks(active, q)[0], None, None
         else:
             stack, v_up, v_bias = frozen
+            stack = _for_samples(stack, active, q)
         dtype = autocast_dtype(q)
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(dtype)
         return cross_attention_api.apply_prepared(
             q.to(dtype), k.to(dtype), v.to(dtype), stack.w_down, stack.w_up, self.weight,
             self.bias, stack.b_down, stack.b_up, heads, mask, None, residual, stack.scale,
-            stack.activation, stack.gamma, None, v_up, v_bias,
+            stack.activation, stack.gamma, stack.beta, v_up, v_bias,
         )  # fmt: skip
 
     def unattended_reason(
@@ -398,7 +403,7 @@ def check_restorable(projection: AdaptedProjectionMixin) -> None:
 def stacks(active: list[Weighted], h: Tensor | None) -> list[Stack]:
     """The active adapters, stacked along the rank, one stack per activation.
 
-    With h, dropout is drawn for its samples.
+    With h, gamma and beta are for its samples: the timestep's, and dropped ranks.
     """
     if len(active) == 1:
         return [_stack(active, active[0][0].activation, h)]
@@ -411,26 +416,42 @@ def stacks(active: list[Weighted], h: Tensor | None) -> list[Stack]:
 def _stack(group: list[Weighted], activation: str, h: Tensor | None) -> Stack:
     if len(group) == 1 and not torch.compiler.is_compiling():
         adapter, weight = group[0]
-        mask = None if h is None else adapter.mask(h.shape[0], h.device)
-        own: Tensors = adapter()
-        return Stack(*own, adapter.scale * float(weight), activation, mask)
-    masks = [None if h is None else a.mask(h.shape[0], h.device) for a, _ in group]
-    tensors: list[Tensors] = [a() for a, _ in group]
+        w_down, w_up, b_down, b_up, gamma, beta = adapter(h)
+        scale = adapter.scale * float(weight)
+        return Stack(w_down, w_up, b_down, b_up, scale, activation, gamma, beta)
+    tensors: list[Tensors] = [a(h) for a, _ in group]
     factors = [a.scale * weight for a, weight in group]
     # of several, and compiled, the weights go into w_up: an op takes one number, and as a constant
-    b_down = b_up = gamma = None
+    b_down = b_up = gamma = beta = None
     if any(t.b_down is not None for t in tensors):
         b_down = _cat([_or_zeros(t.b_down, t.w_down[:, 0]) for t in tensors])
         pairs = zip(tensors, factors, strict=True)
         shifts = [t.b_up * factor for t, factor in pairs if t.b_up is not None]
         b_up = functools.reduce(torch.add, shifts)
-    if h is not None and any(m is not None for m in masks):
-        blank = h.new_zeros(h.shape[0], 1, dtype=torch.float32)
-        parts = zip(masks, group, strict=True)
-        gamma = _cat([blank.expand(-1, a.rank) if m is None else m for m, (a, _) in parts], dim=1)
+    if h is not None:
+        ranks = [a.rank for a, _ in group]
+        gamma = _cat_samples([t.gamma for t in tensors], ranks, h)
+        beta = _cat_samples([t.beta for t in tensors], ranks, h)
     w_down = _cat([t.w_down for t in tensors])
     w_up = _cat([t.w_up * factor for t, factor in zip(tensors, factors, strict=True)], dim=1)
-    return Stack(w_down, w_up, b_down, b_up, 1.0, activation, gamma)
+    return Stack(w_down, w_up, b_down, b_up, 1.0, activation, gamma, beta)
+
+
+def _cat_samples(parts: list[Tensor | None], ranks: list[int], h: Tensor) -> Tensor | None:
+    """gamma or beta of all ranks (B, sum of R), zero where an adapter has none."""
+    if all(part is None for part in parts):
+        return None
+    blank = h.new_zeros(h.shape[0], 1, dtype=torch.float32)
+    pairs = zip(parts, ranks, strict=True)
+    return _cat([blank.expand(-1, rank) if x is None else x for x, rank in pairs], dim=1)
+
+
+def _for_samples(stack: Stack, active: list[Weighted], h: Tensor) -> Stack:
+    """A stack that `freeze` kept, with what depends on the timestep."""
+    if not any(adapter.timed for adapter, _ in active):
+        return stack
+    fresh = stacks(active, h)[0]
+    return stack._replace(gamma=fresh.gamma, beta=fresh.beta)
 
 
 def _cat(parts: list[Tensor], dim: int = 0) -> Tensor:
@@ -438,14 +459,19 @@ def _cat(parts: list[Tensor], dim: int = 0) -> Tensor:
 
 
 def delta(h: Tensor, stack: Stack) -> Tensor:
-    """scale * (act(h @ w_down.T + b_down) * (1 + gamma) @ w_up.T + b_up), without h itself."""
+    """scale * ((act(h @ w_down.T + b_down) * (1 + gamma) + beta) @ w_up.T + b_up), without h."""
     dtype = h.dtype
     b_down, b_up = (None if b is None else b.to(dtype) for b in (stack.b_down, stack.b_up))
     a = nn.functional.linear(h, stack.w_down.to(dtype), b_down)
     z = activate(a, stack.activation)
-    if stack.gamma is not None:
-        per_sample = stack.gamma.to(dtype).view(h.shape[0], *[1] * (h.dim() - 2), -1)
-        z = z * (1 + per_sample)
+    gamma, beta = (
+        None if x is None else x.to(dtype).reshape(h.shape[0], *[1] * (h.dim() - 2), -1)
+        for x in (stack.gamma, stack.beta)
+    )
+    if gamma is not None:
+        z = z * (1 + gamma)
+    if beta is not None:
+        z = z + beta
     return stack.scale * nn.functional.linear(z, stack.w_up.to(dtype), b_up)
 
 

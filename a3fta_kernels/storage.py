@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import adapter_file, hub, peft_file
 from .adapter_file import AdapterFile, AdapterFileError, refuse
 from .adapters import AdapterConfig, BottleneckAdapter
+from .attention_weights import trained_values
 from .backends import BACKENDS
 from .checks import check_choice, describe
 from .fingerprint import about, check_samples, samples
@@ -51,7 +52,8 @@ def save_adapter(
 
     The weights file stands alone; it also holds the config and a fingerprint of the base (class,
     names and shapes of the adapted layers, some of their weights). Tensors are named
-    `<layer>.<parameter>`, without the adapter's name and without PEFT's wrapping. The mixing
+    `<layer>.<parameter>`, without the adapter's name and without PEFT's wrapping; attention that
+    trained beside the adapter is stored whole, as `attention:<layer>.<parameter>`. The mixing
     weights of `set_adapters` belong to the model and are not stored. What the adapter comes from
     is told beside: the model's family and its name on the Hub, the versions of the libraries.
 
@@ -81,6 +83,7 @@ def save_adapter(
     check_unmerged(layers, "save")
     told = about(root, training)
     states = {key: _state(key, _adapter(layer, name)) for key, layer in layers.items()}
+    states |= _attention(trained_values(root, name))
     config = _config([_adapter(layer, name) for layer in layers.values()])
     target = Path(folder)
     tensors = {f"{k}.{p}": tensor for k, state in states.items() for p, tensor in state.items()}
@@ -92,7 +95,7 @@ def save_adapter(
         tensors=tensors,
         config=config.to_dict(),
         base=_base(root, layers),
-        samples=samples(layers),
+        samples=samples(root, layers),
         library_version=sys.modules[__package__].__version__,
         about=told,
     )
@@ -160,16 +163,18 @@ def load_adapter(
         adapters = {key: _adapter(layer, name) for key, layer in existing.items()}
         _check_kind(file, config, name, adapters)
         states = {key: _state(key, adapter) for key, adapter in adapters.items()}
+        states |= _attention(trained_values(root, name))
         targets: Mapping[str, nn.Linear] = existing
     else:
         targets, states = _planned(file, root, config, name, backend)
-    check_samples(file, targets, allow_other_base)
+    check_samples(file, root, targets, allow_other_base)
     values = _converted(file, states)
 
     if not existing:
         inject(root, config, name, backend=backend)
         added = projections(root)
         states = {key: _state(key, _adapter(added[key], name)) for key in targets}
+        states |= _attention(trained_values(root, name))
     with torch.no_grad():
         for key, state in states.items():
             for parameter, tensor in state.items():
@@ -207,6 +212,15 @@ def _state(layer: str, adapter: BottleneckAdapter) -> dict[str, Tensor]:
     return state
 
 
+def _attention(values: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Attention's own tensors among those of the adapters: `attention:<layer>`."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in values.items():
+        layer, _, leaf = name.rpartition(".")
+        found.setdefault(f"attention:{layer}", {})[leaf] = tensor
+    return found
+
+
 def _config(adapters: list[BottleneckAdapter]) -> AdapterConfig:
     """What would inject these adapters again, their scale as it is now."""
     config = adapters[0].config
@@ -239,6 +253,7 @@ def _planned(
         refuse(file.path, f"tensors of rank {max(plan.ranks.values())}", f"at most {largest}")
     with torch.device("meta"):
         states = {key: dict(plan.adapter(key, "meta").state_dict()) for key in plan.targets}
+    states |= _attention(plan.attention)
     return plan.targets, states
 
 
@@ -251,6 +266,7 @@ def _check_kind(
             "activation": adapter.activation,
             "scale": float(adapter.scale),
             "bias": adapter.b_down is not None,
+            "train": adapter.config.train,
         }
         for field, value in there.items():
             if value != getattr(config, field):

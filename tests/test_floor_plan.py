@@ -33,14 +33,15 @@ LAYERS = [
     ["ops.*.api"],
     ["ops.*"],
     ["ops"],
-    ["adapters.config"],
+    ["adapters.config", "adapters.timestep"],
     ["adapters.bottleneck"],
     ["adapters.*"],
     ["adapters"],
     ["bank", "forwards"],
     ["projection"],
     ["tree"],
-    ["merging", "per_sample", "report", "switch"],
+    ["attention_weights"],
+    ["merging", "per_sample", "report", "switch", "timesteps"],
     ["processors.engines", "processors.family", "processors.qkv"],
     ["processors.unet"],
     ["processors.*"],
@@ -381,7 +382,10 @@ def test_every_bench_names_an_op():
 def test_every_design_is_in_its_table():
     from a3fta_kernels.adapters import DESIGNS
 
-    files = {name for name in FILES if name.startswith("adapters.")} - {"adapters.config"}
+    files = {name for name in FILES if name.startswith("adapters.")} - {
+        "adapters.config",
+        "adapters.timestep",
+    }
     homes = {cls.__module__.removeprefix("a3fta_kernels.") for cls in DESIGNS.values()}
     assert homes == files
 

@@ -304,6 +304,34 @@ def test_dropout_in_training_is_refused_by_name():
         raise AssertionError
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"design": "film"},
+            "the same at all timesteps, got 'timed' of design 'film' at mid_block",
+        ),
+        ({"train": "adapter+attention"}, "adapters alone, got 'timed', with which attention's own"),
+    ],
+)
+def test_what_is_not_of_one_sample_is_refused_by_name(options, message):
+    model = models.build("unet2d")
+    targets = ("mid_block",)
+    a3fta.inject(model, a3fta.AdapterConfig(rank=2, targets=targets), name="plain")
+    a3fta.inject(model, a3fta.AdapterConfig(rank=2, targets=targets, **options), name="timed")
+    named = ["plain", "timed"]
+    with pytest.raises(ValueError, match=message), a3fta.adapters_per_sample(model, named):
+        raise AssertionError
+    assert all(layer.banks is None for layer in a3fta.projections(model).values())
+    if "train" in options:  # acting, it would act on all samples
+        a3fta.enable_adapters(model)
+        with pytest.raises(ValueError, match=message):
+            a3fta.adapters_per_sample(model, ["plain"]).__enter__()
+        a3fta.set_adapters(model, "plain")
+    with a3fta.adapters_per_sample(model, ["plain"]):
+        pass
+
+
 def test_a_layer_of_another_class_and_a_residual():
     """A layer that is no plain Linear computes itself, after the bank."""
 

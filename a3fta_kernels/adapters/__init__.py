@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from .bottleneck import BottleneckAdapter
 from .config import AdapterConfig
+from .film import FilmAdapter
 from .gated import GatedAdapter
 from .scaled import ScaledAdapter
+from .time_scaled import TimeScaledAdapter
 
 DESIGNS: dict[str, type[BottleneckAdapter]] = {
     "bottleneck": BottleneckAdapter,
     "gated": GatedAdapter,
     "scaled": ScaledAdapter,
+    "film": FilmAdapter,
+    "time_scaled": TimeScaledAdapter,
 }
 
-__all__ = ["DESIGNS", "AdapterConfig", "BottleneckAdapter", "GatedAdapter", "ScaledAdapter"]
+__all__ = [
+    "DESIGNS",
+    "AdapterConfig",
+    "BottleneckAdapter",
+    "FilmAdapter",
+    "GatedAdapter",
+    "ScaledAdapter",
+    "TimeScaledAdapter",
+]

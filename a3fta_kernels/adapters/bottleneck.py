@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import AdapterConfig
+from .timestep import Moment, for_samples, required
 
 
 class Tensors(NamedTuple):
@@ -19,6 +20,8 @@ class Tensors(NamedTuple):
     w_up: Tensor
     b_down: Tensor | None
     b_up: Tensor | None
+    gamma: Tensor | None = None  # (B, R): z is act(a) * (1 + gamma) + beta
+    beta: Tensor | None = None
 
 
 class BottleneckAdapter(nn.Module):
@@ -29,11 +32,14 @@ class BottleneckAdapter(nn.Module):
     the adapter computes the formula.
 
     A design whose formula differs in w_up and b_up alone makes its parameters in `extend` and
-    overrides `forward`: everything that computes with an adapter takes its tensors from there.
+    overrides `forward`: everything that computes with an adapter takes its tensors from there. One
+    that depends on the timestep sets `timed` and makes gamma and beta of it in `at_time`.
 
     `.to(dtype)`, `.half()` and layerwise casting never narrow the parameters; moves to another
     device and wider dtypes are followed.
     """
+
+    timed = False  # whether it depends on the timestep
 
     def __init__(
         self,
@@ -60,9 +66,35 @@ class BottleneckAdapter(nn.Module):
     def extend(self, options: dict[str, Any]) -> None:
         """Makes what a design adds; `options`: device and dtype of its parameters."""
 
-    def forward(self) -> Tensors:
-        """The tensors: by a call, so that hooks that fetch offloaded parameters run."""
-        return Tensors(self.w_down, self.w_up, self.b_down, self.b_up)
+    def forward(self, h: Tensor | None = None) -> Tensors:
+        """The tensors: by a call, so that hooks that fetch offloaded parameters run.
+
+        With h (B, ...), gamma and beta are for its samples.
+        """
+        gamma, beta = (None, None) if h is None else self.modulation(h.shape[0], h.device)
+        return Tensors(self.w_down, self.w_up, self.b_down, self.b_up, gamma, beta)
+
+    def at_time(self, moment: Moment) -> tuple[Tensor | None, Tensor | None]:
+        """gamma and beta (n, R) of a timed design for n timesteps; zero at the start."""
+        return None, None
+
+    def modulation(self, samples: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """gamma and beta (samples, R): of the timestep, with dropped ranks in them."""
+        gamma = beta = None
+        if self.timed:
+            # autocast has no say: these are as exact as the parameters, and tiny
+            with torch.autocast(device.type, enabled=False):
+                found = self.at_time(required())
+            gamma, beta = (None if x is None else for_samples(x, samples) for x in found)
+        mask = self.mask(samples, device)
+        if mask is None:
+            return gamma, beta
+        # (act(a) * (1 + gamma) + beta) * (1 + mask)
+        if gamma is not None:
+            gamma = gamma + mask + gamma * mask
+        if beta is not None:
+            beta = beta + beta * mask
+        return mask if gamma is None else gamma, beta
 
     def mask(self, samples: int, device: torch.device) -> Tensor | None:
         """gamma (samples, R) that drops ranks of the bottleneck; None where dropout is off."""

@@ -14,6 +14,7 @@ import torch
 from ..checks import check_choice, describe
 from ..ops.activations import ACTIVATIONS
 
+TRAIN = ("adapter", "adapter+attention")
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -30,7 +31,8 @@ class AdapterConfig:
         rank: R, the width of the bottleneck.
         activation: identity, relu, gelu, gelu_tanh or silu.
         scale: factor on the adapter's output.
-        design: a name from `adapters.DESIGNS`.
+        design: a name from `adapters.DESIGNS`: bottleneck; gated, scaled (learned factors); film,
+            time_scaled (time-aware).
         bias: whether the adapter has b_down and b_up.
         dropout: probability, in training, of masking a rank of the bottleneck for a sample.
         targets: which attention layers get an adapter: None (all), a regular expression searched
@@ -40,6 +42,8 @@ class AdapterConfig:
             matches counts.
         dtype: dtype of the adapter's parameters; None: the layer's own, but float32 beside
             weights of 16 bits and less.
+        train: "adapter", or "adapter+attention": the linear layers of attention (q, k, v, out)
+            that have an adapter train too.
 
     Raises:
         TypeError, ValueError: a field does not fit; the message names it.
@@ -54,6 +58,7 @@ class AdapterConfig:
     targets: str | tuple[str, ...] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     dtype: torch.dtype | None = None
+    train: str = "adapter"
 
     def __post_init__(self) -> None:
         from . import DESIGNS
@@ -61,6 +66,7 @@ class AdapterConfig:
         _check_rank("rank", self.rank)
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("design", self.design, DESIGNS)
+        check_choice("train", self.train, TRAIN)
         object.__setattr__(self, "scale", _number("scale", self.scale))
         object.__setattr__(self, "dropout", _number("dropout", self.dropout))
         if not 0 <= self.dropout < 1:

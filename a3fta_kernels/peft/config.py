@@ -99,6 +99,8 @@ class A3FTAConfig(PeftConfig):
         """
         if not isinstance(config, AdapterConfig):
             raise TypeError(f"config: expected an AdapterConfig, got {describe(config)}")
+        if config.train != "adapter":
+            raise ValueError(f"config: expected train='adapter', as in PEFT, got {config.train!r}")
         if config.targets is not None:
             if model is None:
                 raise ValueError(

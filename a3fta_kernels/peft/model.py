@@ -14,6 +14,7 @@ from ..backends import resolve
 from ..inject import adapter_device, adapter_dtype
 from ..processors import FAMILIES, family_of
 from ..projection import AdaptedProjectionMixin, Columns, span
+from ..timesteps import check_timed, follow, unfollow
 from ..tree import plain_name
 from .config import A3FTAConfig
 from .layer import A3FTALinear
@@ -37,7 +38,13 @@ class A3FTAModel(BaseTuner):
                 # a copy: the user may give the same config to another model
                 targets = _targets(model, self.columns)
                 self.peft_config[adapter_name] = dataclasses.replace(config, target_modules=targets)
+            timed = DESIGNS[config.design].timed
+            if timed:
+                check_timed(model)
             super().inject_adapter(model, adapter_name, *args, **options)
+            if timed:
+                family = family_of(model)
+                follow(model, 1.0 if family is None else family.timesteps)
         except Exception:
             self.peft_config.pop(adapter_name, None)
             raise
@@ -79,6 +86,7 @@ class A3FTAModel(BaseTuner):
     ) -> Any:  # fmt: skip
         if merge:
             self._check_all_merge(adapter_names, safe_merge)
+        unfollow(self.model)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _check_all_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:

@@ -80,6 +80,7 @@ class Family:
     processor_for: our processor in the place of a stock one, None for one it does not know.
     owns: whether a processor is one of ours.
     joinable: groups of projections of one input (q, k, v) that our processor computes together.
+    timesteps: what the forward's timestep is multiplied by to run from 0 to 1000.
 
     Without processors of ours every stock one stays. They call the layer behind attention as a
     module, which is all that adapters need.
@@ -91,6 +92,7 @@ class Family:
     processor_for: Callable[[Any], Any | None] = _none
     owns: Callable[[Any], bool] = _no
     joinable: Callable[[Any], list[tuple[nn.Module, ...]]] = _nothing
+    timesteps: float = 1.0
 
 
 def class_names(model: nn.Module) -> set[str]:

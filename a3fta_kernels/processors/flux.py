@@ -33,4 +33,6 @@ def sites(model: nn.Module) -> Iterator[Site]:
             yield Site(f"{prefix}attn", block.attn, {f"{prefix}proj_out": block.proj_out}, columns)
 
 
-FAMILY = Family("flux", ("FluxTransformerBlock", "FluxSingleTransformerBlock"), sites)
+FAMILY = Family(
+    "flux", ("FluxTransformerBlock", "FluxSingleTransformerBlock"), sites, timesteps=1000.0
+)

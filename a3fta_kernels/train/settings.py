@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import DESIGNS
-from ..adapters.config import check_regex
+from ..adapters.config import TRAIN, check_regex
 from ..checks import describe
 from ..ops.activations import ACTIVATIONS
 
@@ -68,6 +68,7 @@ class Settings:
         None, "base and photos", "skip photos of a shorter side (half of the resolution)", low=1
     )
 
+    train: str = setting("adapter", "adapter", "attention's own weights too", choices=TRAIN)
     rank: int = setting(64, "adapter", "width of the bottleneck", low=1)
     activation: str = setting("gelu", "adapter", "identity can be merged", choices=ACTIVATIONS)
     design: str = setting("bottleneck", "adapter", "kind of adapter", choices=tuple(DESIGNS))
@@ -179,6 +180,11 @@ class Settings:
         if (self.prior_prompt or self.prior_data) and not self.prior_weight:
             raise ValueError(
                 "prior_weight: expected more than 0 beside prior_prompt or prior_data, got 0"
+            )
+        if self.train != "adapter" and self.mixed_precision != "no":
+            raise ValueError(
+                f"mixed_precision: expected no beside train={self.train}, whose weights train in "
+                f"fp32, got {self.mixed_precision}"
             )
         if self.heldout_count is not None and self.heldout not in ("auto", "holdout"):
             raise ValueError(

@@ -36,7 +36,7 @@ def test_rank_for_takes_the_first_match():
         (
             dict(design="lora"),
             ValueError,
-            "design: expected one of bottleneck, gated, scaled, got 'lora'",
+            "design: expected one of bottleneck, gated, scaled, film, time_scaled, got 'lora'",
         ),
         (dict(scale="1"), TypeError, "scale: expected a number, got '1'"),
         (dict(scale=float("nan")), ValueError, "scale: expected a finite number, got nan"),

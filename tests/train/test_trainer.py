@@ -157,7 +157,14 @@ def test_half_precision_is_near_and_adapters_stay_in_fp32(trainers, precision):
 
 
 @pytest.mark.parametrize(
-    "options", [{"ema": 0.9}, {"optimizer": "prodigy"}, {"schedule": "cosine"}]
+    "options",
+    [
+        {"ema": 0.9},
+        {"optimizer": "prodigy"},
+        {"schedule": "cosine"},
+        {"design": "film"},
+        {"train": "adapter+attention", "prior_weight": 1.0, "ema": 0.9},
+    ],
 )
 def test_a_loaded_checkpoint_goes_on_as_if_nothing_had_been(trainers, options):
     if options.get("optimizer") == "prodigy":
