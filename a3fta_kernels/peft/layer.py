@@ -94,7 +94,7 @@ class A3FTALinear(AdaptedProjectionMixin, _Around, BaseTunerLayer):
         return unreadable_weight(base.weight)
 
     # the weight, and its keys in a state dict, are the base layer's
-    _load_from_state_dict = nn.Module._load_from_state_dict
+    _load_from_state_dict = nn.Module._load_from_state_dict  # type: ignore[assignment]
 
     # what PEFT and diffusers ask of a layer
 
