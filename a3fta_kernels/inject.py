@@ -44,6 +44,7 @@ from .tree import (
     RECORD,
     adapted,
     check_known,
+    check_one_batch,
     check_unmerged,
     denoiser,
     plain_name,
@@ -166,6 +167,7 @@ def eject(model: Any, name: str | None = None) -> None:
             raise TypeError(f"name: expected a string or None, got {describe(name)}")
         check_known("name", [name], layers.values())
     check_unmerged(layers, "eject")
+    check_one_batch(layers, "eject")
     for layer in layers.values():
         check_restorable(layer)
     if name is None or all(list(layer.adapters) == [name] for layer in layers.values()):
@@ -174,8 +176,7 @@ def eject(model: Any, name: str | None = None) -> None:
         for gone in list(layer.adapters) if name is None else [name]:
             if gone in layer.adapters:
                 del layer.adapters[gone]
-                layer.weights.pop(gone, None)
-        layer.frozen = None
+        layer.choose({n: w for n, w in layer.weights.items() if n in layer.adapters})
         if len(layer.adapters) == 0:
             restore(layer)
     if not projections(root):
@@ -195,6 +196,7 @@ def plan_injection(root: nn.Module, config: AdapterConfig | None, name: str, bac
             f"first, or choose another"
         )
     check_unmerged(existing, "inject another")
+    check_one_batch(existing, "inject another")
     family = processors.family_of(root)
     sites = [] if family is None else list(family.sites(root))
     if family is None or not sites:
@@ -217,7 +219,7 @@ def plan_injection(root: nn.Module, config: AdapterConfig | None, name: str, bac
 
 def _plan_site(plan: Plan, site: processors.Site) -> None:
     if not site.projections:
-        plan.unadapted[site.name] = "no linear layer of its own consumes it"
+        plan.unadapted[site.name] = site.reason
         return
     reasons = []
     for full, layer in site.projections.items():
@@ -314,10 +316,9 @@ def _apply(root: nn.Module, plan: Plan) -> None:
         )
         fresh[name].train(layer.training)
         layer.adapters[plan.name] = fresh[name]
-        layer.weights[plan.name] = 1.0
+        layer.choose(layer.weights | {plan.name: 1.0})
         layer.backend = plan.backend
         layer.enabled = enabled
-        layer.frozen = None
 
 
 def _freeze(root: nn.Module) -> list[str]:

@@ -23,6 +23,7 @@ from . import ops
 from .adapters import BottleneckAdapter
 from .adapters.bottleneck import Tensors
 from .backends import resolve
+from .bank import Bank
 from .forwards import check_forward, has_hooks, rebind_forward
 from .ops.activations import activate
 from .ops.adapter_linear import api as adapter_linear_api
@@ -35,7 +36,7 @@ logger = logging.getLogger("a3fta_kernels")
 
 _PLAIN_WEIGHTS = (Tensor, nn.Parameter, FakeTensor)
 Columns = tuple[int, int] | None  # (start, length) of a layer's input; None: all of it
-Weighted = tuple[BottleneckAdapter, float]  # an adapter and its mixing weight
+Weighted = tuple[BottleneckAdapter, float | Tensor]  # an adapter and its mixing weight
 _logged: set[tuple[str, str]] = set()
 
 
@@ -77,12 +78,14 @@ class AdaptedProjectionMixin(_Linear):
     """What an adapted layer adds to the linear class it had before."""
 
     adapters: nn.ModuleDict
-    weights: dict[str, float]
+    weights: dict[str, float]  # changed by `choose` alone
+    acting: list[tuple[BottleneckAdapter, Tensor]]  # the same, as compiled code reads it
     enabled: bool
     backend: str
     columns: Columns  # what the adapters read and write
     merged: Merged | None
     frozen: Frozen | None
+    banks: tuple[Bank, ...] | None  # each sample with its own adapter, in place of `weights`
     resting: tuple[str, ...]  # adapters that were chosen not to train
     foreign: ClassVar[bool] = False  # PEFT has its adapters, and switches and saves them
 
@@ -95,6 +98,8 @@ class AdaptedProjectionMixin(_Linear):
         and h', and what is beside it stays. With no active adapter this is the layer as it was.
         `beside`: further adapters of this forward, which a layer around this one has.
         """
+        if self.banks is not None and self.enabled and self.merged is None:
+            return _add(super().forward(self._by_sample(h, self.banks, beside)), residual)
         active = [*self.active(), *beside]
         if not active:
             return _add(super().forward(h), residual)
@@ -119,10 +124,24 @@ class AdaptedProjectionMixin(_Linear):
         )  # fmt: skip
         for other in others:
             adapted = adapted + delta(inside.to(adapted.dtype), other)
-        if before is not None and after is not None:
-            dtype = adapted.dtype
-            adapted = torch.cat((before.to(dtype), adapted, after.to(dtype)), dim=-1)
-        return _add(super().forward(adapted), residual)
+        return _add(super().forward(_whole(before, adapted, after)), residual)
+
+    def _by_sample(self, h: Tensor, banks: tuple[Bank, ...], beside: Sequence[Weighted]) -> Tensor:
+        """h' of a batch whose samples have adapters of their own; then comes the layer as it is.
+
+        With V by sample there is no wide product to save: z @ V.T would be a skinny kernel of its
+        own that writes what the projection then reads, as h' is written and read here, and V of
+        every adapter would be made first. And so any layer will do, a quantized one too.
+        """
+        if not banks and not beside:
+            return h
+        before, inside, after = self._parts(h)
+        adapted = inside
+        for bank in banks:
+            adapted = bank(adapted, self.backend)
+        for stack in stacks(list(beside), inside) if beside else ():
+            adapted = adapted + delta(inside.to(adapted.dtype), stack)
+        return _whole(before, adapted, after)
 
     def _parts(self, h: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """h before, inside and after the adapters' columns; (None, h, None) where that is all."""
@@ -152,7 +171,7 @@ class AdaptedProjectionMixin(_Linear):
         None where that op cannot be: then the caller computes attention, and `forward` the rest.
         """
         active = self.active()
-        if not active:
+        if not active or self.banks is not None:
             return None
         reason = self.unattended_reason(q, k, heads, mask, active)
         if reason is not None:
@@ -198,10 +217,29 @@ class AdaptedProjectionMixin(_Linear):
             return None
         return frozen
 
+    def choose(self, weights: dict[str, float]) -> None:
+        """Makes these adapters act, with these weights.
+
+        Compiled code reads `acting`: a name or a number would be a constant of it, so that each
+        choice compiled anew; a place in a list and a tensor are not.
+        """
+        adapters: Any = self.adapters
+        self.weights = dict(weights)
+        self.acting = []
+        for name, weight in weights.items():
+            like = adapters[name].w_down
+            device = "cpu" if like.device.type == "meta" else like.device
+            wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+            self.acting.append((adapters[name], torch.tensor(weight, dtype=wide, device=device)))
+        self.frozen = None
+
     def active(self) -> list[Weighted]:
-        """The adapters that act in the next forward, with their weights."""
+        """The adapters that act in the next forward, with their weights: numbers, or tensors of
+        one element where code is compiled."""
         if not self.enabled or self.merged is not None:
             return []
+        if torch.compiler.is_compiling():
+            return list(self.acting)
         adapters: Any = self.adapters
         return [(adapters[name], weight) for name, weight in self.weights.items()]
 
@@ -246,8 +284,11 @@ class AdaptedProjectionMixin(_Linear):
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedProjectionMixin:
-        self.frozen = None
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        if self.banks is not None:
+            self.banks = tuple(bank.moved(fn) for bank in self.banks)
+        self.choose(self.weights)
+        return self
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
@@ -321,12 +362,13 @@ def adapt(
     projection = cast(AdaptedProjectionMixin, linear)
     projection.adapters = nn.ModuleDict()
     projection.adapters.train(linear.training)
-    projection.weights = {}
+    projection.choose({})
     projection.enabled = True
     projection.backend = backend
     projection.columns = columns
     projection.merged = None
     projection.frozen = None
+    projection.banks = None
     projection.resting = ()
     rebind_forward(projection)
     return projection
@@ -336,7 +378,9 @@ def restore(projection: AdaptedProjectionMixin) -> None:
     """Gives the layer its class back and removes everything that `adapt` added."""
     projection.__class__ = stock_class(projection)
     del projection._modules["adapters"]
-    for name in ("weights", "enabled", "backend", "columns", "merged", "frozen", "resting"):
+    for name in (
+        "weights", "acting", "enabled", "backend", "columns", "merged", "frozen", "banks", "resting"
+    ):  # fmt: skip
         del projection.__dict__[name]
     rebind_forward(projection)
 
@@ -351,31 +395,29 @@ def check_restorable(projection: AdaptedProjectionMixin) -> None:
         )
 
 
-def stacks(active: list[tuple[BottleneckAdapter, float]], h: Tensor | None) -> list[Stack]:
+def stacks(active: list[Weighted], h: Tensor | None) -> list[Stack]:
     """The active adapters, stacked along the rank, one stack per activation.
 
     With h, dropout is drawn for its samples.
     """
     if len(active) == 1:
         return [_stack(active, active[0][0].activation, h)]
-    groups: dict[str, list[tuple[BottleneckAdapter, float]]] = {}
+    groups: dict[str, list[Weighted]] = {}
     for adapter, weight in active:
         groups.setdefault(adapter.activation, []).append((adapter, weight))
     return [_stack(group, activation, h) for activation, group in groups.items()]
 
 
-def _stack(
-    group: list[tuple[BottleneckAdapter, float]], activation: str, h: Tensor | None
-) -> Stack:
+def _stack(group: list[Weighted], activation: str, h: Tensor | None) -> Stack:
     if len(group) == 1 and not torch.compiler.is_compiling():
         adapter, weight = group[0]
         mask = None if h is None else adapter.mask(h.shape[0], h.device)
         own: Tensors = adapter()
-        return Stack(*own, adapter.scale * weight, activation, mask)
+        return Stack(*own, adapter.scale * float(weight), activation, mask)
     masks = [None if h is None else a.mask(h.shape[0], h.device) for a, _ in group]
     tensors: list[Tensors] = [a() for a, _ in group]
     factors = [a.scale * weight for a, weight in group]
-    # compiled, a number that an op takes is a constant: in w_up no new weight compiles anew
+    # of several, and compiled, the weights go into w_up: an op takes one number, and as a constant
     b_down = b_up = gamma = None
     if any(t.b_down is not None for t in tensors):
         b_down = _cat([_or_zeros(t.b_down, t.w_down[:, 0]) for t in tensors])
@@ -409,6 +451,13 @@ def delta(h: Tensor, stack: Stack) -> Tensor:
 
 def _or_zeros(x: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if x is None else x
+
+
+def _whole(before: Tensor | None, adapted: Tensor, after: Tensor | None) -> Tensor:
+    """What `_parts` took apart, in the dtype of the adapters' part."""
+    if before is None or after is None:
+        return adapted
+    return torch.cat((before.to(adapted.dtype), adapted, after.to(adapted.dtype)), dim=-1)
 
 
 def _add(y: Tensor, residual: Tensor | None) -> Tensor:

@@ -24,7 +24,15 @@ from .checks import check_choice, describe
 from .fingerprint import about, check_samples, samples
 from .inject import check_name, inject, plan_injection, unfreeze
 from .projection import AdaptedProjectionMixin, Columns
-from .tree import adapted, check_known, check_unmerged, denoiser, holding, projections
+from .tree import (
+    adapted,
+    check_known,
+    check_one_batch,
+    check_unmerged,
+    denoiser,
+    holding,
+    projections,
+)
 
 __all__ = ["AdapterFileError", "load_adapter", "save_adapter"]
 
@@ -142,6 +150,7 @@ def load_adapter(
     layers = projections(root)
     backend = backend or next((layer.backend for layer in layers.values()), "auto")
     check_unmerged(layers, "load")
+    check_one_batch(layers, "load an adapter")
     file = _read(folder, revision, subfolder, token)
     config = _parse_config(file)
     _check_base(file, root)

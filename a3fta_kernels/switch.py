@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from .checks import describe
-from .tree import adapted, adapter_names, check_known, check_unmerged, projections
+from .tree import adapted, adapter_names, check_known, check_one_batch, check_unmerged, projections
 
 
 def set_adapters(
@@ -32,9 +32,10 @@ def set_adapters(
     check_known("names", chosen, layers.values())
     factors = _weights(weights, len(chosen))
     check_unmerged(layers, "choose adapters")
+    check_one_batch(layers, "choose adapters")
     for layer in layers.values():
-        layer.weights = {n: w for n, w in zip(chosen, factors, strict=True) if n in layer.adapters}
-        layer.frozen = None
+        pairs = zip(chosen, factors, strict=True)
+        layer.choose({n: w for n, w in pairs if n in layer.adapters})
 
 
 def enable_adapters(model: Any) -> None:

@@ -105,6 +105,14 @@ def check_unmerged(layers: dict[str, AdaptedProjectionMixin], action: str) -> No
         )
 
 
+def check_one_batch(layers: dict[str, AdaptedProjectionMixin], action: str) -> None:
+    if any(layer.banks is not None for layer in layers.values()):
+        raise ValueError(
+            f"model: expected no block of adapters_per_sample around a call to {action}; leave it "
+            f"first"
+        )
+
+
 def records(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
     """What earlier injections noted, on the model or on parts of it that were injected alone."""
     for module in model.modules():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -36,11 +37,12 @@ LAYERS = [
     ["adapters.bottleneck"],
     ["adapters.*"],
     ["adapters"],
-    ["forwards"],
+    ["bank", "forwards"],
     ["projection"],
     ["tree"],
-    ["merging", "report", "switch"],
+    ["merging", "per_sample", "report", "switch"],
     ["processors.engines", "processors.family", "processors.qkv"],
+    ["processors.unet"],
     ["processors.*"],
     ["processors"],
     ["attention"],
@@ -111,7 +113,10 @@ COMPOSED = {"cross_attention_adapter"}
 # ops that are a rule around PyTorch's own operator on every device
 LIBRARY = {"frozen_conv"}
 # op: its schemas in csrc/ops.cpp, where they are not <op>_forward and <op>_backward
-SCHEMAS = {"quantize": ("quantize(", "dequantize(")}
+SCHEMAS = {
+    "adapter_bank": ("adapter_bank_forward(",),
+    "quantize": ("quantize(", "dequantize("),
+}
 
 # a third-party package may be imported in these modules alone
 HOMES = {
@@ -295,6 +300,7 @@ PUBLIC = {
     "BackendStatus",
     "BackendUnavailableError",
     "InjectionReport",
+    "adapters_per_sample",
     "attn_processors",
     "backends",
     "disable_adapters",
@@ -381,12 +387,18 @@ def test_every_design_is_in_its_table():
 
 
 def test_every_family_is_in_its_table():
-    from a3fta_kernels.processors import FAMILIES
+    from a3fta_kernels.processors import FAMILIES, Family
 
     shared = {"processors.engines", "processors.family", "processors.qkv"}
     files = {name for name in FILES if name.startswith("processors.")} - shared
-    rows = {row.matches.__module__.removeprefix("a3fta_kernels.") for row in FAMILIES.values()}
-    assert rows == files
+    rows: set[str] = set()
+    for name in files:
+        module = import_module(f"a3fta_kernels.{name}")
+        own = [value for value in vars(module).values() if isinstance(value, Family)]
+        own += getattr(module, "FAMILIES", ())
+        assert own, name
+        rows |= {row.name for row in own}
+    assert rows == set(FAMILIES)
 
 
 def test_every_lean_module_is_in_its_table():

@@ -41,6 +41,7 @@ class A3FTALinear(AdaptedProjectionMixin, _Around, BaseTunerLayer):
     """
 
     foreign = True
+    banks = None
     adapter_layer_names = ("a3fta_adapters",)
     other_param_names = ("r", "scaling")
 
@@ -77,6 +78,14 @@ class A3FTALinear(AdaptedProjectionMixin, _Around, BaseTunerLayer):
     @property
     def merged(self) -> Merged | None:  # type: ignore[override]
         return None if self._merged is None else self._merged[0]
+
+    def choose(self, weights: dict[str, float]) -> None:
+        """PEFT does."""
+
+    def active(self) -> list[Weighted]:
+        if not self.enabled or self.merged is not None:
+            return []
+        return [(self.a3fta_adapters[n], weight) for n, weight in self.weights.items()]  # type: ignore[misc]
 
     def forward(
         self, h: Tensor, residual: Tensor | None = None, beside: Sequence[Weighted] = ()

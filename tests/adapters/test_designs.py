@@ -60,7 +60,7 @@ def add(layer, design, name="a", weight=1.0, dtype=torch.float64, **options):
         for parameter in adapter.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.5)
     layer.adapters[name] = adapter.train(layer.training)
-    layer.weights[name] = weight
+    layer.choose(layer.weights | {name: weight})
     return adapter
 
 

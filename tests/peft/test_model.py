@@ -211,7 +211,7 @@ def twin_named(twin: Any) -> Any:
     """With its adapter "a" called "default"."""
     for layer in a3fta.projections(twin).values():
         layer.adapters["default"] = layer.adapters.pop("a")
-        layer.weights = {"default": layer.weights.pop("a")}
+        layer.choose({"default": layer.weights["a"]})
     return twin
 
 
