@@ -241,7 +241,7 @@ class Trainer:
 
     def _fill(self, folder: Path) -> None:
         with self.shown():
-            told = {**self.run.settings.of("training"), "step": self.done}
+            told = {**self.run.settings.of("training"), "steps": self.done}
             save_adapter(self.plain, folder / "adapter", training=told)
         scaler = self.accelerator.scaler
         state = {
