@@ -38,6 +38,8 @@ from .tree import (
 __all__ = ["AdapterFileError", "load_adapter", "save_adapter"]
 
 LAYOUTS = ("a3fta", "peft")
+# where an adapter's tensors have their rank
+_RANK_AXES = {"w_down": 0, "b_down": 0, "w_up": 1}
 
 
 def save_adapter(
@@ -108,6 +110,7 @@ def load_adapter(
     name: str = "default",
     *,
     allow_other_base: bool = False,
+    pad_rank: bool = False,
     backend: str | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
@@ -116,8 +119,9 @@ def load_adapter(
     """Loads the adapter that `save_adapter` wrote to `folder`, under the name `name`.
 
     A model without an adapter of that name gets one, as by `inject` with the stored config; an
-    adapter that is there takes the file's weights if it is of the same kind. The parameters keep
-    the dtype and device that they have on the model. Everything is checked first: after an error
+    adapter that is there takes the file's weights if it is of the same kind: a hot swap, for which
+    compiled code stays as it is. The parameters keep the dtype and device that they have on the
+    model. Everything is checked first: after an error
     the model is as it was. Nothing is unpickled.
 
     Args:
@@ -130,6 +134,8 @@ def load_adapter(
         name: of the adapter on the model; the file does not hold one.
         allow_other_base: accept base weights other than those the adapter was trained on (a
             fine-tune of the same architecture). Names and shapes must fit all the same.
+        pad_rank: an adapter that is there takes one of smaller rank too, padded with zeros, which
+            change nothing. Inject one of the largest rank first, compile, and swap them all in.
         backend: as in `inject`, for layers that are injected; None: what the model's adapted
             layers use already, else auto.
         revision, token: of the repository on the Hub.
@@ -144,10 +150,9 @@ def load_adapter(
     """
     root = denoiser(model)
     check_name(name)
-    if not isinstance(allow_other_base, bool):
-        raise TypeError(
-            f"allow_other_base: expected True or False, got {describe(allow_other_base)}"
-        )
+    for argument, value in (("allow_other_base", allow_other_base), ("pad_rank", pad_rank)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{argument}: expected True or False, got {describe(value)}")
     if backend is not None:
         check_choice("backend", backend, ("auto", *BACKENDS))
     layers = projections(root)
@@ -168,7 +173,7 @@ def load_adapter(
     else:
         targets, states = _planned(file, root, config, name, backend)
     check_samples(file, root, targets, allow_other_base)
-    values = _converted(file, states)
+    values = _converted(file, states, pad_rank and bool(existing))
 
     if not existing:
         inject(root, config, name, backend=backend)
@@ -324,23 +329,41 @@ def _presence(shapes: Mapping[str, Any], key: str) -> str:
     return "adapted" if shapes[key] is None else f"of shape {shapes[key]}"
 
 
-def _converted(file: AdapterFile, states: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+def _converted(
+    file: AdapterFile, states: dict[str, dict[str, Tensor]], pad_rank: bool
+) -> dict[str, Tensor]:
     """The file's tensors in the parameters' dtypes; names, shapes and range are checked."""
     wanted = {f"{key}.{p}": tensor for key, state in states.items() for p, tensor in state.items()}
+    tensors = {}
     for key in sorted({*wanted, *file.tensors}):
         if key not in wanted or key not in file.tensors:
             found = "it" if key in file.tensors else "none"
             refuse(file.path, f"{'a' if key in wanted else 'no'} tensor {key}", found)
-        if file.tensors[key].shape != wanted[key].shape:
+        tensors[key] = file.tensors[key]
+        if pad_rank:
+            tensors[key] = _padded(key, tensors[key], wanted[key])
+        if tensors[key].shape != wanted[key].shape:
             refuse(
                 file.path,
                 f"{key} of shape {tuple(wanted[key].shape)}",
                 f"shape {tuple(file.tensors[key].shape)}",
             )
     values = {}
-    for key, tensor in file.tensors.items():
+    for key, tensor in tensors.items():
         dtype = wanted[key].dtype
         values[key] = tensor.to(dtype)
         if not torch.equal(values[key].isfinite(), tensor.isfinite()):
             refuse(file.path, f"{key} in the range of {dtype}", f"{tensor.dtype} beyond it")
     return values
+
+
+def _padded(key: str, tensor: Tensor, wanted: Tensor) -> Tensor:
+    """With zeros up to the wanted rank, where its own is smaller."""
+    axis = _RANK_AXES.get(key.rpartition(".")[2])
+    if axis is None or tensor.dim() != wanted.dim():
+        return tensor
+    missing = wanted.shape[axis] - tensor.shape[axis]
+    if missing <= 0:
+        return tensor
+    shape = [*tensor.shape[:axis], missing, *tensor.shape[axis + 1 :]]
+    return torch.cat((tensor, tensor.new_zeros(shape)), dim=axis)
