@@ -57,13 +57,20 @@ def _check(name: str, layer: AdaptedProjectionMixin) -> None:
         if adapter.timed:
             raise ValueError(
                 f"model: expected adapters that are the same at all timesteps to merge, got "
-                f"adapter {adapter_name!r} of design {adapter.config.design!r} at {name}"
+                f"adapter {adapter_name!r} (design={adapter.config.design!r}) at {name}"
             )
-        if adapter.dropout and adapter.training:
+        if adapter.config.layer_norm:
             raise ValueError(
-                f"model: expected adapters without dropout to merge, or model.eval(), got adapter "
-                f"{adapter_name!r} with dropout={adapter.dropout} at {name}"
+                f"model: expected linear adapters to merge, got adapter {adapter_name!r} with "
+                f"layer_norm=True at {name}"
             )
+        drops = {"dropout": adapter.dropout, "drop_path": adapter.config.drop_path}
+        for field, rate in drops.items() if adapter.training else ():
+            if rate:
+                raise ValueError(
+                    f"model: expected adapters without dropout to merge, or model.eval(), got "
+                    f"adapter {adapter_name!r} with {field}={rate} at {name}"
+                )
     reason = layer.unreadable_reason()
     if layer.active() and reason is not None:
         raise ValueError(f"model: expected plain weights to merge into, got {name}: {reason}")
@@ -81,8 +88,9 @@ def _merge(layer: AdaptedProjectionMixin) -> None:
         own: Tensors = adapter()
         w_up, w_down = own.w_up.to(wide), own.w_down.to(wide)
         change += s * ((w @ w_up) @ w_down)
-        if own.b_down is not None and own.b_up is not None:
-            moved = s * (w @ (w_up @ own.b_down.to(wide) + own.b_up.to(wide)))
+        if own.b_down is not None:
+            inner = w_up @ own.b_down.to(wide)
+            moved = s * (w @ (inner if own.b_up is None else inner + own.b_up.to(wide)))
             shift = moved if shift is None else shift + moved
     layer.weight.narrow(1, start, length).copy_(w + change)
     if shift is not None:

@@ -48,6 +48,7 @@ class Stack(NamedTuple):
     activation: str
     gamma: Tensor | None
     beta: Tensor | None
+    norm: bool  # whether h is normalised first
 
 
 class Frozen(NamedTuple):
@@ -109,7 +110,7 @@ class AdaptedProjectionMixin(_Linear):
             )  # fmt: skip
         _log_once("its adapter apart from the layer", reason or "its adapters differ in activation")
         before, inside, after = self._parts(h)
-        adapted = ops.adapter(
+        adapted = inside + delta(inside, first) if first.norm else ops.adapter(
             inside, first.w_down, first.w_up, first.b_down, first.b_up, scale=first.scale,
             activation=first.activation, gamma=first.gamma, beta=first.beta, backend=self.backend,
         )  # fmt: skip
@@ -210,6 +211,8 @@ class AdaptedProjectionMixin(_Linear):
         trains = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if reason is None and torch.is_grad_enabled() and trains:
             return "the layer itself trains"
+        if reason is None and any(adapter.config.layer_norm for adapter, _ in self.active()):
+            return "its adapter reads attention normalised"
         return reason
 
     def unreadable_reason(self) -> str | None:
@@ -237,7 +240,7 @@ class AdaptedProjectionMixin(_Linear):
         # a tensor made in inference mode could not serve a forward outside it
         with torch.inference_mode(False), torch.no_grad():
             first, *others = stacks(active, None)
-            if others:
+            if others or first.norm:
                 return False
             v, v_bias = adapter_linear_contract.merged_up(
                 self.weight, self.bias, first.w_up, first.b_up, None, first.scale,
@@ -347,25 +350,25 @@ def check_restorable(projection: AdaptedProjectionMixin) -> None:
 
 
 def stacks(active: list[tuple[BottleneckAdapter, float]], h: Tensor | None) -> list[Stack]:
-    """The active adapters, stacked along the rank, one stack per activation.
+    """The active adapters, stacked along the rank, one stack per activation and norm.
 
     With h, gamma and beta are for its samples: the timestep's, and dropped ranks.
     """
-    if len(active) == 1:
-        return [_stack(active, active[0][0].activation, h)]
-    groups: dict[str, list[tuple[BottleneckAdapter, float]]] = {}
+    groups: dict[tuple[str, bool], list[tuple[BottleneckAdapter, float]]] = {}
     for adapter, weight in active:
-        groups.setdefault(adapter.activation, []).append((adapter, weight))
-    return [_stack(group, activation, h) for activation, group in groups.items()]
+        kind = (adapter.activation, adapter.config.layer_norm)
+        groups.setdefault(kind, []).append((adapter, weight))
+    return [_stack(group, *kind, h) for kind, group in groups.items()]
 
 
 def _stack(
-    group: list[tuple[BottleneckAdapter, float]], activation: str, h: Tensor | None
+    group: list[tuple[BottleneckAdapter, float]], activation: str, norm: bool, h: Tensor | None
 ) -> Stack:
     if len(group) == 1 and not torch.compiler.is_compiling():
         adapter, weight = group[0]
         w_down, w_up, b_down, b_up, gamma, beta = adapter(h)
-        return Stack(w_down, w_up, b_down, b_up, adapter.scale * weight, activation, gamma, beta)
+        scale = adapter.scale * weight
+        return Stack(w_down, w_up, b_down, b_up, scale, activation, gamma, beta, norm)
     tensors: list[Tensors] = [a(h) for a, _ in group]
     factors = [a.scale * weight for a, weight in group]
     # compiled, a number that an op takes is a constant: in w_up no new weight compiles anew
@@ -374,14 +377,14 @@ def _stack(
         b_down = _cat([_or_zeros(t.b_down, t.w_down[:, 0]) for t in tensors])
         pairs = zip(tensors, factors, strict=True)
         shifts = [t.b_up * factor for t, factor in pairs if t.b_up is not None]
-        b_up = functools.reduce(torch.add, shifts)
+        b_up = functools.reduce(torch.add, shifts) if shifts else None
     if h is not None:
         ranks = [a.rank for a, _ in group]
         gamma = _cat_samples([t.gamma for t in tensors], ranks, h)
         beta = _cat_samples([t.beta for t in tensors], ranks, h)
     w_down = _cat([t.w_down for t in tensors])
     w_up = _cat([t.w_up * factor for t, factor in zip(tensors, factors, strict=True)], dim=1)
-    return Stack(w_down, w_up, b_down, b_up, 1.0, activation, gamma, beta)
+    return Stack(w_down, w_up, b_down, b_up, 1.0, activation, gamma, beta, norm)
 
 
 def _cat_samples(parts: list[Tensor | None], ranks: list[int], h: Tensor) -> Tensor | None:
@@ -408,6 +411,7 @@ def _cat(parts: list[Tensor], dim: int = 0) -> Tensor:
 def delta(h: Tensor, stack: Stack) -> Tensor:
     """scale * ((act(h @ w_down.T + b_down) * (1 + gamma) + beta) @ w_up.T + b_up), without h."""
     dtype = h.dtype
+    h = nn.functional.layer_norm(h, h.shape[-1:]) if stack.norm else h
     b_down, b_up = (None if b is None else b.to(dtype) for b in (stack.b_down, stack.b_up))
     a = nn.functional.linear(h, stack.w_down.to(dtype), b_down)
     z = activate(a, stack.activation)
