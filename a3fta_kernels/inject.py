@@ -216,7 +216,7 @@ def plan_injection(root: nn.Module, config: AdapterConfig | None, name: str, bac
         )
     check_unmerged(existing, "inject another")
     check_one_batch(existing, "inject another")
-    if DESIGNS[config.design].timed:
+    if config.timed:
         check_timed(root)
     family = processors.family_of(root)
     sites = [] if family is None else list(family.sites(root))
@@ -347,7 +347,7 @@ def _apply(root: nn.Module, plan: Plan) -> None:
     if plan.attention:
         attention_weights.begin(record, plan.name, plan.attention)
         attention_weights.sync(root)
-    if DESIGNS[plan.config.design].timed:
+    if plan.config.timed:
         follow(root, plan.family.timesteps)
 
 

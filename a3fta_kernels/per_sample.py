@@ -100,16 +100,22 @@ def _banks(
     found: dict[str, Any] = dict(layer.adapters.items())
     own: list[BottleneckAdapter | None] = [found.get(n) if n is not None else None for n in names]
     for adapter_name, adapter in zip(names, own, strict=True):
-        if adapter is not None and adapter.timed:
-            raise ValueError(
-                f"names: expected adapters that are the same at all timesteps, got "
-                f"{adapter_name!r} of design {adapter.config.design!r} at {name}"
-            )
-        if adapter is not None and adapter.training and adapter.dropout:
-            raise ValueError(
-                f"names: expected adapters without dropout, or model.eval(), got {adapter_name!r} "
-                f"with dropout={adapter.dropout} at {name}"
-            )
+        reason = None if adapter is None else _why_not(adapter)
+        if reason is not None:
+            raise ValueError(f"names: expected {reason}, got {adapter_name!r} at {name}")
     # quantized weights and those cast for storage say nothing of what the layer computes in
     dtype = autocast_dtype(layer.weight) if layer.weight.dtype in FLOATS else None
     return banks_of(own, dtype, batch)
+
+
+def _why_not(adapter: BottleneckAdapter) -> str | None:
+    """What the adapter would have to be for the op to compute it; None where it is."""
+    config = adapter.config
+    if adapter.timed:
+        return f"adapters that are the same at all timesteps (design={config.design!r})"
+    if config.layer_norm:
+        return "adapters that read h as it is (layer_norm=True)"
+    if adapter.training and (adapter.dropout or config.drop_path):
+        drops = f"dropout={adapter.dropout}, drop_path={config.drop_path}"
+        return f"adapters without dropout, or model.eval() ({drops})"
+    return None

@@ -21,36 +21,21 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import ops
 from .adapters import BottleneckAdapter
-from .adapters.bottleneck import Tensors
 from .backends import resolve
 from .bank import Bank
 from .forwards import check_forward, has_hooks, rebind_forward
-from .ops.activations import activate
 from .ops.adapter_linear import api as adapter_linear_api
 from .ops.adapter_linear import contract as adapter_linear_contract
 from .ops.cross_attention_adapter import api as cross_attention_api
 from .ops.rule import autocast_dtype
 from .ops.validate import FLOATS
+from .stack import Stack, Weighted, delta, for_samples, stacks
 
 logger = logging.getLogger("a3fta_kernels")
 
 _PLAIN_WEIGHTS = (Tensor, nn.Parameter, FakeTensor)
 Columns = tuple[int, int] | None  # (start, length) of a layer's input; None: all of it
-Weighted = tuple[BottleneckAdapter, float | Tensor]  # an adapter and its mixing weight
 _logged: set[tuple[str, str]] = set()
-
-
-class Stack(NamedTuple):
-    """Parallel adapters of one activation as one adapter: stacked along the rank."""
-
-    w_down: Tensor
-    w_up: Tensor
-    b_down: Tensor | None
-    b_up: Tensor | None
-    scale: float
-    activation: str
-    gamma: Tensor | None
-    beta: Tensor | None
 
 
 class Frozen(NamedTuple):
@@ -108,10 +93,10 @@ class AdaptedProjectionMixin(_Linear):
             return _add(AdaptedProjectionMixin.forward(self, h, beside=beside), residual)
         frozen = None if beside else self._frozen_for(h)
         if frozen is not None:
-            return self._forward_frozen(h, residual, frozen, _for_samples(frozen.stack, active, h))
+            return self._forward_frozen(h, residual, frozen, for_samples(frozen.stack, active, h))
         first, *others = stacks(active, h)
         reason = self.unfused_reason()
-        if reason is None and not others:
+        if reason is None and not others and not first.norm:
             return ops.adapter_linear(
                 h, first.w_down, first.w_up, self.weight, self.bias, first.b_down, first.b_up,
                 residual=residual, columns=self.columns, scale=first.scale,
@@ -120,7 +105,7 @@ class AdaptedProjectionMixin(_Linear):
             )  # fmt: skip
         _log_once("its adapter apart from the layer", reason or "its adapters differ in activation")
         before, inside, after = self._parts(h)
-        adapted = ops.adapter(
+        adapted = inside + delta(inside, first) if first.norm else ops.adapter(
             inside, first.w_down, first.w_up, first.b_down, first.b_up, scale=first.scale,
             activation=first.activation, gamma=first.gamma, beta=first.beta, backend=self.backend,
         )  # fmt: skip
@@ -186,7 +171,7 @@ class AdaptedProjectionMixin(_Linear):
             stack, v_up, v_bias = stacks(active, q)[0], None, None
         else:
             stack, v_up, v_bias = frozen
-            stack = _for_samples(stack, active, q)
+            stack = for_samples(stack, active, q)
         dtype = autocast_dtype(q)
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(dtype)
@@ -254,6 +239,8 @@ class AdaptedProjectionMixin(_Linear):
         trains = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if reason is None and torch.is_grad_enabled() and trains:
             return "the layer itself trains"
+        if reason is None and any(adapter.config.layer_norm for adapter, _ in self.active()):
+            return "its adapter reads attention normalised"
         return reason
 
     def unreadable_reason(self) -> str | None:
@@ -274,7 +261,7 @@ class AdaptedProjectionMixin(_Linear):
         # a tensor made in inference mode could not serve a forward outside it
         with torch.inference_mode(False), torch.no_grad():
             first, *others = stacks(active, None)
-            if others:
+            if others or first.norm:
                 return False
             v, v_bias = adapter_linear_contract.merged_up(
                 self.weight, self.bias, first.w_up, first.b_up, None, first.scale,
@@ -398,85 +385,6 @@ def check_restorable(projection: AdaptedProjectionMixin) -> None:
             f"model: expected layers of class {expected.__name__}, got a "
             f"{type(projection).__name__}; undo what changed the class after injection first"
         )
-
-
-def stacks(active: list[Weighted], h: Tensor | None) -> list[Stack]:
-    """The active adapters, stacked along the rank, one stack per activation.
-
-    With h, gamma and beta are for its samples: the timestep's, and dropped ranks.
-    """
-    if len(active) == 1:
-        return [_stack(active, active[0][0].activation, h)]
-    groups: dict[str, list[Weighted]] = {}
-    for adapter, weight in active:
-        groups.setdefault(adapter.activation, []).append((adapter, weight))
-    return [_stack(group, activation, h) for activation, group in groups.items()]
-
-
-def _stack(group: list[Weighted], activation: str, h: Tensor | None) -> Stack:
-    if len(group) == 1 and not torch.compiler.is_compiling():
-        adapter, weight = group[0]
-        w_down, w_up, b_down, b_up, gamma, beta = adapter(h)
-        scale = adapter.scale * float(weight)
-        return Stack(w_down, w_up, b_down, b_up, scale, activation, gamma, beta)
-    tensors: list[Tensors] = [a(h) for a, _ in group]
-    factors = [a.scale * weight for a, weight in group]
-    # of several, and compiled, the weights go into w_up: an op takes one number, and as a constant
-    b_down = b_up = gamma = beta = None
-    if any(t.b_down is not None for t in tensors):
-        b_down = _cat([_or_zeros(t.b_down, t.w_down[:, 0]) for t in tensors])
-        pairs = zip(tensors, factors, strict=True)
-        shifts = [t.b_up * factor for t, factor in pairs if t.b_up is not None]
-        b_up = functools.reduce(torch.add, shifts)
-    if h is not None:
-        ranks = [a.rank for a, _ in group]
-        gamma = _cat_samples([t.gamma for t in tensors], ranks, h)
-        beta = _cat_samples([t.beta for t in tensors], ranks, h)
-    w_down = _cat([t.w_down for t in tensors])
-    w_up = _cat([t.w_up * factor for t, factor in zip(tensors, factors, strict=True)], dim=1)
-    return Stack(w_down, w_up, b_down, b_up, 1.0, activation, gamma, beta)
-
-
-def _cat_samples(parts: list[Tensor | None], ranks: list[int], h: Tensor) -> Tensor | None:
-    """gamma or beta of all ranks (B, sum of R), zero where an adapter has none."""
-    if all(part is None for part in parts):
-        return None
-    blank = h.new_zeros(h.shape[0], 1, dtype=torch.float32)
-    pairs = zip(parts, ranks, strict=True)
-    return _cat([blank.expand(-1, rank) if x is None else x for x, rank in pairs], dim=1)
-
-
-def _for_samples(stack: Stack, active: list[Weighted], h: Tensor) -> Stack:
-    """A stack that `freeze` kept, with what depends on the timestep."""
-    if not any(adapter.timed for adapter, _ in active):
-        return stack
-    fresh = stacks(active, h)[0]
-    return stack._replace(gamma=fresh.gamma, beta=fresh.beta)
-
-
-def _cat(parts: list[Tensor], dim: int = 0) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
-
-
-def delta(h: Tensor, stack: Stack) -> Tensor:
-    """scale * ((act(h @ w_down.T + b_down) * (1 + gamma) + beta) @ w_up.T + b_up), without h."""
-    dtype = h.dtype
-    b_down, b_up = (None if b is None else b.to(dtype) for b in (stack.b_down, stack.b_up))
-    a = nn.functional.linear(h, stack.w_down.to(dtype), b_down)
-    z = activate(a, stack.activation)
-    gamma, beta = (
-        None if x is None else x.to(dtype).reshape(h.shape[0], *[1] * (h.dim() - 2), -1)
-        for x in (stack.gamma, stack.beta)
-    )
-    if gamma is not None:
-        z = z * (1 + gamma)
-    if beta is not None:
-        z = z + beta
-    return stack.scale * nn.functional.linear(z, stack.w_up.to(dtype), b_up)
-
-
-def _or_zeros(x: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if x is None else x
 
 
 def _whole(before: Tensor | None, adapted: Tensor, after: Tensor | None) -> Tensor:

@@ -271,7 +271,8 @@ def _check_kind(
             "activation": adapter.activation,
             "scale": float(adapter.scale),
             "bias": adapter.b_down is not None,
-            "train": adapter.config.train,
+            **{f: getattr(adapter.config, f) for f in ("train", "layer_norm", "time_window")},
+            "time_rank": adapter.config.time_rank,
         }
         for field, value in there.items():
             if value != getattr(config, field):

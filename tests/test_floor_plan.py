@@ -37,7 +37,7 @@ LAYERS = [
     ["adapters.bottleneck"],
     ["adapters.*"],
     ["adapters"],
-    ["bank", "forwards"],
+    ["bank", "forwards", "stack"],
     ["projection"],
     ["tree"],
     ["attention_weights"],

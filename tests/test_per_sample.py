@@ -302,7 +302,7 @@ def test_dropout_in_training_is_refused_by_name():
     a3fta.inject(model, a3fta.AdapterConfig(rank=2, dropout=0.5), name="a")
     with a3fta.adapters_per_sample(model, ["a"]):
         pass
-    message = "names: expected adapters without dropout, or model.eval.*'a' with dropout=0.5"
+    message = r"names: expected adapters without dropout, or model.eval.*dropout=0.5.*, got 'a'"
     with pytest.raises(ValueError, match=message), a3fta.adapters_per_sample(model.train(), ["a"]):
         raise AssertionError
 
@@ -310,10 +310,9 @@ def test_dropout_in_training_is_refused_by_name():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"design": "film"},
-            "the same at all timesteps, got 'timed' of design 'film' at mid_block",
-        ),
+        ({"design": "film"}, "the same at all timesteps .design='film'., got 'timed' at mid_block"),
+        ({"time_window": (0, 500)}, "the same at all timesteps .*, got 'timed' at mid_block"),
+        ({"layer_norm": True}, "that read h as it is .layer_norm=True., got 'timed' at mid_block"),
         ({"train": "adapter+attention"}, "adapters alone, got 'timed', with which attention's own"),
     ],
 )

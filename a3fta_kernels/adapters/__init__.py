@@ -6,6 +6,7 @@ from .bottleneck import BottleneckAdapter
 from .config import AdapterConfig
 from .film import FilmAdapter
 from .gated import GatedAdapter
+from .rescaled import RescaledAdapter
 from .scaled import ScaledAdapter
 from .time_scaled import TimeScaledAdapter
 
@@ -13,6 +14,7 @@ DESIGNS: dict[str, type[BottleneckAdapter]] = {
     "bottleneck": BottleneckAdapter,
     "gated": GatedAdapter,
     "scaled": ScaledAdapter,
+    "rescaled": RescaledAdapter,
     "film": FilmAdapter,
     "time_scaled": TimeScaledAdapter,
 }
@@ -23,6 +25,7 @@ __all__ = [
     "BottleneckAdapter",
     "FilmAdapter",
     "GatedAdapter",
+    "RescaledAdapter",
     "ScaledAdapter",
     "TimeScaledAdapter",
 ]

@@ -27,9 +27,9 @@ class Tensors(NamedTuple):
 class BottleneckAdapter(nn.Module):
     """The parameters of  h' = h + scale * (act(h @ w_down.T + b_down) @ w_up.T + b_up).
 
-    w_down (R, C), b_down (R,), w_up (C, R), b_up (C,); the biases are None with bias=False.
-    w_up and b_up start at zero, so that a new adapter changes nothing. The projection that owns
-    the adapter computes the formula.
+    w_down (R, C), b_down (R,), w_up (C, R), b_up (C,); the biases are None with bias=False, b_up
+    also where the adapter is left out for a sample. w_up and b_up start at zero, so that a new
+    adapter changes nothing. The projection that owns the adapter computes the formula.
 
     A design whose formula differs in w_up and b_up alone makes its parameters in `extend` and
     overrides `forward`: everything that computes with an adapter takes its tensors from there. One
@@ -56,11 +56,14 @@ class BottleneckAdapter(nn.Module):
         self.activation = config.activation
         self.scale = config.scale
         self.dropout = config.dropout
+        self.timed = config.timed
+        # where a sample may go without the adapter, it goes without a shift as well
+        shifts = config.bias and not config.drop_path and config.time_window is None
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.w_down = nn.Parameter(drawn(rank, channels).to(**options))
         self.w_up = nn.Parameter(torch.zeros(channels, rank, **options))
         self.b_down = nn.Parameter(torch.zeros(rank, **options)) if config.bias else None
-        self.b_up = nn.Parameter(torch.zeros(channels, **options)) if config.bias else None
+        self.b_up = nn.Parameter(torch.zeros(channels, **options)) if shifts else None
         self.extend(options)
 
     def extend(self, options: dict[str, Any]) -> None:
@@ -81,27 +84,54 @@ class BottleneckAdapter(nn.Module):
     def modulation(self, samples: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """gamma and beta (samples, R): of the timestep, with dropped ranks in them."""
         gamma = beta = None
+        keep = self.kept(samples, device)
         if self.timed:
+            moment = required()
             # autocast has no say: these are as exact as the parameters, and tiny
             with torch.autocast(device.type, enabled=False):
-                found = self.at_time(required())
+                found = self.at_time(moment)
             gamma, beta = (None if x is None else for_samples(x, samples) for x in found)
-        mask = self.mask(samples, device)
-        if mask is None:
+            at_work = self._at_work(moment)
+            if at_work is not None:
+                at_work = for_samples(at_work, samples).to(device)
+                keep = at_work if keep is None else keep * at_work
+        if keep is None:
             return gamma, beta
-        # (act(a) * (1 + gamma) + beta) * (1 + mask)
-        if gamma is not None:
-            gamma = gamma + mask + gamma * mask
-        if beta is not None:
-            beta = beta + beta * mask
-        return mask if gamma is None else gamma, beta
+        # (act(a) * (1 + gamma) + beta) * keep
+        gamma = keep - 1 if gamma is None else (1 + gamma) * keep - 1
+        return gamma, None if beta is None else beta * keep
 
-    def mask(self, samples: int, device: torch.device) -> Tensor | None:
-        """gamma (samples, R) that drops ranks of the bottleneck; None where dropout is off."""
-        if not self.training or self.dropout == 0:
+    def _at_work(self, moment: Moment) -> Tensor | None:
+        """(n, R) of 0 and 1: the window, and the rank that shrinks with the timestep.
+
+        r(t) = floor((R - time_rank) * (1000 - t) / 1000) + time_rank, as in Soboleva et al.,
+        "T-LoRA: Single Image Diffusion Model Customization Without Overfitting" (2025): noise
+        overfits first, and gets the fewest ranks.
+        """
+        window, least = self.config.time_window, self.config.time_rank
+        found = None
+        if least is not None:
+            least = min(least, self.rank)
+            share = (1 - moment.t / 1000).clamp(0, 1)
+            count = ((self.rank - least) * share).floor() + least
+            ranks = torch.arange(self.rank, device=moment.t.device)
+            found = (ranks < count[:, None]).float()
+        if window is not None:
+            inside = ((moment.t >= window[0]) & (moment.t <= window[1])).float()[:, None]
+            found = inside.expand(-1, self.rank) if found is None else found * inside
+        return found
+
+    def kept(self, samples: int, device: torch.device) -> Tensor | None:
+        """(samples, R): 0 for what this forward leaves out, more than 1 for the rest; None where
+        nothing is left out."""
+        if not self.training:
             return None
-        keep = 1 - self.dropout
-        return torch.rand(samples, self.rank, device=device).lt(keep).float() / keep - 1
+        found = None
+        for rate, width in ((self.dropout, self.rank), (self.config.drop_path, 1)):
+            if rate > 0:
+                drawn = torch.rand(samples, width, device=device).lt(1 - rate).float() / (1 - rate)
+                found = drawn if found is None else found * drawn
+        return None if found is None else found.expand(-1, self.rank)
 
     def extra_repr(self) -> str:
         rank, channels = self.w_down.shape

@@ -17,10 +17,10 @@ from ..projection import (
     AdaptedProjectionMixin,
     Columns,
     Merged,
-    Weighted,
     span,
     unreadable_weight,
 )
+from ..stack import Weighted
 
 
 class _Around(nn.Module):

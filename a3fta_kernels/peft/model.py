@@ -38,7 +38,7 @@ class A3FTAModel(BaseTuner):
                 # a copy: the user may give the same config to another model
                 targets = _targets(model, self.columns)
                 self.peft_config[adapter_name] = dataclasses.replace(config, target_modules=targets)
-            timed = DESIGNS[config.design].timed
+            timed = config.to_adapter_config().timed
             if timed:
                 check_timed(model)
             super().inject_adapter(model, adapter_name, *args, **options)

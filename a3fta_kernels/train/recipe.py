@@ -207,6 +207,8 @@ def _prepare(settings: Settings, family: Family, listener: Listener) -> list[str
         rank=settings.rank, activation=settings.activation, design=settings.design,
         bias=settings.bias, dropout=settings.dropout, targets=settings.targets or None,
         rank_pattern=settings.ranks(), train=settings.train,
+        drop_path=settings.drop_path, layer_norm=settings.layer_norm,
+        time_rank=settings.time_rank,
     )  # fmt: skip
     try:
         report = inject(model, config)

@@ -74,6 +74,11 @@ class Settings:
     design: str = setting("bottleneck", "adapter", "kind of adapter", choices=tuple(DESIGNS))
     bias: bool = setting(True, "adapter", "without, and of the identity, it can become a LoRA file")
     dropout: float = setting(0.0, "adapter", "of ranks of the bottleneck", low=0, high=0.99)
+    drop_path: float = setting(0.0, "adapter", "of adapters as a whole", low=0, high=0.99)
+    layer_norm: bool = setting(False, "adapter", "it reads attention normalised")
+    time_rank: int | None = setting(
+        None, "adapter", "rank at the noisiest timestep, growing to rank at the cleanest", low=1
+    )
     targets: tuple[str, ...] = setting(
         (), "adapter", "parts of the names of attention layers that get one (all)"
     )

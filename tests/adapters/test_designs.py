@@ -32,6 +32,7 @@ FACTORS = {
     "bottleneck": lambda adapter: torch.ones(1).to(adapter.w_up),
     "gated": lambda adapter: torch.tanh(adapter.gate),
     "scaled": lambda adapter: adapter.s,
+    "rescaled": lambda adapter: adapter.s,
     "film": lambda adapter: torch.ones(1).to(adapter.w_up),
     "time_scaled": lambda adapter: torch.ones(1).to(adapter.w_up),
 }
@@ -45,6 +46,7 @@ EXTRA = {
     "bottleneck": {},
     "gated": {"gate": (1,)},
     "scaled": {"s": (16,)},
+    "rescaled": {"s": (1,)},
     "film": {"w_time": (6, 64)},
     "time_scaled": {"w_time": (1, 64)},
 }
@@ -173,7 +175,7 @@ def test_dropout(design, backend):
     layer = layer_with(design, backend, dropout=0.5, rank=16).train()
     h = torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True)
     torch.manual_seed(3)
-    masks = {"a": layer.adapters["a"].mask(2, h.device)}
+    masks = {"a": layer.adapters["a"].kept(2, h.device) - 1}
     assert set(masks["a"].unique().tolist()) == {-1.0, 1.0}
     assert_follows(layer, h, masks, seed=3)
 
@@ -300,7 +302,7 @@ def test_merge_and_unmerge(design, bias):
 def test_a_timed_one_is_no_single_matrix(design, tmp_path):
     model, _ = injected(design, activation="identity", bias=False)
     before = models.snapshot(model)
-    message = f"the same at all timesteps .* of design '{design}' at "
+    message = rf"the same at all timesteps .* \(design='{design}'\) at "
     with pytest.raises(ValueError, match=message):
         a3fta.merge(model)
     with pytest.raises(ValueError, match=message):
@@ -385,6 +387,7 @@ def test_the_ledger_counts_it(design):
         "bottleneck": 0,
         "gated": products + 4 * len(adapters),
         "scaled": products,
+        "rescaled": products,
         "film": 4 * timestep.WIDTH + sum(8 * a.rank for a in adapters),
         "time_scaled": 4 * timestep.WIDTH + 4 * len(adapters),
     }

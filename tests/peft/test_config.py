@@ -60,6 +60,7 @@ CONFIGS = [
     {},
     {"rank": 3, "activation": "identity", "scale": 0.5, "bias": False, "dropout": 0.25},
     {"design": "gated", "dtype": torch.bfloat16},
+    {"layer_norm": True, "drop_path": 0.1, "time_window": (0.0, 500.0), "time_rank": 2},
     {"rank_pattern": {"^down": 2, r"attn1|up_blocks\.0": 3, "0$": 5}},
     {"targets": ("attn2", "mid_block")},
     {"targets": r"^up.*attn1"},

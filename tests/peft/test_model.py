@@ -275,7 +275,7 @@ def test_dropout_follows_the_model():
     adapters = [m.a3fta_adapters["a"] for m in layers(model).values()]
     assert not any(adapter.training for adapter in adapters)
     model.train()
-    assert all(adapter.mask(2, torch.device("cpu")) is not None for adapter in adapters)
+    assert all(adapter.kept(2, torch.device("cpu")) is not None for adapter in adapters)
 
 
 @pytest.mark.parametrize("name", ["sd15", "flux"])
