@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import flux, pixart, unet
-from .family import Family, Site, class_names
+from . import flux, pixart, structure, unet
+from .family import Family, Site, class_names, processor_of
 from .unet import A3FTAAttnAddedKVProcessor, A3FTAAttnProcessor, A3FTAFusedAttnProcessor
 
 FAMILIES: dict[str, Family] = {
@@ -17,15 +17,16 @@ FAMILIES: dict[str, Family] = {
         *unet.FAMILIES,
         pixart.FAMILY,
         flux.FAMILY,
-        unet.ATTENTION,
+        structure.FAMILY,
     )
 }
 
 
-def family_of(model: nn.Module) -> Family | None:
-    """The first family that the model belongs to."""
+def family_of(model: nn.Module) -> Family:
+    """The first family that the model belongs to; the last one, by structure, takes any."""
     names = class_names(model)
-    return next((f for f in FAMILIES.values() if not names.isdisjoint(f.holds)), None)
+    found = (f for f in FAMILIES.values() if not names.isdisjoint(f.holds))
+    return next(found, structure.FAMILY)
 
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "Family",
     "Site",
     "family_of",
+    "processor_of",
 ]

@@ -1,7 +1,7 @@
-"""The U-Net family: every model built on diffusers' `Attention` layer.
+"""The U-Nets: UNet2DConditionModel (SD1.x, SD2.x, SDXL; Kandinsky with added keys and values) and
+UNet2DModel; the processors of all models whose `Attention` layers have the U-Nets' own.
 
-UNet2DConditionModel (SD1.x, SD2.x, SDXL; Kandinsky with added keys and values), UNet2DModel, and
-others whose attention is followed by `to_out[0]`.
+Attention is handed over to `to_out[0]`.
 """
 
 from __future__ import annotations
@@ -273,5 +273,3 @@ def family(name: str, *holds: str) -> Family:
 
 
 FAMILIES = (family("unet_condition", "UNet2DConditionModel"), family("unet", "UNet2DModel"))
-# whatever else is built on `Attention`
-ATTENTION = family("attention", "Attention")
