@@ -7,7 +7,26 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import flux, pixart, structure, unet
+from . import (
+    ace_step,
+    allegro,
+    audioldm2,
+    cogvideox,
+    cosmos,
+    easyanimate,
+    flux,
+    hunyuan_video,
+    kandinsky5,
+    ltx,
+    mochi,
+    pixart,
+    sana_video,
+    stable_audio,
+    structure,
+    unet,
+    video_unet,
+    wan,
+)
 from .family import Family, Site, class_names, processor_of
 from .unet import A3FTAAttnAddedKVProcessor, A3FTAAttnProcessor, A3FTAFusedAttnProcessor
 
@@ -17,6 +36,20 @@ FAMILIES: dict[str, Family] = {
         *unet.FAMILIES,
         pixart.FAMILY,
         flux.FAMILY,
+        ace_step.FAMILY,
+        allegro.FAMILY,
+        audioldm2.FAMILY,
+        cogvideox.FAMILY,
+        cosmos.FAMILY,
+        easyanimate.FAMILY,
+        *hunyuan_video.FAMILIES,
+        kandinsky5.FAMILY,
+        *ltx.FAMILIES,
+        mochi.FAMILY,
+        sana_video.FAMILY,
+        stable_audio.FAMILY,
+        *video_unet.FAMILIES,
+        wan.FAMILY,
         structure.FAMILY,
     )
 }

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..norm import norm_dtype, norm_rule, parameter, save_norm
+from ..norm import norm_dtype, norm_rule, parameter, save_norm, shaped
 from ..rule import acc_dtype, is_plain, loader, refuse_second_derivative, rows
 
 backend_module = loader(__package__)
@@ -43,7 +43,7 @@ def forward(
     y, mean, rstd = backend_module(backend).forward(
         flat(x.to(dtype)), parameter(weight, dtype), parameter(bias, dtype), eps
     )
-    return y.view(x.shape), mean, rstd
+    return shaped(y, x.shape), mean, rstd
 
 
 def backward(
