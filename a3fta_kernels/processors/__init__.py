@@ -7,7 +7,29 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import flux, pixart, unet
+from . import (
+    auraflow,
+    bria,
+    chroma,
+    cogview,
+    dit,
+    flux,
+    flux2,
+    hidream,
+    hunyuan_dit,
+    latte,
+    longcat,
+    lumina,
+    omnigen,
+    ovis,
+    pixart,
+    prx,
+    qwen,
+    sana,
+    sd3,
+    unet,
+    z_image,
+)
 from .family import Family, Site, class_names
 from .unet import A3FTAAttnAddedKVProcessor, A3FTAAttnProcessor, A3FTAFusedAttnProcessor
 
@@ -16,7 +38,25 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *unet.FAMILIES,
         pixart.FAMILY,
+        dit.FAMILY,
+        latte.FAMILY,
+        sd3.FAMILY,
         flux.FAMILY,
+        chroma.FAMILY,
+        bria.FAMILY,
+        longcat.FAMILY,
+        ovis.FAMILY,
+        flux2.FAMILY,
+        auraflow.FAMILY,
+        hunyuan_dit.FAMILY,
+        lumina.FAMILY,
+        sana.FAMILY,
+        cogview.FAMILY,
+        hidream.FAMILY,
+        omnigen.FAMILY,
+        qwen.FAMILY,
+        z_image.FAMILY,
+        prx.FAMILY,
         unet.ATTENTION,
     )
 }
