@@ -42,7 +42,7 @@ LAYERS = [
     ["tree"],
     ["merging", "report", "switch"],
     ["processors.engines", "processors.family", "processors.qkv"],
-    ["processors.unet"],
+    ["processors.flux", "processors.unet"],
     ["processors.*"],
     ["processors"],
     ["attention"],

@@ -143,8 +143,3 @@ def norm_rule(ctx: Any, dy: Tensor, backward: Callable[..., Tensor]) -> Tensor:
     saved = ctx.saved_tensors
     x = kept_input(saved[:count], backend, dy.dtype)
     return backward(dy, x, *saved[count:], *options, backend).to(dtype)
-
-
-def shaped(y: Tensor, shape: torch.Size) -> Tensor:
-    """y.view(shape), in place: a view made inside an autograd Function must not be written to."""
-    return y.as_strided_(shape, y.view(shape).stride())

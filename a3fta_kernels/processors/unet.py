@@ -1,7 +1,8 @@
-"""The U-Nets: UNet2DConditionModel (SD1.x, SD2.x, SDXL; Kandinsky with added keys and values) and
-UNet2DModel; the processors of all models whose `Attention` layers have the U-Nets' own.
+"""The U-Nets of images: `to_out[0]` of every attention layer.
 
-Attention is handed over to `to_out[0]`.
+UNet2DConditionModel (SD1.x, SD2.x, SDXL, Kolors; Kandinsky 2 with added keys and values), its
+ControlNet, Kandinsky 3, UNet2DModel; and our processors for all models whose attention layers have
+those of the U-Nets.
 """
 
 from __future__ import annotations
@@ -272,4 +273,7 @@ def family(name: str, *holds: str) -> Family:
     return Family(name, holds, processor_for=processor_for, owns=owns, joinable=joinable)
 
 
-FAMILIES = (family("unet_condition", "UNet2DConditionModel"), family("unet", "UNet2DModel"))
+FAMILIES = (
+    family("unet_condition", "UNet2DConditionModel", "ControlNetModel", "Kandinsky3UNet"),
+    family("unet", "UNet2DModel"),
+)

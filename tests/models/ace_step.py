@@ -29,5 +29,7 @@ def inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 
 MODELS = {
-    "ace_step": Small(make, inputs, "ace_step", {r"layers\.[01]\.(self|cross)_attn\.to_out\.0": 4}),
+    "ace_step": Small(
+        make, inputs, "ace_step", {r"layers\.[01]\.(self|cross)_attn\.to_out\.0": 4}, lean=None
+    ),
 }

@@ -14,7 +14,8 @@ def make() -> nn.Module:
     return diffusers.AudioLDM2UNet2DConditionModel(
         block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=((None, 16, 8), (None, 16, 8)),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=((None, 16, 8), (None, 16, 8)),
     )  # fmt: skip
 
 
@@ -31,5 +32,6 @@ MODELS = {
     "audioldm2": Small(
         make, inputs, "audioldm2",
         {r".*attentions\.\d\.transformer_blocks\.0\.attn[12]\.to_out\.0": 24},
+        lean={"BasicTransformerBlock": 12},
     ),
 }  # fmt: skip

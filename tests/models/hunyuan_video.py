@@ -89,16 +89,20 @@ MODELS = {
     ),
     "hunyuan_video_framepack": Small(
         make("HunyuanVideoFramepackTransformer3DModel", **VIDEO, **FRAMEPACK), framepack_inputs,
-        "hunyuan_video", REFINER | DUAL | SINGLE, COLUMNS,
+        "hunyuan_video", REFINER | DUAL | SINGLE, COLUMNS, reads_numbers="the text's lengths",
     ),
     "hunyuan_video15": Small(
-        make("HunyuanVideo15Transformer3DModel", text_embed_2_dim=8, image_embed_dim=8,
-             rope_axes_dim=(4, 2, 2)),
-        inputs15, "hunyuan_video15", REFINER | DUAL,
+        make("HunyuanVideo15Transformer3DModel", num_layers=2, text_embed_2_dim=8,
+             image_embed_dim=8, rope_axes_dim=(4, 2, 2)),
+        inputs15, "hunyuan_video15",
+        REFINER | {r"transformer_blocks\.[01]\.attn\.(to_out\.0|to_add_out)": 4},
+        idle={r"transformer_blocks\.1\.attn\.to_add_out": "nothing reads the last block's text"},
+        reads_numbers="whether the image is all zero",
     ),
     "hunyuan_image": Small(
         make("HunyuanImageTransformer2DModel", num_single_layers=1, patch_size=(1, 1),
              rope_axes_dim=(4, 4)),
         image_inputs, "hunyuan_image", REFINER | DUAL | SINGLE, COLUMNS,
+        refuses="it hands its blocks keyword arguments, which checkpointing does not take",
     ),
 }  # fmt: skip

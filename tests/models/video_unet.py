@@ -85,15 +85,20 @@ MODELS = {
         motion, motion_inputs, "unet_motion",
         SPATIAL
         | {r".*\.motion_modules\.\d\.transformer_blocks\.0\.attn[12]\.to_out\.0": 14},
+        lean={"BasicTransformerBlock": 4},
     ),
     "unet_spatio_temporal": Small(
         spatio_temporal, spatio_temporal_inputs, "unet_spatio_temporal",
         SPATIAL
         | {r".*\.attentions\.\d\.temporal_transformer_blocks\.0\.attn[12]\.to_out\.0": 8},
+        lean={"BasicTransformerBlock": 4},
     ),
-    "unet_3d": Small(unet3d, inputs, "unet_3d", SPATIAL | OVER_FRAMES),
+    "unet_3d": Small(
+        unet3d, inputs, "unet_3d", SPATIAL | OVER_FRAMES, lean={"BasicTransformerBlock": 9}
+    ),
     "i2vgen": Small(
         i2vgen, i2vgen_inputs, "unet_3d",
         SPATIAL | OVER_FRAMES | {r"image_latents_temporal_encoder\.attn1\.to_out\.0": 1},
+        lean={"BasicTransformerBlock": 9},
     ),
 }  # fmt: skip

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..norm import norm_dtype, norm_rule, parameter, save_norm, shaped
+from ..norm import norm_dtype, norm_rule, parameter, save_norm
 from ..rule import acc_dtype, is_plain, loader, refuse_second_derivative
 
 ACTIVATIONS = ("identity", "silu")
@@ -69,7 +69,8 @@ def forward(
         eps,
         activation,
     )
-    return shaped(y, x.shape), mean, rstd
+    # no view to autograd, as in layer_norm
+    return torch.ops.aten._unsafe_view(y, x.shape), mean, rstd
 
 
 def backward(

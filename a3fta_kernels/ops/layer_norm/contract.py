@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..norm import norm_dtype, norm_rule, parameter, save_norm, shaped
+from ..norm import norm_dtype, norm_rule, parameter, save_norm
 from ..rule import acc_dtype, is_plain, loader, refuse_second_derivative, rows
 
 backend_module = loader(__package__)
@@ -43,7 +43,8 @@ def forward(
     y, mean, rstd = backend_module(backend).forward(
         flat(x.to(dtype)), parameter(weight, dtype), parameter(bias, dtype), eps
     )
-    return shaped(y, x.shape), mean, rstd
+    # no view to autograd, which lets nobody write into one that a Function returns; models do
+    return torch.ops.aten._unsafe_view(y, x.shape), mean, rstd
 
 
 def backward(
