@@ -89,7 +89,7 @@ MODELS = {
     ),
     "hunyuan_video_framepack": Small(
         make("HunyuanVideoFramepackTransformer3DModel", **VIDEO, **FRAMEPACK), framepack_inputs,
-        "hunyuan_video", REFINER | DUAL | SINGLE, COLUMNS, reads_numbers="the text's lengths",
+        "hunyuan_video", REFINER | DUAL | SINGLE, COLUMNS, takes_sizes="the text's lengths",
     ),
     "hunyuan_video15": Small(
         make("HunyuanVideo15Transformer3DModel", num_layers=2, text_embed_2_dim=8,

@@ -34,7 +34,7 @@ MODELS = {
             r"transformer_blocks\.[01]\.attn1\.to_out\.0": 2,
             r"transformer_blocks\.0\.attn1\.to_add_out": 1,
         },
-        reads_numbers="the text's lengths",
+        takes_sizes="the text's lengths",
         other={".*": "each sample's attention, put side by side"},
     ),
 }  # fmt: skip

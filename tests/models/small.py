@@ -23,8 +23,9 @@ class Small(NamedTuple):
     other: the same -> what its input is, where softmax attention does not return it as it is.
     lean: block class -> how many blocks are rebuilt at level "block"; the rest stays stock. None:
     it has no module that lean knows at any level.
-    reads_numbers: where the stock model reads numbers of a tensor, so that it is more than one graph
-    and has no ledger. forgets: what the stock model forgets when it is checkpointed. refuses: why
+    reads_numbers: where the stock model reads numbers of a tensor, so that it has no ledger and is
+    more than one graph. takes_sizes: which sizes it takes from numbers, which leaves it one graph.
+    forgets: what the stock model forgets when it is checkpointed. refuses: why
     the stock model raises then.
     """
 
@@ -37,6 +38,7 @@ class Small(NamedTuple):
     other: Mapping[str, str] = NOTHING
     lean: Mapping[str, int] | None = NOTHING
     reads_numbers: str = ""
+    takes_sizes: str = ""
     forgets: str = ""
     refuses: str = ""
 
