@@ -1,5 +1,5 @@
 """Wan 2.1 (text to video; image to video, whose text layers read an image's tokens too), VACE,
-SkyReels V2, ChronoEdit."""
+SkyReels V2, ChronoEdit, Animate."""
 
 from __future__ import annotations
 
@@ -38,8 +38,21 @@ def vace_inputs(draw: Draw, batch: int) -> dict[str, Any]:
     return inputs(draw, batch) | dict(control_hidden_states=draw(batch, 6, 2, 4, 4))
 
 
+def animate_inputs(draw: Draw, batch: int) -> dict[str, Any]:
+    return image_inputs(draw, batch) | dict(
+        hidden_states=draw(batch, 12, 2, 4, 4),
+        pose_hidden_states=draw(batch, 4, 1, 4, 4),
+        face_pixel_values=draw(batch, 3, 4, 8, 8),
+    )
+
+
 BLOCKS = {r"blocks\.[01]\.attn[12]\.to_out\.0": 4}
 IMAGE = dict(image_dim=8, added_kv_proj_dim=24)
+ANIMATE: dict[str, Any] = dict(
+    in_channels=12, latent_channels=4, num_layers=1, motion_encoder_size=8, motion_style_dim=8,
+    motion_encoder_channel_sizes={"4": 4, "8": 4, "16": 4}, motion_dim=4, motion_encoder_dim=8,
+    face_encoder_hidden_dim=16, face_encoder_num_heads=2, inject_face_latents_blocks=1,
+)  # fmt: skip
 
 MODELS = {
     "wan": Small(make("WanTransformer3DModel"), inputs, "wan", BLOCKS),
@@ -53,5 +66,10 @@ MODELS = {
     "skyreels_v2": Small(make("SkyReelsV2Transformer3DModel"), inputs, "wan", BLOCKS),
     "chronoedit": Small(
         make("ChronoEditTransformer3DModel", **IMAGE), image_inputs, "wan", BLOCKS, other=SUM
+    ),
+    "wan_animate": Small(
+        make("WanAnimateTransformer3DModel", **IMAGE | ANIMATE), animate_inputs, "wan",
+        {r"blocks\.0\.attn[12]\.to_out\.0": 2, r"face_adapter\.0\.to_out": 1},
+        other=SUM | {r"face_adapter\.0\.to_out": "each frame's attention, put side by side"},
     ),
 }  # fmt: skip

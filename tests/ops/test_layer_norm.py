@@ -143,3 +143,13 @@ BAD = [
 def test_bad_input(change, error, message):
     with pytest.raises(error, match=message):
         ops.layer_norm(**({"x": X} | change))
+
+
+@EVERY_RUN
+def test_its_output_may_be_written_to(run):
+    backend, device, dtype = run
+    inputs = NormCase((2, 9, 40)).inputs(dtype, device)
+    y = ops.layer_norm(**inputs, backend=backend)
+    y[:, 1:] = 2 * y[:, 1:]
+    (dx,) = torch.autograd.grad(y.float().square().sum(), inputs["x"])
+    assert dx.isfinite().all()
