@@ -14,7 +14,7 @@ from .family import Family, Site, is_attention
 def sites(model: nn.Module) -> Iterator[Site]:
     for name, module in model.named_modules():
         if is_attention(module):
-            yield Site(name, module, {f"{name}.out_layer": module.out_layer})  # type: ignore[dict-item]
+            yield Site(name, module, {f"{name}.out_layer": module.out_layer})
 
 
 FAMILY = Family("kandinsky5", ("Kandinsky5Transformer3DModel",), sites)
