@@ -8,6 +8,4 @@ from __future__ import annotations
 
 from .family import Family
 
-FAMILY = Family(
-    "hidream", ("HiDreamImageTransformerBlock", "HiDreamImageSingleTransformerBlock")
-)
+FAMILY = Family("hidream", ("HiDreamImageTransformerBlock", "HiDreamImageSingleTransformerBlock"))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .unet import kandinsky, sd2, sd15, sdxl, unet2d
 
+
 def flux(**options: Any) -> nn.Module:
     """Like Flux-dev: dual blocks, then single ones, whose projection reads more than attention."""
     config = dict(

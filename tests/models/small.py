@@ -23,8 +23,8 @@ class Small(NamedTuple):
     other: the same -> what its input is, where softmax attention does not return it as it is.
     lean: block class -> how many blocks are rebuilt at level "block"; the rest stays stock. None:
     it has no module that lean knows at any level.
-    reads_numbers: where the stock model reads numbers of a tensor, so that it is more than one graph
-    and has no ledger. forgets: what the stock model forgets when it is checkpointed.
+    reads_numbers: which numbers of a tensor the stock model reads, so that it is more than one
+    graph and has no ledger. forgets: what the stock model forgets when it is checkpointed.
     """
 
     make: Callable[[], nn.Module]
