@@ -7,4 +7,4 @@ from __future__ import annotations
 
 from .family import Family
 
-FAMILY = Family("ace_step", ("AceStepTransformer1DModel",))
+FAMILY = Family("ace_step", ("AceStepTransformerBlock",))

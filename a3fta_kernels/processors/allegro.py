@@ -1,10 +1,7 @@
-"""Allegro: `attn1.to_out[0]` reads self-attention, `attn2.to_out[0]` attention to the text.
-
-The latter has the U-Nets' own processors, which ours replace.
-"""
+"""Allegro: `attn1.to_out[0]` reads self-attention, `attn2.to_out[0]` attention to the text."""
 
 from __future__ import annotations
 
-from . import unet
+from .family import Family
 
-FAMILY = unet.family("allegro", "AllegroTransformer3DModel")
+FAMILY = Family("allegro", ("AllegroTransformerBlock",))

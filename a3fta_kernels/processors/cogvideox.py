@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from .family import Family
 
-FAMILY = Family("cogvideox", ("CogVideoXTransformer3DModel",))
+FAMILY = Family("cogvideox", ("CogVideoXBlock",))

@@ -6,4 +6,4 @@ from __future__ import annotations
 
 from .family import Family
 
-FAMILY = Family("cosmos", ("CosmosTransformer3DModel",))
+FAMILY = Family("cosmos", ("CosmosTransformerBlock",))

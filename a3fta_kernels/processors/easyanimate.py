@@ -6,4 +6,4 @@ from __future__ import annotations
 
 from .family import Family
 
-FAMILY = Family("easyanimate", ("EasyAnimateTransformer3DModel",))
+FAMILY = Family("easyanimate", ("EasyAnimateTransformerBlock",))

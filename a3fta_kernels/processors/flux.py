@@ -11,6 +11,7 @@ need, and have no parameters in the projections' way; whichever a layer has, it 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -20,8 +21,8 @@ from .family import Family, Site, is_attention, outputs
 def sites(model: nn.Module) -> Iterator[Site]:
     for name, block in model.named_modules():
         prefix = f"{name}." if name else ""
-        attention = getattr(block, "attn", None)
-        if not isinstance(attention, nn.Module) or not is_attention(attention):
+        attention: Any = getattr(block, "attn", None)
+        if not is_attention(attention):
             continue
         if attention.pre_only:
             columns = (0, attention.inner_dim)

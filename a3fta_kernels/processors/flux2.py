@@ -17,8 +17,9 @@ from .family import Family, Site
 
 def sites(model: nn.Module) -> Iterator[Site]:
     for site in family.sites(model):
-        packed = isinstance(site.attention, Flux2ParallelSelfAttention)
-        yield site._replace(columns=(0, site.attention.inner_dim)) if packed else site
+        if isinstance(site.attention, Flux2ParallelSelfAttention):
+            site = site._replace(columns=(0, site.attention.inner_dim))
+        yield site
 
 
 FAMILY = Family("flux2", ("Flux2TransformerBlock", "Flux2SingleTransformerBlock"), sites)

@@ -12,8 +12,14 @@ from .family import Family
 
 FAMILIES = (
     flux.family(
-        "hunyuan_video", "HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"
+        "hunyuan_video",
+        "HunyuanVideoTransformerBlock",
+        "HunyuanVideoSingleTransformerBlock",
+        "HunyuanVideoTokenReplaceTransformerBlock",
+        "HunyuanVideoTokenReplaceSingleTransformerBlock",
     ),
-    Family("hunyuan_video15", ("HunyuanVideo15Transformer3DModel",)),
-    flux.family("hunyuan_image", "HunyuanImageTransformer2DModel"),
+    Family("hunyuan_video15", ("HunyuanVideo15TransformerBlock",)),
+    flux.family(
+        "hunyuan_image", "HunyuanImageTransformerBlock", "HunyuanImageSingleTransformerBlock"
+    ),
 )

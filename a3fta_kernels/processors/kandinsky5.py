@@ -17,4 +17,6 @@ def sites(model: nn.Module) -> Iterator[Site]:
             yield Site(name, module, {f"{name}.out_layer": module.out_layer})
 
 
-FAMILY = Family("kandinsky5", ("Kandinsky5Transformer3DModel",), sites)
+FAMILY = Family(
+    "kandinsky5", ("Kandinsky5TransformerEncoderBlock", "Kandinsky5TransformerDecoderBlock"), sites
+)

@@ -9,6 +9,6 @@ from __future__ import annotations
 from .family import Family
 
 FAMILIES = (
-    Family("ltx", ("LTXVideoTransformer3DModel",)),
-    Family("ltx2", ("LTX2VideoTransformer3DModel",)),
+    Family("ltx", ("LTXVideoTransformerBlock",)),
+    Family("ltx2", ("LTX2VideoTransformerBlock",)),
 )

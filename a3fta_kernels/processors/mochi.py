@@ -21,4 +21,4 @@ def sites(model: nn.Module) -> Iterator[Site]:
             yield Site(name, module, outputs(name, module))
 
 
-FAMILY = Family("mochi", ("MochiTransformer3DModel",), sites)
+FAMILY = Family("mochi", ("MochiTransformerBlock",), sites)

@@ -6,4 +6,4 @@ from __future__ import annotations
 
 from .family import Family
 
-FAMILY = Family("sana_video", ("SanaVideoTransformer3DModel",))
+FAMILY = Family("sana_video", ("SanaVideoTransformerBlock",))

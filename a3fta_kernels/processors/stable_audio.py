@@ -6,4 +6,4 @@ from __future__ import annotations
 
 from .family import Family
 
-FAMILY = Family("stable_audio", ("StableAudioDiTModel",))
+FAMILY = Family("stable_audio", ("StableAudioDiTBlock",))

@@ -12,10 +12,9 @@ from .family import Family
 FAMILY = Family(
     "wan",
     (
-        "WanTransformer3DModel",
-        "WanVACETransformer3DModel",
-        "WanAnimateTransformer3DModel",
-        "SkyReelsV2Transformer3DModel",
-        "ChronoEditTransformer3DModel",
+        "WanTransformerBlock",
+        "WanVACETransformerBlock",
+        "WanAnimateFaceBlockCrossAttention",
+        "SkyReelsV2TransformerBlock",
     ),
 )

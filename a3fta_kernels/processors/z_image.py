@@ -1,4 +1,4 @@
-"""Z-Image (Turbo, Omni, ControlNet): `attention.to_out[0]`, in the refiners of image and text too."""
+"""Z-Image and its ControlNet: `attention.to_out[0]`, in the refiners of image and text too."""
 
 from __future__ import annotations
 

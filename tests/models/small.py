@@ -25,8 +25,7 @@ class Small(NamedTuple):
     it has no module that lean knows at any level.
     reads_numbers: where the stock model reads numbers of a tensor, so that it has no ledger and is
     more than one graph. takes_sizes: which sizes it takes from numbers, which leaves it one graph.
-    forgets: what the stock model forgets when it is checkpointed. refuses: why
-    the stock model raises then.
+    forgets: what the stock model forgets when it is checkpointed. refuses: why it raises then.
     """
 
     make: Callable[[], nn.Module]

@@ -60,7 +60,10 @@ def image_control_inputs(draw: Draw, batch: int) -> dict[str, Any]:
 MODELS = {
     "sd3": Small(
         sd3, inputs, "sd3",
-        {r"transformer_blocks\.[01]\.attn\.to_out\.0": 2, r"transformer_blocks\.0\.attn\.to_add_out": 1},
+        {
+            r"transformer_blocks\.[01]\.attn\.to_out\.0": 2,
+            r"transformer_blocks\.0\.attn\.to_add_out": 1,
+        },
         lean={"JointTransformerBlock": 2},
     ),
     "sd35": Small(
@@ -74,7 +77,10 @@ MODELS = {
     ),
     "sd3_controlnet": Small(
         controlnet, control_inputs, "sd3",
-        {r"transformer_blocks\.0\.attn\.to_out\.0": 1, r"transformer_blocks\.0\.attn\.to_add_out": 1},
+        {
+            r"transformer_blocks\.0\.attn\.to_out\.0": 1,
+            r"transformer_blocks\.0\.attn\.to_add_out": 1,
+        },
         idle={r"transformer_blocks\.0\.attn\.to_add_out": "nothing reads the last block's text"},
         lean={"JointTransformerBlock": 1},
     ),

@@ -104,10 +104,7 @@ def kandinsky3_inputs(draw: Draw, batch: int) -> dict[str, Any]:
 def _blocks(at_depth: int) -> dict[str, int]:
     """Projections of a U-Net of `_CROSS`, with that many transformer layers in a block."""
     where = r"(down_blocks\.1|mid_block|up_blocks\.0)\.attentions\.\d\.transformer_blocks\.\d"
-    return {
-        where + r"\.attn1\.to_out\.0": 4 * at_depth,
-        where + r"\.attn2\.to_out\.0": 4 * at_depth,
-    }
+    return {where + rf"\.attn{i}\.to_out\.0": 4 * at_depth for i in (1, 2)}
 
 
 MODELS = {

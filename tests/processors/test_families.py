@@ -236,13 +236,12 @@ def test_other_designs(name, options):
         for parameter in trained(name, model).values():
             if parameter.grad.any():  # behind a closed gate nothing has one
                 parameter -= 0.3 * parameter.grad / parameter.grad.norm()
-        for layer in a3fta.projections(model).values():
+        layers = list(a3fta.projections(model).values())
+        for layer in layers:
             layer.register_forward_hook(lambda m, args, y: calls.append((m, args[0], y)))
         stepped = small.run(model)
         assert differs(stepped, y)
-        assert {id(layer) for layer, _, _ in calls} == set(
-            map(id, a3fta.projections(model).values())
-        )
+        assert {id(layer) for layer, _, _ in calls} == {id(layer) for layer in layers}
         for layer, h, found in calls:
             expected = by_hand(layer, h.double().clone())
             torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
