@@ -103,7 +103,7 @@ def about(root: nn.Module, training: Mapping[str, Any] | None) -> dict[str, Any]
     name = getattr(getattr(root, "config", None), "_name_or_path", None)
     known = isinstance(name, str) and hub.is_repository(name)
     found = {
-        "family": None if family is None else family.name,
+        "family": family.name,
         "base": name if known else None,
         "versions": {
             package: module.__version__

@@ -43,7 +43,7 @@ LAYERS = [
     ["attention_weights"],
     ["merging", "per_sample", "report", "switch", "timesteps"],
     ["processors.engines", "processors.family", "processors.qkv"],
-    ["processors.unet"],
+    ["processors.flux", "processors.unet"],
     ["processors.*"],
     ["processors"],
     ["attention"],

@@ -43,8 +43,7 @@ class A3FTAModel(BaseTuner):
                 check_timed(model)
             super().inject_adapter(model, adapter_name, *args, **options)
             if timed:
-                family = family_of(model)
-                follow(model, 1.0 if family is None else family.timesteps)
+                follow(model, family_of(model).timesteps)
         except Exception:
             self.peft_config.pop(adapter_name, None)
             raise
@@ -103,9 +102,8 @@ class A3FTAModel(BaseTuner):
 
 def attention_columns(model: nn.Module) -> dict[str, Columns]:
     """The layers that consume attention, by their names without PEFT, and which of their columns
-    do; empty for a model of no known family."""
-    family = family_of(model)
-    sites = [] if family is None else family.sites(model)
+    do; empty where none is found."""
+    sites = family_of(model).sites(model)
     return {plain_name(full): site.columns for site in sites for full in site.projections}
 
 
