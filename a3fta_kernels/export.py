@@ -121,6 +121,11 @@ def _check(key: str, layer: AdaptedProjectionMixin, name: str) -> None:
             f"name: expected an adapter alone to write as a LoRA, got {name!r} with attention that "
             f"was trained beside it; save_adapter stores both"
         )
+    if adapter.config.placement != "pre":
+        raise ValueError(
+            f"name: expected an adapter in front of the projection to write as a LoRA, got "
+            f"{name!r} with placement={adapter.config.placement!r} at {key}"
+        )
     if adapter.config.layer_norm:
         raise ValueError(
             f"name: expected a linear adapter to write as a LoRA, got {name!r} with "

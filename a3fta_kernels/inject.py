@@ -17,6 +17,7 @@ from .adapters import AdapterConfig
 from .attention import engines_in_use, unfuse_qkv
 from .checks import describe
 from .merging import merge, unmerge
+from .placements import follow_input, unfollow_inputs
 from .planning import Plan, adapter_device, plan_injection
 from .projection import (
     AdaptedProjectionMixin,
@@ -164,6 +165,7 @@ def eject(model: Any, name: str | None = None) -> None:
         layer.choose({n: w for n, w in layer.weights.items() if n in layer.adapters})
         if len(layer.adapters) == 0:
             restore(layer)
+    unfollow_inputs(root)
     if not projections(root):
         _restore_model(root)
 
@@ -193,6 +195,9 @@ def _apply(root: nn.Module, plan: Plan) -> None:
         layer.adapters[plan.name] = fresh[name]
         layer.choose(layer.weights | {plan.name: 1.0})
         layer.backend = plan.backend
+        if name in plan.inputs:
+            attention_layer, given = plan.inputs[name]
+            follow_input(attention_layer, layer, given.argument)
         layer.enabled = enabled
     if plan.attention:
         attention_weights.begin(record, plan.name, plan.attention)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters.bottleneck import Tensors
+from .placements import split
 from .projection import AdaptedProjectionMixin, Merged, span
 from .stack import Weighted
 from .tree import adapted, check_one_batch, check_unmerged, denoiser, plain_name
@@ -20,7 +21,12 @@ def merge(model: Any) -> None:
         W' = W + sum of s * W @ w_up @ w_down,    b' = b + sum of s * W @ (w_up @ b_down + b_up)
 
     with s = weight * scale: exact up to rounding for activation="identity". Of adapters on a slice
-    of the input's columns W is that slice. A bias is made where one is needed.
+    of the input's columns W is that slice. A bias is made where one is needed. Of adapters behind
+    the projection (placement="post"), which then multiply what the others made of it:
+
+        W'' = W' + sum of s * w_up @ w_down @ W'
+        b'' = b' + sum of s * (w_up @ (w_down @ b' + b_down) + b_up)
+
     `unmerge` restores the kept weights bit for bit.
 
     Raises:
@@ -64,6 +70,11 @@ def check_linear(layer: str, name: str, adapter: Any) -> None:
             f"model: expected linear adapters to merge (activation='identity'), got adapter "
             f"{name!r} with activation={adapter.activation!r} at {layer}"
         )
+    if adapter.config.placement == "parallel":
+        raise ValueError(
+            f"model: expected adapters that read what the projection reads or gives to merge, got "
+            f"adapter {name!r} with placement='parallel' at {layer}"
+        )
     if adapter.timed:
         raise ValueError(
             f"model: expected adapters that are the same at all timesteps to merge, got adapter "
@@ -97,7 +108,7 @@ def folded(stock: Merged, columns: tuple[int, int], active: Sequence[Weighted]) 
     w = weight.narrow(1, *columns).to(wide)
     change = torch.zeros_like(w)
     shift = None
-    for adapter, factor in active:
+    for adapter, factor in split(active, "pre"):
         s = factor * adapter.scale
         own: Tensors = adapter()
         w_up, w_down = own.w_up.to(wide), own.w_down.to(wide)
@@ -111,7 +122,27 @@ def folded(stock: Merged, columns: tuple[int, int], active: Sequence[Weighted]) 
     if shift is not None:
         moved = shift if bias is None else bias.to(wide) + shift
         bias = moved.to(weight.dtype if bias is None else bias.dtype)
-    return Merged(weight, bias)
+    return _behind(Merged(weight, bias), split(active, "post"), wide)
+
+
+def _behind(stock: Merged, active: Sequence[Weighted], wide: torch.dtype) -> Merged:
+    """The weight and bias with adapters behind the projection in them."""
+    if not active:
+        return stock
+    w = stock.weight.to(wide)
+    b = w.new_zeros(len(w)) if stock.bias is None else stock.bias.to(wide)
+    weight, bias = w.clone(), b.clone()
+    for adapter, factor in active:
+        s = factor * adapter.scale
+        own: Tensors = adapter()
+        w_up, w_down = own.w_up.to(wide), own.w_down.to(wide)
+        weight += s * (w_up @ (w_down @ w))
+        inner = w_down @ b if own.b_down is None else w_down @ b + own.b_down.to(wide)
+        bias += s * (w_up @ inner if own.b_up is None else w_up @ inner + own.b_up.to(wide))
+    dtype = stock.weight.dtype
+    if stock.bias is None and not bias.any():
+        return Merged(weight.to(dtype), None)
+    return Merged(weight.to(dtype), bias.to(dtype if stock.bias is None else stock.bias.dtype))
 
 
 def copied(linear: nn.Linear) -> Merged:

@@ -35,7 +35,9 @@ NAME = "A3FTA"  # in PEFT's table of types
 ADAPTERS = "a3fta_adapters"  # what PEFT's layer calls its adapters
 
 _PREFIX = "base_model.model."
-_SAME = {f.name for f in dataclasses.fields(AdapterConfig)} - {"bias", "targets", "rank_pattern"}
+_SAME = {f.name for f in dataclasses.fields(AdapterConfig)} - {
+    "bias", "placement", "rank_pattern", "targets",
+}  # fmt: skip
 # what PEFT notes in every config; `rank_pattern` is seen in the tensors
 _OTHERS = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version",
@@ -115,7 +117,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], config: AdapterConfig) ->
         "target_modules": list(ranks),
         "rank_pattern": {re.escape(k): rank for k, rank in ranks.items() if rank != config.rank},
     }
-    del values["targets"]
+    del values["placement"], values["targets"]
     names = {key: f"{_PREFIX}{layer}.{ADAPTERS}.{own}" for key, (layer, own) in parts.items()}
     weights = serialize({names[key]: t for key, t in tensors.items()}, {"format": "pt"})
     text = json.dumps(values, indent=2, sort_keys=True).encode() + b"\n"

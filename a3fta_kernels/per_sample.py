@@ -113,6 +113,8 @@ def _why_not(adapter: BottleneckAdapter) -> str | None:
     config = adapter.config
     if adapter.timed:
         return f"adapters that are the same at all timesteps (design={config.design!r})"
+    if config.placement != "pre":
+        return f"adapters in front of the projection (placement={config.placement!r})"
     if config.layer_norm:
         return "adapters that read h as it is (layer_norm=True)"
     if adapter.training and (adapter.dropout or config.drop_path):

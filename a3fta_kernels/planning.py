@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from . import attention_weights, processors
+from . import attention_weights, placements, processors
 from .adapters import DESIGNS, AdapterConfig, BottleneckAdapter
 from .backends import BACKENDS, resolve
 from .checks import check_choice, describe
@@ -41,14 +41,22 @@ class Plan:
     left: dict[str, str]
     unadapted: dict[str, str]
     attention: dict[str, nn.Parameter]  # what trains beside the adapters, by plain name
+    # of the targets of parallel adapters: the attention layer, and what of it they read
+    inputs: dict[str, tuple[nn.Module, placements.Input]]
 
     def adapter(self, target: str, device: torch.device | str) -> BottleneckAdapter:
         """A new adapter for one of the targets."""
         linear = self.targets[target]
+        channels, outputs = span(linear, self.columns[target])[1], None
+        if self.config.placement != "pre":
+            channels = outputs = linear.out_features
+        if self.config.placement == "parallel":
+            channels = self.inputs[target][1].channels
         return DESIGNS[self.config.design](
-            span(linear, self.columns[target])[1],
+            channels,
             self.ranks[target],
             self.config,
+            outputs=outputs,
             device=device,
             dtype=adapter_dtype(linear, self.config),
         )
@@ -80,7 +88,7 @@ def plan_injection(root: nn.Module, config: AdapterConfig | None, name: str, bac
             f"{IN_FULL if family.by_structure else ''}"
         )
 
-    plan = Plan(name, config, backend, family, {}, {}, {}, {}, {}, {}, {})
+    plan = Plan(name, config, backend, family, {}, {}, {}, {}, {}, {}, {}, {})
     names: list[str] = []
     for site in sites:
         names += _plan_site(plan, site, root)
@@ -120,6 +128,8 @@ def _plan_site(plan: Plan, site: processors.Site, root: nn.Module) -> list[str]:
             plan.targets[name] = linear
             plan.columns[name] = site.columns
             plan.ranks[name] = plan.config.rank_for(name)
+            if plan.config.placement == "parallel":
+                plan.inputs[name] = site.attention, _input(plan.family, site, name)
     names = [plain_name(full) for full in projections]
     if len(reasons) == len(projections):
         plan.unadapted[site.name] = reasons[0]
@@ -134,6 +144,25 @@ def _plan_site(plan: Plan, site: processors.Site, root: nn.Module) -> list[str]:
     elif current is not None and not plan.family.owns(current):
         plan.left[site.name] = type(current).__name__
     return names
+
+
+def _input(family: Family, site: processors.Site, name: str) -> placements.Input:
+    if family.joins:
+        raise ValueError(
+            f"placement: expected a family whose attention hands over what it is given row by "
+            f"row, for a parallel adapter, got {family.name}, which joins text and image in "
+            f"between; choose 'pre' or 'post'"
+        )
+    around = f"{plain_name(site.name)}."
+    attribute = name.removeprefix(around).partition(".")[0] if name.startswith(around) else ""
+    found = placements.input_of(site.attention, attribute)
+    if found is None:
+        raise ValueError(
+            f"placement: expected an attention layer whose query projection tells what it reads, "
+            f"for a parallel adapter, got a {type(site.attention).__name__} at {name}; choose "
+            f"'pre' or 'post', or other targets"
+        )
+    return found
 
 
 def _check_patterns(plan: Plan, names: list[str]) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import ops
+from . import ops, placements
 from .adapters import BottleneckAdapter
 from .backends import resolve
 from .bank import Bank
@@ -72,6 +72,7 @@ class AdaptedProjectionMixin(_Linear):
     merged: Merged | None
     frozen: Frozen | None
     banks: tuple[Bank, ...] | None  # each sample with its own adapter, in place of `weights`
+    source: Tensor | None  # what attention was given, on its way to a parallel adapter
     resting: tuple[str, ...]  # adapters that were chosen not to train
     foreign: ClassVar[bool] = False  # PEFT has its adapters, and switches and saves them
 
@@ -89,12 +90,23 @@ class AdaptedProjectionMixin(_Linear):
         active = [*self.active(), *beside]
         if not active:
             return _add(super().forward(h), residual)
+        early = placements.split(active, "pre")
+        if len(early) < len(active):
+            _log_once("its adapter apart from the layer", placements.why_apart(active) or "")
+            return _add(placements.behind(self, self._in_front(h, None, early), active), residual)
         if residual is not None and residual.dtype != h.dtype:
             return _add(AdaptedProjectionMixin.forward(self, h, beside=beside), residual)
         frozen = None if beside else self._frozen_for(h)
         if frozen is not None:
             return self._forward_frozen(h, residual, frozen, for_samples(frozen.stack, active, h))
-        first, *others = stacks(active, h)
+        return self._in_front(h, residual, active)
+
+    def _in_front(self, h: Tensor, residual: Tensor | None, active: list[Weighted]) -> Tensor:
+        """The layer behind these adapters: in one op where that can be."""
+        if not active:
+            return _add(super().forward(h), residual)
+        found = stacks(active, h)
+        first, *others = found
         reason = self.unfused_reason()
         if reason is None and not others and not first.norm:
             return ops.adapter_linear(
@@ -105,12 +117,7 @@ class AdaptedProjectionMixin(_Linear):
             )  # fmt: skip
         _log_once("its adapter apart from the layer", reason or "its adapters differ in activation")
         before, inside, after = self._parts(h)
-        adapted = inside + delta(inside, first) if first.norm else ops.adapter(
-            inside, first.w_down, first.w_up, first.b_down, first.b_up, scale=first.scale,
-            activation=first.activation, gamma=first.gamma, beta=first.beta, backend=self.backend,
-        )  # fmt: skip
-        for other in others:
-            adapted = adapted + delta(inside.to(adapted.dtype), other)
+        adapted = placements.in_front(inside, found, self.backend)
         return _add(super().forward(_whole(before, adapted, after)), residual)
 
     def _by_sample(self, h: Tensor, banks: tuple[Bank, ...], beside: Sequence[Weighted]) -> Tensor:
@@ -241,7 +248,7 @@ class AdaptedProjectionMixin(_Linear):
             return "the layer itself trains"
         if reason is None and any(adapter.config.layer_norm for adapter, _ in self.active()):
             return "its adapter reads attention normalised"
-        return reason
+        return reason or placements.why_apart(self.active())
 
     def unreadable_reason(self) -> str | None:
         """Why this layer's weight is no plain tensor at hand; None where it is."""
@@ -253,7 +260,8 @@ class AdaptedProjectionMixin(_Linear):
         """Computes V and the bias once; False where this layer has nothing to keep."""
         self.frozen = None
         active = self.active()
-        if not active or self.unreadable_reason() is not None:
+        late = len(placements.split(active, "pre")) < len(active)
+        if not active or late or self.unreadable_reason() is not None:
             return False
         dtype = autocast_dtype(self.weight)
         if resolve(self.backend, self.weight.device, dtype) == "reference":
@@ -361,6 +369,7 @@ def adapt(
     projection.merged = None
     projection.frozen = None
     projection.banks = None
+    projection.source = None
     projection.resting = ()
     rebind_forward(projection)
     return projection
@@ -371,7 +380,8 @@ def restore(projection: AdaptedProjectionMixin) -> None:
     projection.__class__ = stock_class(projection)
     del projection._modules["adapters"]
     for name in (
-        "weights", "acting", "enabled", "backend", "columns", "merged", "frozen", "banks", "resting"
+        "weights", "acting", "enabled", "backend", "columns", "merged", "frozen", "banks", "source",
+        "resting",
     ):  # fmt: skip
         del projection.__dict__[name]
     rebind_forward(projection)

@@ -10,7 +10,7 @@ from typing import Any
 from .backends import resolve
 from .ops.adapter_linear import choice, contract
 from .ops.validate import FLOATS
-from .projection import AdaptedProjectionMixin, Columns, span
+from .projection import AdaptedProjectionMixin, Columns
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,10 @@ def describe_layer(layer: AdaptedProjectionMixin, name: str) -> LayerReport:
         if backend != "reference" and not reason:
             paths = contract.paths_by_rows(backend, weight, adapter.rank)
     parameters = sum(p.numel() for p in adapter.parameters())
+    columns = layer.columns if adapter.config.placement == "pre" else None
     return LayerReport(
-        span(layer, layer.columns)[1], adapter.rank, backend, not reason, reason, parameters,
-        layer.out_features, paths, layer.columns,
+        adapter.w_down.shape[1], adapter.rank, backend, not reason, reason, parameters,
+        layer.out_features, paths, columns,
     )  # fmt: skip
 
 

@@ -88,6 +88,11 @@ def save_adapter(
     states = {key: _state(key, _adapter(layer, name)) for key, layer in layers.items()}
     states |= _attention(trained_values(root, name))
     config = _config([_adapter(layer, name) for layer in layers.values()])
+    if layout == "peft" and config.placement != "pre":
+        raise ValueError(
+            f"layout: expected 'a3fta' for an adapter with placement={config.placement!r}, which "
+            f"PEFT does not have, got 'peft'"
+        )
     target = Path(folder)
     tensors = {f"{k}.{p}": tensor for k, state in states.items() for p, tensor in state.items()}
     if layout == "peft":
@@ -272,7 +277,8 @@ def _check_kind(
             "activation": adapter.activation,
             "scale": float(adapter.scale),
             "bias": adapter.b_down is not None,
-            **{f: getattr(adapter.config, f) for f in ("train", "layer_norm", "time_window")},
+            **{f: getattr(adapter.config, f) for f in ("train", "layer_norm", "placement")},
+            "time_window": adapter.config.time_window,
             "time_rank": adapter.config.time_rank,
         }
         for field, value in there.items():

@@ -38,6 +38,7 @@ LAYERS = [
     ["adapters.*"],
     ["adapters"],
     ["bank", "forwards", "stack"],
+    ["placements"],
     ["projection"],
     ["tree"],
     ["attention_weights"],

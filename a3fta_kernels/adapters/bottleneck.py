@@ -29,7 +29,8 @@ class BottleneckAdapter(nn.Module):
 
     w_down (R, C), b_down (R,), w_up (C, R), b_up (C,); the biases are None with bias=False, b_up
     also where the adapter is left out for a sample. w_up and b_up start at zero, so that a new
-    adapter changes nothing. The projection that owns the adapter computes the formula.
+    adapter changes nothing. The projection that owns the adapter computes the formula. C is
+    `channels`; of w_up and b_up `outputs`, where the adapter reads and adds elsewhere (placement).
 
     A design whose formula differs in w_up and b_up alone makes its parameters in `extend` and
     overrides `forward`: everything that computes with an adapter takes its tensors from there. One
@@ -47,6 +48,7 @@ class BottleneckAdapter(nn.Module):
         rank: int,
         config: AdapterConfig,
         *,
+        outputs: int | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -61,9 +63,10 @@ class BottleneckAdapter(nn.Module):
         shifts = config.bias and not config.drop_path and config.time_window is None
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.w_down = nn.Parameter(drawn(rank, channels).to(**options))
-        self.w_up = nn.Parameter(torch.zeros(channels, rank, **options))
+        outputs = outputs or channels
+        self.w_up = nn.Parameter(torch.zeros(outputs, rank, **options))
         self.b_down = nn.Parameter(torch.zeros(rank, **options)) if config.bias else None
-        self.b_up = nn.Parameter(torch.zeros(channels, **options)) if shifts else None
+        self.b_up = nn.Parameter(torch.zeros(outputs, **options)) if shifts else None
         self.extend(options)
 
     def extend(self, options: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import torch
 from ..checks import check_choice, describe
 from ..ops.activations import ACTIVATIONS
 
+PLACEMENTS = ("pre", "post", "parallel")
 TRAIN = ("adapter", "adapter+attention")
 DTYPES = {
     "float16": torch.float16,
@@ -49,6 +50,8 @@ class AdapterConfig:
         drop_path: probability, in training, of leaving the whole adapter out for a sample.
         time_window: (first, last) timestep, of 0 to 1000, at which the adapter acts; None: all.
         time_rank: the rank at timestep 1000, growing to all of R at 0; None: R throughout.
+        placement: "pre": in front of the projection. For comparison "post": behind it, on its
+            output; "parallel": beside attention, from its input to the projection's output.
 
     With drop_path or time_window there is no b_up, which would act where the adapter does not.
 
@@ -70,6 +73,7 @@ class AdapterConfig:
     drop_path: float = 0.0
     time_window: tuple[float, float] | None = None
     time_rank: int | None = None
+    placement: str = "pre"
 
     def __post_init__(self) -> None:
         from . import DESIGNS
@@ -78,6 +82,7 @@ class AdapterConfig:
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("design", self.design, DESIGNS)
         check_choice("train", self.train, TRAIN)
+        check_choice("placement", self.placement, PLACEMENTS)
         object.__setattr__(self, "scale", _number("scale", self.scale))
         for name in ("dropout", "drop_path"):
             value = _number(name, getattr(self, name))

@@ -108,6 +108,10 @@ class A3FTAConfig(PeftConfig):
             raise TypeError(f"config: expected an AdapterConfig, got {describe(config)}")
         if config.train != "adapter":
             raise ValueError(f"config: expected train='adapter', as in PEFT, got {config.train!r}")
+        if config.placement != "pre":
+            raise ValueError(
+                f"config: expected placement='pre', as in PEFT, got {config.placement!r}"
+            )
         if config.targets is not None:
             if model is None:
                 raise ValueError(

@@ -5,4 +5,4 @@ from __future__ import annotations
 from .clock import steps
 from .family import Family
 
-FAMILY = Family("cogvideox", ("CogVideoXBlock",), steps)
+FAMILY = Family("cogvideox", ("CogVideoXBlock",), steps, joins=True)

@@ -5,4 +5,6 @@ from __future__ import annotations
 from .clock import steps
 from .family import Family
 
-FAMILY = Family("cogview", ("CogView3PlusTransformerBlock", "CogView4TransformerBlock"), steps)
+FAMILY = Family(
+    "cogview", ("CogView3PlusTransformerBlock", "CogView4TransformerBlock"), steps, joins=True
+)

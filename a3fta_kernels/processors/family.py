@@ -92,6 +92,8 @@ class Family:
     processor_for: our processor in the place of a stock one, None for one it does not know.
     owns: whether a processor is one of ours.
     joinable: groups of projections of one input (q, k, v) that our processor computes together.
+    joins: whether attention of some layer is given two streams apart and hands them over as one:
+        there an adapter beside it has no input.
     by_structure: `sites` is a reading of names and shapes, of a model that no row is about.
 
     Without processors of ours every stock one stays. They call the layer behind attention as a
@@ -105,6 +107,7 @@ class Family:
     processor_for: Callable[[Any], Any | None] = _none
     owns: Callable[[Any], bool] = _no
     joinable: Callable[[Any], list[tuple[nn.Module, ...]]] = _nothing
+    joins: bool = False
     by_structure: bool = False
 
 

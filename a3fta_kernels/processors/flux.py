@@ -32,9 +32,9 @@ def sites(model: nn.Module) -> Iterator[Site]:
             yield Site(f"{prefix}attn", attention, outputs(f"{prefix}attn", attention))
 
 
-def family(name: str, timesteps: Clock, *holds: str) -> Family:
+def family(name: str, timesteps: Clock, *holds: str, joins: bool = False) -> Family:
     """Of blocks as Flux's: `proj_out` of a single block reads (attention, feed-forward)."""
-    return Family(name, holds, timesteps, sites)
+    return Family(name, holds, timesteps, sites, joins=joins)
 
 
 FAMILY = family("flux", share, "FluxTransformerBlock", "FluxSingleTransformerBlock")

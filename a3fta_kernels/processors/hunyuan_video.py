@@ -19,9 +19,14 @@ FAMILIES = (
         "HunyuanVideoSingleTransformerBlock",
         "HunyuanVideoTokenReplaceTransformerBlock",
         "HunyuanVideoTokenReplaceSingleTransformerBlock",
+        joins=True,
     ),
     Family("hunyuan_video15", ("HunyuanVideo15TransformerBlock",), steps),
     flux.family(
-        "hunyuan_image", steps, "HunyuanImageTransformerBlock", "HunyuanImageSingleTransformerBlock"
+        "hunyuan_image",
+        steps,
+        "HunyuanImageTransformerBlock",
+        "HunyuanImageSingleTransformerBlock",
+        joins=True,
     ),
 )

@@ -47,7 +47,16 @@ def test_bad_settings(options: dict[str, Any], error: type[Exception], match: st
 def test_every_setting_of_an_adapter_is_there():
     own = {f.name for f in dataclasses.fields(A3FTAConfig)}
     names = {f.name for f in dataclasses.fields(a3fta.AdapterConfig)}
-    assert names - {"bias", "targets", "train"} <= own and {"use_bias", "target_modules"} <= own
+    assert (
+        names - {"bias", "placement", "targets", "train"} <= own
+        and {"use_bias", "target_modules"} <= own
+    )
+
+
+def test_other_placements_are_for_inject():
+    config = a3fta.AdapterConfig(placement="post")
+    with pytest.raises(ValueError, match="placement='pre', as in PEFT, got 'post'"):
+        A3FTAConfig.from_adapter_config(config)
 
 
 def test_training_attention_too_is_for_inject():

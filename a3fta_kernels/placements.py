@@ -1,0 +1,149 @@
+"""Where an adapter sits: in front of the projection, behind it, or beside attention as a whole.
+
+The method is "pre": h' = h + adapter(h), y = W h' + b. The other two are what it is compared with,
+and ask for more products, so that there is no fused op for them:
+
+    post      y = W h + b,   y' = y + adapter(y)
+    parallel  y = W h + b,   y' = y + adapter(x),   x what the attention layer itself was given
+
+Behind a feed-forward or an attention sublayer: Houlsby et al., "Parameter-Efficient Transfer
+Learning for NLP" (ICML 2019). Beside it: He et al., "Towards a Unified View of Parameter-Efficient
+Transfer Learning" (ICLR 2022).
+
+x comes by a hook on the attention layer, and the projection takes it: both run in one forward of
+the block, and so in one that a checkpoint runs again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from . import ops
+from .stack import Stack, Weighted, delta, stacks
+
+# what attention layers call their tokens of the second kind (text), and the layers that read
+# either kind first
+_SECOND = "encoder_hidden_states"
+_QUERIES = ("to_q", "to_query", "to_qkv", "to_qkv_mlp_proj", "img_qkv_proj")
+_SECOND_QUERIES = {"to_add_out": "add_q_proj", "to_out_t": "to_q_t"}
+
+
+class Input(NamedTuple):
+    """What a parallel adapter reads: an argument of its attention layer, and its channels."""
+
+    argument: str
+    channels: int
+
+
+def input_of(attention: nn.Module, attribute: str) -> Input | None:
+    """The input of an attention layer that belongs to its projection `attribute`; None: unknown."""
+    names = list(inspect.signature(type(attention).forward).parameters)[1:]
+    second = _SECOND_QUERIES.get(attribute)
+    argument = _second(names) if second else names[0] if names else None
+    for name in (second,) if second else _QUERIES:
+        query = getattr(attention, name, None)
+        while isinstance(getattr(query, "base_layer", None), nn.Module):
+            query = query.base_layer  # type: ignore[union-attr]
+        if argument is not None and isinstance(query, nn.Linear):
+            return Input(argument, query.in_features)
+    return None
+
+
+def _second(names: Sequence[str]) -> str | None:
+    return next((name for name in names if name.endswith(_SECOND)), None)
+
+
+class _Hand:
+    """A hook before an attention layer: hands its input to the projection behind it."""
+
+    def __init__(self, attention: nn.Module, layer: Any, argument: str) -> None:
+        self.layer = layer
+        self.argument = argument
+        self.place = list(inspect.signature(type(attention).forward).parameters).index(argument) - 1
+
+    def __call__(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if any(adapter.config.placement == "parallel" for adapter, _ in self.layer.active()):
+            given = kwargs.get(self.argument)
+            if given is None and len(args) > self.place:
+                given = args[self.place]
+            self.layer.source = given
+
+
+def follow_input(attention: nn.Module, layer: Any, argument: str) -> None:
+    """From now on the layer gets what the attention layer in front of it is given."""
+    hooks = attention._forward_pre_hooks.values()
+    if not any(isinstance(hook, _Hand) and hook.layer is layer for hook in hooks):
+        attention.register_forward_pre_hook(_Hand(attention, layer, argument), with_kwargs=True)
+
+
+def unfollow_inputs(root: nn.Module) -> None:
+    """Removes what `follow_input` added for layers that have no parallel adapter any more."""
+    for module in root.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _Hand) and not _has_parallel(hook.layer):
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key)
+
+
+def _has_parallel(layer: Any) -> bool:
+    return any(a.config.placement == "parallel" for a in getattr(layer, "adapters", {}).values())
+
+
+def split(active: Sequence[Weighted], placement: str) -> list[Weighted]:
+    """Those of the active adapters that sit there."""
+    return [pair for pair in active if pair[0].config.placement == placement]
+
+
+def why_apart(active: Sequence[Weighted]) -> str | None:
+    """Why an adapter and its projection cannot be one op; None where both are in front of it."""
+    if split(active, "post"):
+        return "its adapter reads what the projection gives"
+    if split(active, "parallel"):
+        return "its adapter reads what attention is given"
+    return None
+
+
+def in_front(h: Tensor, found: Sequence[Stack], backend: str) -> Tensor:
+    """h + the adapters of h."""
+    first, *others = found
+    adapted = h + delta(h, first) if first.norm else ops.adapter(
+        h, first.w_down, first.w_up, first.b_down, first.b_up, scale=first.scale,
+        activation=first.activation, gamma=first.gamma, beta=first.beta, backend=backend,
+    )  # fmt: skip
+    for other in others:
+        adapted = adapted + delta(h.to(adapted.dtype), other)
+    return adapted
+
+
+def behind(layer: Any, y: Tensor, active: Sequence[Weighted]) -> Tensor:
+    """The projection's output with the adapters behind and beside it."""
+    post, parallel = split(active, "post"), split(active, "parallel")
+    found = in_front(y, stacks(post, y), layer.backend) if post else y
+    if parallel:
+        x = _rows(layer, y).to(y.dtype)
+        for stack in stacks(parallel, x):
+            found = found + delta(x, stack)
+    return found
+
+
+def _rows(layer: Any, y: Tensor) -> Tensor:
+    """What attention was given, with the rows that y has."""
+    x, layer.source = layer.source, None
+    if not isinstance(x, Tensor):
+        raise RuntimeError(
+            "placement: expected a forward of the attention layer, whose input a parallel adapter "
+            "reads; got one of the projection alone"
+        )
+    if x.dim() == 4 and y.dim() == 3:  # an image (B, C, H, W), which attention flattens
+        x = x.flatten(2).transpose(1, 2)
+    if x.shape[:-1] != y.shape[:-1]:
+        raise RuntimeError(
+            f"placement: expected attention that hands over as many rows as it is given, for a "
+            f"parallel adapter, got {tuple(x.shape[:-1])} and {tuple(y.shape[:-1])}; choose "
+            f"'pre' or 'post', or other targets"
+        )
+    return x
