@@ -62,10 +62,15 @@ def formula(model: Net, h: Tensor, x: Tensor) -> Tensor:
     return total
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"bias": False}, {"layer_norm": True}, {"design": "scaled"}, {"design": "film"}],
+    ("backend", "options"),
+    [
+        *((backend, {}) for backend in BACKENDS),
+        ("reference", {"bias": False}),
+        ("reference", {"layer_norm": True}),
+        ("reference", {"design": "scaled"}),
+        ("reference", {"design": "film"}),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("placements", [("post",), ("parallel",), PLACEMENTS], ids="+".join)

@@ -62,7 +62,8 @@ def run(stages: Sequence[Stage], state: Tensors, given: Tensors, settings: Setti
 def _run(stages: Sequence[Stage], state: Tensors, given: Tensors, keep: str) -> Tensors:
     modules = [m for stage in stages for m in stage.head_modules]
     modules += [m for stage in stages[:-1] for m in stage.tail_modules]
-    params = [p for module in modules for p in module.parameters() if p.requires_grad]
+    # each once: layers may share one
+    params = list(dict.fromkeys(p for m in modules for p in m.parameters() if p.requires_grad))
     moment = timestep.now()
     # a gradient of the timestep itself is left to ordinary autograd
     differentiated = moment is not None and moment.t.requires_grad

@@ -60,6 +60,18 @@ def test_every_design(design):
         assert_same_step(step(model, batch), stock, 1e-12)
 
 
+def test_layers_that_share_a_parameter():
+    """Its gradient is the sum over the layers, each counted once, in a chain too."""
+    model, batch = trained("sd15"), batch_for("sd15")
+    adapters = [layer.adapters["default"] for layer in a3fta.projections(model).values()]
+    for adapter in adapters:
+        adapter.w_down = adapters[0].w_down
+    stock = step(model, batch)
+    for level in EXACT:
+        a3fta.lean(model, level)
+        assert_same_step(step(model, batch), stock, 1e-12)
+
+
 def test_off_leaves_no_trace():
     model = models.build("sd15")
     a3fta.inject(model, a3fta.AdapterConfig(rank=4))
