@@ -40,9 +40,9 @@ NOT_IN_TESTS_OF_LEAN = [
     for family, name in FIRST.items()
     if family not in IN_TESTS_OF_LEAN and ZOO[name].lean is not None
 ]
-# a graph takes a second or more: our processors, and stock ones with each kind of projection;
+# a graph takes a second or more, and tests/test_inject.py has those of U-Nets and Flux;
 # `make fuzz` takes all
-COMPILED = ["dit", "flux2"]
+COMPILED = ["flux2"]
 if "A3FTA_COMPILE" in os.environ:
     COMPILED = [name for name in ZOO if name not in READS_NUMBERS]
 every_model = pytest.mark.parametrize("name", ZOO)
