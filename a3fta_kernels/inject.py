@@ -28,6 +28,7 @@ from .projection import (
     check_restorable,
     restore,
     span,
+    why_not_adaptable,
 )
 from .report import InjectionReport, LayerReport, describe_layer
 from .switch import (
@@ -50,6 +51,7 @@ from .tree import (
     projections,
     records,
 )
+from .whereabouts import is_sharded
 
 __all__ = [
     "InjectionReport",
@@ -207,7 +209,12 @@ def plan_injection(root: nn.Module, config: AdapterConfig | None, name: str, bac
     for site in sites:
         _plan_site(plan, site)
     _check_patterns(plan, [plain_name(p) for site in sites for p in site.projections])
-    for linear in plan.targets.values():
+    for target, linear in plan.targets.items():
+        if is_sharded(linear.weight):
+            raise ValueError(
+                f"model: expected whole weights, got a {type(linear.weight).__name__} in {target}: "
+                f"an adapter that comes after fully_shard would be no part of it; inject first"
+            )
         if not isinstance(linear, AdaptedProjectionMixin):
             check_forward(linear)
         if linear.weight.device.type != "meta":
@@ -226,6 +233,8 @@ def _plan_site(plan: Plan, site: processors.Site) -> None:
             reasons.append(f"its projection is a {type(linear).__name__}")
         elif not _is_target(plan.config.targets, name):
             reasons.append("not in targets")
+        elif (unadaptable := why_not_adaptable(linear)) is not None:
+            reasons.append(unadaptable)
         elif any(linear is other for other in plan.targets.values()):
             reasons.append("its projection is shared with another layer")
         else:
@@ -393,7 +402,17 @@ def _report(root: nn.Module, plan: Plan) -> InjectionReport:
         left_processors=dict(plan.left),
         unadapted=dict(plan.unadapted),
         parameters_added=sum(layer.parameters for layer in found.values()),
-        parameters_total=sum(p.numel() for p in root.parameters()) - adapters,
+        parameters_total=_count(root) - adapters,
         attention=engines_in_use(root),
         notes=tuple(notes),
     )
+
+
+def _count(root: nn.Module) -> int:
+    """The model's parameters; of layers whose weight is packed (quantized), those it stands for."""
+    packed = {
+        id(m.weight): m.out_features * m.in_features - m.weight.numel()
+        for m in root.modules()
+        if isinstance(m, nn.Linear)
+    }
+    return sum(p.numel() + packed.get(id(p), 0) for p in root.parameters())

@@ -33,6 +33,8 @@ from .ops.validate import FLOATS
 logger = logging.getLogger("a3fta_kernels")
 
 _PLAIN_WEIGHTS = (Tensor, nn.Parameter, FakeTensor)
+# the attributes of an adapted layer beside its adapters
+_OWN = ("weights", "enabled", "backend", "columns", "merged", "frozen", "resting")
 Columns = tuple[int, int] | None  # (start, length) of a layer's input; None: all of it
 _logged: set[tuple[str, str]] = set()
 
@@ -210,7 +212,9 @@ class AdaptedProjectionMixin(_Linear):
     def unreadable_reason(self) -> str | None:
         """Why this layer's weight is no plain tensor at hand; None where it is."""
         if type(self) is not AdaptedProjection:
-            return f"the layer is of class {stock_class(self).__name__}, not a plain Linear"
+            stock = stock_class(self)
+            kind = type(self) if stock is nn.Linear else stock  # fully_shard makes subclasses
+            return f"the layer is of class {kind.__name__}, not a plain Linear"
         weight = self.weight
         if type(weight) not in _PLAIN_WEIGHTS:
             return f"its weight is a {type(weight).__name__}, not a plain tensor"
@@ -218,6 +222,8 @@ class AdaptedProjectionMixin(_Linear):
             return "its weight is on the meta device"
         if weight.dtype not in FLOATS:
             return f"its weight is stored as {weight.dtype}"
+        if weight.shape != (self.out_features, self.in_features):
+            return f"its weight is not whole here, but of shape {tuple(weight.shape)}"
         return None
 
     def freeze(self) -> bool:
@@ -282,6 +288,22 @@ def adapted_class(stock: Any) -> Any:
     return type(f"Adapted{stock.__name__}", (_AdaptedSubclass, stock), {"__module__": __name__})
 
 
+def why_not_adaptable(linear: nn.Linear) -> str | None:
+    """Why `adapt` cannot change this layer's class; None where it can."""
+    stock = type(linear)
+    if isinstance(linear, AdaptedProjectionMixin):
+        return None
+    taken = [name for name in (*_OWN, "adapters") if hasattr(linear, name)]
+    if taken:
+        return f"its projection is a {stock.__name__}, which has a {taken[0]!r} of its own"
+    base: Any = stock
+    while base not in (nn.Linear, object):
+        base = base.__base__
+    if base is object:  # Python lets an object change to a class of the same first bases alone
+        return f"its projection is a {stock.__name__}, whose class cannot be changed"
+    return None
+
+
 def stock_class(projection: AdaptedProjectionMixin) -> type:
     """The class the layer had before, and has after `restore`."""
     order = type(projection).__mro__
@@ -326,7 +348,7 @@ def restore(projection: AdaptedProjectionMixin) -> None:
     """Gives the layer its class back and removes everything that `adapt` added."""
     projection.__class__ = stock_class(projection)
     del projection._modules["adapters"]
-    for name in ("weights", "enabled", "backend", "columns", "merged", "frozen", "resting"):
+    for name in _OWN:
         del projection.__dict__[name]
     rebind_forward(projection)
 

@@ -26,6 +26,7 @@ from .checks import check_choice, describe
 from .inject import check_name, inject, plan_injection, unfreeze
 from .projection import AdaptedProjectionMixin, Columns
 from .tree import adapted, check_known, check_unmerged, denoiser, projections
+from .whereabouts import check_in_memory, fill, is_sharded, stock_type, whole, why_absent, writes
 
 __all__ = ["AdapterFileError", "load_adapter", "save_adapter"]
 
@@ -51,29 +52,38 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], name: str = "defaul
     Both files are replaced atomically, weights first: an interrupted save leaves an adapter that
     loads. Other files in the folder stay.
 
+    Of a model that FSDP2 shards every process has to call this: the shards are gathered, and the
+    process of rank 0 writes.
+
     Returns the folder.
 
     Raises:
-        TypeError, ValueError: no adapter of that name, merged layers, parameters on the meta
-            device, or scales that differ between layers.
+        TypeError, ValueError: no adapter of that name, merged layers, parameters that are not at
+            hand (on the meta device, on disk, partitioned), or scales that differ between layers.
         OSError: from writing; the adapter that was there stays.
     """
     root = denoiser(model)
     layers = adapted(root)
     check_known("name", [name], layers.values())
     check_unmerged(layers, "save")
+    check_in_memory(root, "save")
     layers = {key: layer for key, layer in layers.items() if name in layer.adapters}
     states = {key: _state(key, _adapter(layer, name)) for key, layer in layers.items()}
+    tensors = {f"{k}.{p}": tensor for k, state in states.items() for p, tensor in state.items()}
+    sharded = any(is_sharded(tensor) for tensor in tensors.values())
+    tensors = {key: whole(tensor) for key, tensor in tensors.items()}
+    samples = _samples(layers)
     config = _config([_adapter(layer, name) for layer in layers.values()])
     target = Path(folder)
-    adapter_file.write(
-        target,
-        tensors={f"{k}.{p}": tensor for k, state in states.items() for p, tensor in state.items()},
-        config=config.to_dict(),
-        base=_base(root, layers),
-        samples=_samples(layers),
-        library_version=sys.modules[__package__].__version__,
-    )
+    if not sharded or writes():
+        adapter_file.write(
+            target,
+            tensors=tensors,
+            config=config.to_dict(),
+            base=_base(root, layers),
+            samples=samples,
+            library_version=sys.modules[__package__].__version__,
+        )
     return target
 
 
@@ -90,7 +100,8 @@ def load_adapter(
     A model without an adapter of that name gets one, as by `inject` with the stored config; an
     adapter that is there takes the file's weights if it is of the same kind. The parameters keep
     the dtype and device that they have on the model. Everything is checked first: after an error
-    the model is as it was. Nothing is unpickled.
+    the model is as it was. Nothing is unpickled. An adapter that FSDP2 shards is loaded by every
+    process for itself.
 
     Args:
         model: a diffusers model, PEFT-wrapped or not, or a pipeline, whose denoiser is taken.
@@ -108,7 +119,8 @@ def load_adapter(
     Raises:
         AdapterFileError: a missing, truncated, damaged, edited or foreign file, a format version
             this library does not know, another base, or an adapter of another kind under `name`.
-        TypeError, ValueError: bad arguments, merged layers, parameters on the meta device.
+        TypeError, ValueError: bad arguments, merged layers, parameters that are not at hand (on
+            the meta device, on disk, partitioned).
     """
     root = denoiser(model)
     check_name(name)
@@ -121,6 +133,7 @@ def load_adapter(
     layers = projections(root)
     backend = backend or next((layer.backend for layer in layers.values()), "auto")
     check_unmerged(layers, "load")
+    check_in_memory(root, "load")
     file = adapter_file.read(Path(folder))
     config = _parse_config(file)
     _check_base(file, root)
@@ -143,7 +156,7 @@ def load_adapter(
     with torch.no_grad():
         for key, state in states.items():
             for parameter, tensor in state.items():
-                tensor.copy_(values[f"{key}.{parameter}"])
+                fill(tensor, values[f"{key}.{parameter}"])
     unfreeze(root)
     return config
 
@@ -154,14 +167,14 @@ def _adapter(layer: AdaptedProjectionMixin, name: str) -> BottleneckAdapter:
 
 def _state(layer: str, adapter: BottleneckAdapter) -> dict[str, Tensor]:
     """The adapter's tensors, sharing its memory."""
-    state = dict(adapter.state_dict())
+    state = adapter.state_dict(keep_vars=True)
     for parameter, tensor in state.items():
-        if tensor.device.type == "meta":
+        reason = why_absent(tensor)
+        if reason is not None:
             raise ValueError(
-                f"model: expected adapter parameters at hand, got {layer}'s {parameter} on the "
-                f"meta device; save and load before the model is offloaded"
+                f"model: expected adapter parameters at hand, got {layer}'s {parameter} {reason}"
             )
-    return state
+    return {parameter: tensor.detach() for parameter, tensor in state.items()}
 
 
 def _config(adapters: list[BottleneckAdapter]) -> AdapterConfig:
@@ -220,7 +233,7 @@ def _check_kind(
 
 
 def _base(root: nn.Module, layers: Mapping[str, AdaptedProjectionMixin]) -> dict[str, Any]:
-    return {"model": type(root).__name__, "layers": _shapes(layers)}
+    return {"model": stock_type(root).__name__, "layers": _shapes(layers)}
 
 
 def _shapes(layers: Mapping[str, AdaptedProjectionMixin]) -> dict[str, str]:
@@ -239,10 +252,11 @@ def _shape(linear: nn.Linear, columns: Columns) -> str:
 def _check_base(file: AdapterFile, root: nn.Module) -> None:
     if set(file.base) != {"model", "layers"} or not isinstance(file.base["layers"], dict):
         refuse(file.path, "a base with model and layers", repr(file.base)[:80])
-    if file.base["model"] != type(root).__name__:
+    model = stock_type(root).__name__
+    if file.base["model"] != model:
         refuse(
             file.path,
-            f"an adapter for a {type(root).__name__}",
+            f"an adapter for a {model}",
             f"one for a {file.base['model']}",
         )
 

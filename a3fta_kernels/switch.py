@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from .checks import describe
-from .tree import adapted, adapter_names, check_known, check_unmerged, projections
+from .tree import adapted, adapter_names, check_known, check_unmerged, denoiser, projections
+from .whereabouts import check_in_memory
 
 
 def set_adapters(
@@ -122,6 +123,7 @@ def freeze_for_inference(model: Any) -> int:
     adapters of different activations, and where the weight cannot be read, there is nothing.
     """
     layers = adapted(model)
+    check_in_memory(denoiser(model), "freeze_for_inference")
     return sum(layer.freeze() for layer in layers.values())
 
 

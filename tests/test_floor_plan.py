@@ -36,7 +36,7 @@ LAYERS = [
     ["adapters.bottleneck"],
     ["adapters.*"],
     ["adapters"],
-    ["forwards"],
+    ["forwards", "whereabouts"],
     ["projection"],
     ["tree"],
     ["merging", "report", "switch"],
