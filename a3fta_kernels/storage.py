@@ -287,7 +287,7 @@ def _readable(layer: nn.Module) -> bool:
     """Whether the weight is at hand, in a plain floating dtype."""
     weight: Any = layer.weight
     plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype in _SAMPLED_DTYPES
-    return plain and weight.device.type != "meta"
+    return plain and why_absent(weight) is None
 
 
 def _sampled(layer: nn.Module) -> list[float | None]:

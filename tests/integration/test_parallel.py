@@ -317,12 +317,14 @@ CHECKS: list[Callable[[Ranks, Path], None]] = [
 ]
 
 
+def free_port() -> int:
+    """One that is free now, and in a moment."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port
+
+
 def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    port = store.port  # free now, and in a moment
-    del store
-    mp.spawn(worker, args=(port, os.fspath(tmp_path)), nprocs=RANKS)
+    mp.spawn(worker, args=(free_port(), os.fspath(tmp_path)), nprocs=RANKS)
     ranks = [torch.load(tmp_path / f"results{rank}.pt") for rank in range(RANKS)]
     for check in CHECKS:
         check(ranks, tmp_path)
