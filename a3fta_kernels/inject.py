@@ -224,7 +224,7 @@ def plan_injection(root: nn.Module, config: AdapterConfig | None, name: str, bac
 
 def _plan_site(plan: Plan, site: processors.Site) -> None:
     if not site.projections:
-        plan.unadapted[site.name] = "no linear layer of its own consumes it"
+        plan.unadapted[site.name] = site.reason
         return
     reasons = []
     for full, layer in site.projections.items():
@@ -304,7 +304,7 @@ def _apply(root: nn.Module, plan: Plan) -> None:
     # a parameter made in inference mode could not be trained
     with torch.inference_mode(False):
         fresh = {
-            name: plan.adapter(name, _adapter_device(linear))
+            name: plan.adapter(name, adapter_device(linear))
             for name, linear in plan.targets.items()
         }
     if RECORD not in root.__dict__:
@@ -362,7 +362,7 @@ def _restore_model(root: nn.Module) -> None:
         del holder.__dict__[RECORD]
 
 
-def _adapter_device(linear: nn.Linear) -> torch.device:
+def adapter_device(linear: nn.Linear) -> torch.device:
     """That of the weight; of an offloaded one the device that its hook computes on."""
     if linear.weight.device.type != "meta":
         return linear.weight.device
@@ -389,7 +389,7 @@ def _report(root: nn.Module, plan: Plan) -> InjectionReport:
     if meta:
         notes.append(
             f"{len(meta)} weights are on the meta device: their adapters are on "
-            f"{_adapter_device(layers[meta[0]])}"
+            f"{adapter_device(layers[meta[0]])}"
         )
     count = Counter({plan.family.name: len(found)})
     ours = {name: repr(processor).split(" ")[0] for name, processor in plan.processors.items()}

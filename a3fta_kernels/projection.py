@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ _PLAIN_WEIGHTS = (Tensor, nn.Parameter, FakeTensor)
 # the attributes of an adapted layer beside its adapters
 _OWN = ("weights", "enabled", "backend", "columns", "merged", "frozen", "resting")
 Columns = tuple[int, int] | None  # (start, length) of a layer's input; None: all of it
+Weighted = tuple[BottleneckAdapter, float]  # an adapter and its mixing weight
 _logged: set[tuple[str, str]] = set()
 
 
@@ -84,19 +86,23 @@ class AdaptedProjectionMixin(_Linear):
     merged: Merged | None
     frozen: Frozen | None
     resting: tuple[str, ...]  # adapters that were chosen not to train
+    foreign: ClassVar[bool] = False  # PEFT has its adapters, and switches and saves them
 
-    def forward(self, h: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, h: Tensor, residual: Tensor | None = None, beside: Sequence[Weighted] = ()
+    ) -> Tensor:
         """y = h' @ weight.T + bias [+ residual],  h' = h + sum of weight_i * adapter_i(h).
 
         h (..., K), residual (..., N). With columns = (start, C) the adapters have that slice for h
         and h', and what is beside it stays. With no active adapter this is the layer as it was.
+        `beside`: further adapters of this forward, which a layer around this one has.
         """
-        active = self.active()
+        active = [*self.active(), *beside]
         if not active:
             return _add(super().forward(h), residual)
         if residual is not None and residual.dtype != h.dtype:
-            return _add(AdaptedProjectionMixin.forward(self, h), residual)
-        frozen = self._frozen_for(h)
+            return _add(AdaptedProjectionMixin.forward(self, h, beside=beside), residual)
+        frozen = None if beside else self._frozen_for(h)
         if frozen is not None:
             return self._forward_frozen(h, residual, frozen)
         first, *others = stacks(active, h)
@@ -170,7 +176,7 @@ class AdaptedProjectionMixin(_Linear):
 
     def unattended_reason(
         self, q: Tensor, k: Tensor, heads: int, mask: Tensor | None,
-        active: list[tuple[BottleneckAdapter, float]],
+        active: list[Weighted],
     ) -> str | None:  # fmt: skip
         """Why `attend` cannot compute attention with this layer now; None where it can."""
         reason = self.unfused_reason()
@@ -194,7 +200,7 @@ class AdaptedProjectionMixin(_Linear):
             return None
         return frozen
 
-    def active(self) -> list[tuple[BottleneckAdapter, float]]:
+    def active(self) -> list[Weighted]:
         """The adapters that act in the next forward, with their weights."""
         if not self.enabled or self.merged is not None:
             return []
@@ -215,16 +221,10 @@ class AdaptedProjectionMixin(_Linear):
             stock = stock_class(self)
             kind = type(self) if stock is nn.Linear else stock  # fully_shard makes subclasses
             return f"the layer is of class {kind.__name__}, not a plain Linear"
-        weight = self.weight
-        if type(weight) not in _PLAIN_WEIGHTS:
-            return f"its weight is a {type(weight).__name__}, not a plain tensor"
-        if weight.device.type == "meta":
-            return "its weight is on the meta device"
-        if weight.dtype not in FLOATS:
-            return f"its weight is stored as {weight.dtype}"
-        if weight.shape != (self.out_features, self.in_features):
-            return f"its weight is not whole here, but of shape {tuple(weight.shape)}"
-        return None
+        reason = unreadable_weight(self.weight)
+        if reason is None and self.weight.shape != (self.out_features, self.in_features):
+            return f"its weight is not whole here, but of shape {tuple(self.weight.shape)}"
+        return reason
 
     def freeze(self) -> bool:
         """Computes V and the bias once; False where this layer has nothing to keep."""
@@ -308,6 +308,17 @@ def stock_class(projection: AdaptedProjectionMixin) -> type:
     """The class the layer had before, and has after `restore`."""
     order = type(projection).__mro__
     return order[order.index(AdaptedProjectionMixin) + 1]
+
+
+def unreadable_weight(weight: Tensor) -> str | None:
+    """Why this weight is no plain tensor at hand; None where it is."""
+    if type(weight) not in _PLAIN_WEIGHTS:
+        return f"its weight is a {type(weight).__name__}, not a plain tensor"
+    if weight.device.type == "meta":
+        return "its weight is on the meta device"
+    if weight.dtype not in FLOATS:
+        return f"its weight is stored as {weight.dtype}"
+    return None
 
 
 def _blank(stock: type) -> nn.Module:

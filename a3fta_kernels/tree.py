@@ -42,11 +42,24 @@ def denoiser(model: Any) -> nn.Module:
 
 
 def projections(model: Any) -> dict[str, AdaptedProjectionMixin]:
-    """The adapted layers by name. A layer that PEFT wraps keeps the name it has without PEFT."""
+    """The adapted layers by name. A layer that PEFT wraps keeps the name it has without PEFT.
+
+    Layers whose adapters PEFT has (`a3fta_kernels.peft`) are not among them.
+    """
     return {
         plain_name(name): module
         for name, module in denoiser(model).named_modules()
-        if isinstance(module, AdaptedProjectionMixin)
+        if isinstance(module, AdaptedProjectionMixin) and not module.foreign
+    }
+
+
+def holding(model: Any, name: str) -> dict[str, AdaptedProjectionMixin]:
+    """The layers that have an adapter of that name; where there is none, those of PEFT's."""
+    layers = {k: layer for k, layer in projections(model).items() if name in layer.adapters}
+    return layers or {
+        plain_name(key): module
+        for key, module in denoiser(model).named_modules()
+        if isinstance(module, AdaptedProjectionMixin) and module.foreign and name in module.adapters
     }
 
 

@@ -7,16 +7,25 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import flux, unet
-from .family import Family, Site
+from . import flux, pixart, unet
+from .family import Family, Site, class_names
 from .unet import A3FTAAttnAddedKVProcessor, A3FTAAttnProcessor, A3FTAFusedAttnProcessor
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (*unet.FAMILIES, flux.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        *unet.FAMILIES,
+        pixart.FAMILY,
+        flux.FAMILY,
+        unet.ATTENTION,
+    )
+}
 
 
 def family_of(model: nn.Module) -> Family | None:
     """The first family that the model belongs to."""
-    return next((family for family in FAMILIES.values() if family.matches(model)), None)
+    names = class_names(model)
+    return next((f for f in FAMILIES.values() if not names.isdisjoint(f.holds)), None)
 
 
 __all__ = [

@@ -33,16 +33,4 @@ def sites(model: nn.Module) -> Iterator[Site]:
             yield Site(f"{prefix}attn", block.attn, {f"{prefix}proj_out": block.proj_out}, columns)
 
 
-def _has_blocks(model: nn.Module) -> bool:
-    kinds = (FluxTransformerBlock, FluxSingleTransformerBlock)
-    return any(isinstance(module, kinds) for module in model.modules())
-
-
-FAMILY = Family(
-    name="flux",
-    matches=_has_blocks,
-    sites=sites,
-    processor_for=lambda processor: None,
-    owns=lambda processor: False,
-    joinable=lambda attention: [],
-)
+FAMILY = Family("flux", ("FluxTransformerBlock", "FluxSingleTransformerBlock"), sites)

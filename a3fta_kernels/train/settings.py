@@ -223,6 +223,11 @@ class Settings:
                 )  # fmt: skip
         return cls(**values)
 
+    def of(self, group: str) -> dict[str, Any]:
+        """The settings of a group that say how, and not where: paths stay out."""
+        fields = [f for f in dataclasses.fields(self) if f.metadata["group"] == group]
+        return {f.name: getattr(self, f.name) for f in fields if f.name != "prior_data"}
+
     def changes(self, other: Settings) -> dict[str, tuple[Any, Any]]:
         """What a resumed run may not change: name -> (this, other)."""
         fixed = [f.name for f in dataclasses.fields(self) if not f.metadata["changeable"]]

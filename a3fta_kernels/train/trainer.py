@@ -240,7 +240,8 @@ class Trainer:
 
     def _fill(self, folder: Path) -> None:
         with self.shown():
-            save_adapter(self.plain, folder / "adapter")
+            told = {**self.run.settings.of("training"), "step": self.done}
+            save_adapter(self.plain, folder / "adapter", training=told)
         scaler = self.accelerator.scaler
         state = {
             "parameters": dict(zip(self.names, (p.detach() for p in self.parameters), strict=True)),
