@@ -5,6 +5,7 @@ The oracle is a plain model in float64 that has the weights the quantized layers
 
 from __future__ import annotations
 
+import abc
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 import a3fta_kernels as a3fta
+from a3fta_kernels.projection import adapt, why_not_adaptable
 
 from .. import models
 from . import quantized as layers
@@ -196,3 +198,23 @@ def test_a_class_that_cannot_change_is_refused():
         a3fta.inject(model, a3fta.AdapterConfig(rank=4))
     assert {n: type(m) for n, m in model.named_modules()} == classes
     assert not hasattr(model, "_a3fta")
+
+
+def test_a_class_that_python_would_not_change_is_seen():
+    """In the middle of an injection it would be too late."""
+
+    class Plain:
+        pass
+
+    class Refused(abc.ABC, nn.Linear):
+        pass
+
+    class Taken(Plain, nn.Linear):
+        pass
+
+    assert "class cannot be changed" in str(why_not_adaptable(Refused(2, 2)))
+    with pytest.raises(TypeError, match="object layout differs"):
+        adapt(Refused(2, 2))
+    layer = Taken(2, 2)
+    assert why_not_adaptable(layer) is None
+    adapt(layer)

@@ -15,6 +15,8 @@ import a3fta_kernels as a3fta
 from .. import models
 from .common import adapter_grads
 
+FEWER = {"flux": {"num_layers": 1}}  # tracing is what takes time
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
@@ -25,7 +27,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def adapted(name: str, *adapters: str) -> tuple[nn.Module, dict[str, Any]]:
-    model = models.sd3() if name == "sd3" else models.build(name)
+    model = models.sd3() if name == "sd3" else models.build(name, **FEWER.get(name, {}))
     batch = models.sd3_inputs() if name == "sd3" else models.inputs(name)
     for adapter in adapters:
         a3fta.inject(model, a3fta.AdapterConfig(rank=4), name=adapter)
@@ -46,7 +48,7 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("name", ["sdxl", "flux", "sd3"])
+@pytest.mark.parametrize("name", ["flux", "sd3"])
 def test_steps_compile_nothing_anew(name: str):
     model, batch = adapted(name, "default")
     expected = step(model, batch)
@@ -62,7 +64,7 @@ def test_steps_compile_nothing_anew(name: str):
 
 def test_lean_blocks_and_mixing_weights():
     """Lean blocks are found by their stock name; other weights compile once more, at the first."""
-    model, batch = adapted("sd15", "default", "other")
+    model, batch = adapted("sdxl", "default", "other")
     weights = [(1.0, 1.0), (0.5, 1.5), (0.25, 0.75)]
     expected = []
     for chosen in weights:
