@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         unmerge,
     )
     from .lean import LeanReport, lean
+    from .per_sample import adapters_per_sample
     from .projection import AdaptedProjection
     from .storage import AdapterFileError, load_adapter, save_adapter
 
@@ -48,6 +49,7 @@ __all__ = [
     "BackendUnavailableError",
     "InjectionReport",
     "LeanReport",
+    "adapters_per_sample",
     "attn_processors",
     "backends",
     "disable_adapters",
@@ -98,6 +100,7 @@ _HOMES = {
         "unmerge",
     ),
     "lean": ("LeanReport", "lean"),
+    "per_sample": ("adapters_per_sample",),
     "projection": ("AdaptedProjection",),
     "storage": ("AdapterFileError", "load_adapter", "save_adapter"),
 }

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import hub
 from .adapter_file import AdapterFile, refuse
+from .attention_weights import stock_values
 from .checks import describe
 from .processors import family_of
 from .whereabouts import why_absent
@@ -31,23 +32,28 @@ _ABSOLUTE = 2.0**-24
 _SAMPLED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def samples(layers: Mapping[str, nn.Module]) -> dict[str, list[float | None]]:
+def samples(root: nn.Module, layers: Mapping[str, nn.Linear]) -> dict[str, list[float | None]]:
     """Some weights of some layers: enough to tell one base from another at little cost."""
-    keys = sorted(key for key, layer in layers.items() if _readable(layer))
+    weights = _base_weights(root, layers)
+    keys = sorted(key for key, weight in weights.items() if _readable(weight))
     step = max(1, math.ceil(len(keys) / _SAMPLED_LAYERS))
-    return {key: _sampled(layers[key]) for key in keys[::step]}
+    return {key: _sampled(weights[key]) for key in keys[::step]}
 
 
-def _readable(layer: nn.Module) -> bool:
+def _base_weights(root: nn.Module, layers: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+    """The weights of the base, also of a layer that trains."""
+    stock = stock_values(root)
+    return {key: stock.get(f"{key}.weight", layer.weight) for key, layer in layers.items()}
+
+
+def _readable(weight: Tensor) -> bool:
     """Whether the weight is at hand, in a plain floating dtype."""
-    weight: Any = layer.weight
     plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype in _SAMPLED_DTYPES
     return plain and why_absent(weight) is None
 
 
-def _sampled(layer: nn.Module) -> list[float | None]:
+def _sampled(weight: Tensor) -> list[float | None]:
     """Weights at even distances."""
-    weight: Any = layer.weight
     count = min(_SAMPLES_PER_LAYER, weight.numel())
     places = torch.arange(count, device=weight.device) * (weight.numel() - 1) // max(1, count - 1)
     values = weight.detach().reshape(-1)[places].double().tolist()
@@ -55,16 +61,17 @@ def _sampled(layer: nn.Module) -> list[float | None]:
 
 
 def check_samples(
-    file: AdapterFile, layers: Mapping[str, nn.Linear], allow_other_base: bool
+    file: AdapterFile, root: nn.Module, layers: Mapping[str, nn.Linear], allow_other_base: bool
 ) -> None:
     compared = 0
+    weights = _base_weights(root, layers)
     for key, stored in file.samples.items():
         if key not in layers or not isinstance(stored, list):
             refuse(file.path, "samples of adapted layers", f"samples of {key}: {stored!r:.80}")
-        if not _readable(layers[key]):
+        if not _readable(weights[key]):
             continue
         compared += 1
-        here = _sampled(layers[key])
+        here = _sampled(weights[key])
         if len(stored) != len(here):
             refuse(file.path, f"{len(here)} samples of {key}", f"{len(stored)}")
         for a, b in zip(stored, here, strict=True):
@@ -97,7 +104,7 @@ def about(root: nn.Module, training: Mapping[str, Any] | None) -> dict[str, Any]
     name = getattr(getattr(root, "config", None), "_name_or_path", None)
     known = isinstance(name, str) and hub.is_repository(name)
     found = {
-        "family": None if family is None else family.name,
+        "family": family.name,
         "base": name if known else None,
         "versions": {
             package: module.__version__

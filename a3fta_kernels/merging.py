@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapters.bottleneck import Tensors
-from .projection import AdaptedProjectionMixin, Merged, Weighted, span
-from .tree import adapted, check_unmerged, denoiser, plain_name
+from .projection import AdaptedProjectionMixin, Merged, span
+from .stack import Weighted
+from .tree import adapted, check_one_batch, check_unmerged, denoiser, plain_name
 from .whereabouts import check_in_memory
 
 
@@ -31,6 +32,7 @@ def merge(model: Any) -> None:
     """
     layers = adapted(model)
     check_unmerged(layers, "merge them")
+    check_one_batch(layers, "merge adapters")
     check_in_memory(denoiser(model), "merge")
     if not any(layer.active() for layer in layers.values()):
         raise ValueError("model: expected active adapters to merge, got none; see set_adapters")
@@ -64,11 +66,23 @@ def check_linear(layer: str, name: str, adapter: Any) -> None:
             f"model: expected linear adapters to merge (activation='identity'), got adapter "
             f"{name!r} with activation={adapter.activation!r} at {layer}"
         )
-    if adapter.dropout and adapter.training:
+    if adapter.timed:
         raise ValueError(
-            f"model: expected adapters without dropout to merge, or model.eval(), got adapter "
-            f"{name!r} with dropout={adapter.dropout} at {layer}"
+            f"model: expected adapters that are the same at all timesteps to merge, got adapter "
+            f"{name!r} (design={adapter.config.design!r}) at {layer}"
         )
+    if adapter.config.layer_norm:
+        raise ValueError(
+            f"model: expected linear adapters to merge, got adapter {name!r} with layer_norm=True "
+            f"at {layer}"
+        )
+    drops = {"dropout": adapter.dropout, "drop_path": adapter.config.drop_path}
+    for field, rate in drops.items() if adapter.training else ():
+        if rate:
+            raise ValueError(
+                f"model: expected adapters without dropout to merge, or model.eval(), got adapter "
+                f"{name!r} with {field}={rate} at {layer}"
+            )
 
 
 def _merge(layer: AdaptedProjectionMixin) -> None:
@@ -90,8 +104,9 @@ def folded(stock: Merged, columns: tuple[int, int], active: Sequence[Weighted]) 
         own: Tensors = adapter()
         w_up, w_down = own.w_up.to(wide), own.w_down.to(wide)
         change += s * ((w @ w_up) @ w_down)
-        if own.b_down is not None and own.b_up is not None:
-            moved = s * (w @ (w_up @ own.b_down.to(wide) + own.b_up.to(wide)))
+        if own.b_down is not None:
+            inner = w_up @ own.b_down.to(wide)
+            moved = s * (w @ (inner if own.b_up is None else inner + own.b_up.to(wide)))
             shift = moved if shift is None else shift + moved
     weight = weight.clone()
     weight.narrow(1, *columns).copy_(w + change)

@@ -21,36 +21,25 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import ops
 from .adapters import BottleneckAdapter
-from .adapters.bottleneck import Tensors
 from .backends import resolve
+from .bank import Bank
 from .forwards import check_forward, has_hooks, rebind_forward
-from .ops.activations import activate
 from .ops.adapter_linear import api as adapter_linear_api
 from .ops.adapter_linear import contract as adapter_linear_contract
 from .ops.cross_attention_adapter import api as cross_attention_api
 from .ops.rule import autocast_dtype
 from .ops.validate import FLOATS
+from .stack import Stack, Weighted, delta, for_samples, stacks
 
 logger = logging.getLogger("a3fta_kernels")
 
 _PLAIN_WEIGHTS = (Tensor, nn.Parameter, FakeTensor)
 # the attributes of an adapted layer beside its adapters
-_OWN = ("weights", "enabled", "backend", "columns", "merged", "frozen", "resting")
+_OWN = (
+    "weights", "acting", "enabled", "backend", "columns", "merged", "frozen", "banks", "resting"
+)  # fmt: skip
 Columns = tuple[int, int] | None  # (start, length) of a layer's input; None: all of it
-Weighted = tuple[BottleneckAdapter, float]  # an adapter and its mixing weight
 _logged: set[tuple[str, str]] = set()
-
-
-class Stack(NamedTuple):
-    """Parallel adapters of one activation as one adapter: stacked along the rank."""
-
-    w_down: Tensor
-    w_up: Tensor
-    b_down: Tensor | None
-    b_up: Tensor | None
-    scale: float
-    activation: str
-    gamma: Tensor | None
 
 
 class Frozen(NamedTuple):
@@ -79,12 +68,14 @@ class AdaptedProjectionMixin(_Linear):
     """What an adapted layer adds to the linear class it had before."""
 
     adapters: nn.ModuleDict
-    weights: dict[str, float]
+    weights: dict[str, float]  # changed by `choose` alone
+    acting: list[tuple[BottleneckAdapter, Tensor]]  # the same, as compiled code reads it
     enabled: bool
     backend: str
     columns: Columns  # what the adapters read and write
     merged: Merged | None
     frozen: Frozen | None
+    banks: tuple[Bank, ...] | None  # each sample with its own adapter, in place of `weights`
     resting: tuple[str, ...]  # adapters that were chosen not to train
     foreign: ClassVar[bool] = False  # PEFT has its adapters, and switches and saves them
 
@@ -97,6 +88,8 @@ class AdaptedProjectionMixin(_Linear):
         and h', and what is beside it stays. With no active adapter this is the layer as it was.
         `beside`: further adapters of this forward, which a layer around this one has.
         """
+        if self.banks is not None and self.enabled and self.merged is None:
+            return _add(super().forward(self._by_sample(h, self.banks, beside)), residual)
         active = [*self.active(), *beside]
         if not active:
             return _add(super().forward(h), residual)
@@ -104,27 +97,42 @@ class AdaptedProjectionMixin(_Linear):
             return _add(AdaptedProjectionMixin.forward(self, h, beside=beside), residual)
         frozen = None if beside else self._frozen_for(h)
         if frozen is not None:
-            return self._forward_frozen(h, residual, frozen)
+            return self._forward_frozen(h, residual, frozen, for_samples(frozen.stack, active, h))
         first, *others = stacks(active, h)
         reason = self.unfused_reason()
-        if reason is None and not others:
+        if reason is None and not others and not first.norm:
             return ops.adapter_linear(
                 h, first.w_down, first.w_up, self.weight, self.bias, first.b_down, first.b_up,
                 residual=residual, columns=self.columns, scale=first.scale,
-                activation=first.activation, gamma=first.gamma, backend=self.backend,
+                activation=first.activation, gamma=first.gamma, beta=first.beta,
+                backend=self.backend,
             )  # fmt: skip
         _log_once("its adapter apart from the layer", reason or "its adapters differ in activation")
         before, inside, after = self._parts(h)
-        adapted = ops.adapter(
+        adapted = inside + delta(inside, first) if first.norm else ops.adapter(
             inside, first.w_down, first.w_up, first.b_down, first.b_up, scale=first.scale,
-            activation=first.activation, gamma=first.gamma, backend=self.backend,
+            activation=first.activation, gamma=first.gamma, beta=first.beta, backend=self.backend,
         )  # fmt: skip
         for other in others:
             adapted = adapted + delta(inside.to(adapted.dtype), other)
-        if before is not None and after is not None:
-            dtype = adapted.dtype
-            adapted = torch.cat((before.to(dtype), adapted, after.to(dtype)), dim=-1)
-        return _add(super().forward(adapted), residual)
+        return _add(super().forward(_whole(before, adapted, after)), residual)
+
+    def _by_sample(self, h: Tensor, banks: tuple[Bank, ...], beside: Sequence[Weighted]) -> Tensor:
+        """h' of a batch whose samples have adapters of their own; then comes the layer as it is.
+
+        With V by sample there is no wide product to save: z @ V.T would be a skinny kernel of its
+        own that writes what the projection then reads, as h' is written and read here, and V of
+        every adapter would be made first. And so any layer will do, a quantized one too.
+        """
+        if not banks and not beside:
+            return h
+        before, inside, after = self._parts(h)
+        adapted = inside
+        for bank in banks:
+            adapted = bank(adapted, self.backend)
+        for stack in stacks(list(beside), inside) if beside else ():
+            adapted = adapted + delta(inside.to(adapted.dtype), stack)
+        return _whole(before, adapted, after)
 
     def _parts(self, h: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """h before, inside and after the adapters' columns; (None, h, None) where that is all."""
@@ -135,13 +143,15 @@ class AdaptedProjectionMixin(_Linear):
         # a copy: kept for the backward, a view would hold the whole of h
         return before, inside.contiguous(), after
 
-    def _forward_frozen(self, h: Tensor, residual: Tensor | None, frozen: Frozen) -> Tensor:
-        stack = frozen.stack
+    def _forward_frozen(
+        self, h: Tensor, residual: Tensor | None, frozen: Frozen, stack: Stack
+    ) -> Tensor:
         dtype = frozen.v.dtype
         return adapter_linear_api.apply_prepared(
             h.to(dtype), stack.w_down, stack.w_up, self.weight, self.bias, stack.b_down,
             stack.b_up, residual, span(self, self.columns)[0], stack.scale, stack.activation,
-            None, None, "auto", resolve(self.backend, h.device, dtype), frozen.v, frozen.v_bias,
+            stack.gamma, stack.beta, "auto", resolve(self.backend, h.device, dtype), frozen.v,
+            frozen.v_bias,
         )  # fmt: skip
 
     def attend(
@@ -154,7 +164,7 @@ class AdaptedProjectionMixin(_Linear):
         None where that op cannot be: then the caller computes attention, and `forward` the rest.
         """
         active = self.active()
-        if not active:
+        if not active or self.banks is not None:
             return None
         reason = self.unattended_reason(q, k, heads, mask, active)
         if reason is not None:
@@ -165,13 +175,14 @@ class AdaptedProjectionMixin(_Linear):
             stack, v_up, v_bias = stacks(active, q)[0], None, None
         else:
             stack, v_up, v_bias = frozen
+            stack = for_samples(stack, active, q)
         dtype = autocast_dtype(q)
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(dtype)
         return cross_attention_api.apply_prepared(
             q.to(dtype), k.to(dtype), v.to(dtype), stack.w_down, stack.w_up, self.weight,
             self.bias, stack.b_down, stack.b_up, heads, mask, None, residual, stack.scale,
-            stack.activation, stack.gamma, None, v_up, v_bias,
+            stack.activation, stack.gamma, stack.beta, v_up, v_bias,
         )  # fmt: skip
 
     def unattended_reason(
@@ -200,10 +211,29 @@ class AdaptedProjectionMixin(_Linear):
             return None
         return frozen
 
+    def choose(self, weights: dict[str, float]) -> None:
+        """Makes these adapters act, with these weights.
+
+        Compiled code reads `acting`: a name or a number would be a constant of it, so that each
+        choice compiled anew; a place in a list and a tensor are not.
+        """
+        adapters: Any = self.adapters
+        self.weights = dict(weights)
+        self.acting = []
+        for name, weight in weights.items():
+            like = adapters[name].w_down
+            device = "cpu" if like.device.type == "meta" else like.device
+            wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+            self.acting.append((adapters[name], torch.tensor(weight, dtype=wide, device=device)))
+        self.frozen = None
+
     def active(self) -> list[Weighted]:
-        """The adapters that act in the next forward, with their weights."""
+        """The adapters that act in the next forward, with their weights: numbers, or tensors of
+        one element where code is compiled."""
         if not self.enabled or self.merged is not None:
             return []
+        if torch.compiler.is_compiling():
+            return list(self.acting)
         adapters: Any = self.adapters
         return [(adapters[name], weight) for name, weight in self.weights.items()]
 
@@ -213,6 +243,8 @@ class AdaptedProjectionMixin(_Linear):
         trains = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if reason is None and torch.is_grad_enabled() and trains:
             return "the layer itself trains"
+        if reason is None and any(adapter.config.layer_norm for adapter, _ in self.active()):
+            return "its adapter reads attention normalised"
         return reason
 
     def unreadable_reason(self) -> str | None:
@@ -238,7 +270,7 @@ class AdaptedProjectionMixin(_Linear):
         # a tensor made in inference mode could not serve a forward outside it
         with torch.inference_mode(False), torch.no_grad():
             first, *others = stacks(active, None)
-            if others:
+            if others or first.norm:
                 return False
             v, v_bias = adapter_linear_contract.merged_up(
                 self.weight, self.bias, first.w_up, first.b_up, None, first.scale,
@@ -253,8 +285,11 @@ class AdaptedProjectionMixin(_Linear):
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedProjectionMixin:
-        self.frozen = None
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        if self.banks is not None:
+            self.banks = tuple(bank.moved(fn) for bank in self.banks)
+        self.choose(self.weights)
+        return self
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
@@ -343,12 +378,13 @@ def adapt(
     projection = cast(AdaptedProjectionMixin, linear)
     projection.adapters = nn.ModuleDict()
     projection.adapters.train(linear.training)
-    projection.weights = {}
+    projection.choose({})
     projection.enabled = True
     projection.backend = backend
     projection.columns = columns
     projection.merged = None
     projection.frozen = None
+    projection.banks = None
     projection.resting = ()
     rebind_forward(projection)
     return projection
@@ -373,64 +409,11 @@ def check_restorable(projection: AdaptedProjectionMixin) -> None:
         )
 
 
-def stacks(active: list[tuple[BottleneckAdapter, float]], h: Tensor | None) -> list[Stack]:
-    """The active adapters, stacked along the rank, one stack per activation.
-
-    With h, dropout is drawn for its samples.
-    """
-    if len(active) == 1:
-        return [_stack(active, active[0][0].activation, h)]
-    groups: dict[str, list[tuple[BottleneckAdapter, float]]] = {}
-    for adapter, weight in active:
-        groups.setdefault(adapter.activation, []).append((adapter, weight))
-    return [_stack(group, activation, h) for activation, group in groups.items()]
-
-
-def _stack(
-    group: list[tuple[BottleneckAdapter, float]], activation: str, h: Tensor | None
-) -> Stack:
-    if len(group) == 1 and not torch.compiler.is_compiling():
-        adapter, weight = group[0]
-        mask = None if h is None else adapter.mask(h.shape[0], h.device)
-        own: Tensors = adapter()
-        return Stack(*own, adapter.scale * weight, activation, mask)
-    masks = [None if h is None else a.mask(h.shape[0], h.device) for a, _ in group]
-    tensors: list[Tensors] = [a() for a, _ in group]
-    factors = [a.scale * weight for a, weight in group]
-    # compiled, a number that an op takes is a constant: in w_up no new weight compiles anew
-    b_down = b_up = gamma = None
-    if any(t.b_down is not None for t in tensors):
-        b_down = _cat([_or_zeros(t.b_down, t.w_down[:, 0]) for t in tensors])
-        pairs = zip(tensors, factors, strict=True)
-        shifts = [t.b_up * factor for t, factor in pairs if t.b_up is not None]
-        b_up = functools.reduce(torch.add, shifts)
-    if h is not None and any(m is not None for m in masks):
-        blank = h.new_zeros(h.shape[0], 1, dtype=torch.float32)
-        parts = zip(masks, group, strict=True)
-        gamma = _cat([blank.expand(-1, a.rank) if m is None else m for m, (a, _) in parts], dim=1)
-    w_down = _cat([t.w_down for t in tensors])
-    w_up = _cat([t.w_up * factor for t, factor in zip(tensors, factors, strict=True)], dim=1)
-    return Stack(w_down, w_up, b_down, b_up, 1.0, activation, gamma)
-
-
-def _cat(parts: list[Tensor], dim: int = 0) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
-
-
-def delta(h: Tensor, stack: Stack) -> Tensor:
-    """scale * (act(h @ w_down.T + b_down) * (1 + gamma) @ w_up.T + b_up), without h itself."""
-    dtype = h.dtype
-    b_down, b_up = (None if b is None else b.to(dtype) for b in (stack.b_down, stack.b_up))
-    a = nn.functional.linear(h, stack.w_down.to(dtype), b_down)
-    z = activate(a, stack.activation)
-    if stack.gamma is not None:
-        per_sample = stack.gamma.to(dtype).view(h.shape[0], *[1] * (h.dim() - 2), -1)
-        z = z * (1 + per_sample)
-    return stack.scale * nn.functional.linear(z, stack.w_up.to(dtype), b_up)
-
-
-def _or_zeros(x: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if x is None else x
+def _whole(before: Tensor | None, adapted: Tensor, after: Tensor | None) -> Tensor:
+    """What `_parts` took apart, in the dtype of the adapters' part."""
+    if before is None or after is None:
+        return adapted
+    return torch.cat((before.to(adapted.dtype), adapted, after.to(adapted.dtype)), dim=-1)
 
 
 def _add(y: Tensor, residual: Tensor | None) -> Tensor:

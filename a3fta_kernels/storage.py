@@ -19,17 +19,28 @@ from torch import Tensor, nn
 from . import adapter_file, hub, peft_file
 from .adapter_file import AdapterFile, AdapterFileError, refuse
 from .adapters import AdapterConfig, BottleneckAdapter
+from .attention_weights import trained_values
 from .backends import BACKENDS
 from .checks import check_choice, describe
 from .fingerprint import about, check_samples, samples
 from .inject import check_name, inject, plan_injection, unfreeze
 from .projection import AdaptedProjectionMixin, Columns
-from .tree import adapted, check_known, check_unmerged, denoiser, holding, projections
+from .tree import (
+    adapted,
+    check_known,
+    check_one_batch,
+    check_unmerged,
+    denoiser,
+    holding,
+    projections,
+)
 from .whereabouts import check_in_memory, fill, is_sharded, stock_type, whole, why_absent, writes
 
 __all__ = ["AdapterFileError", "load_adapter", "save_adapter"]
 
 LAYOUTS = ("a3fta", "peft")
+# where an adapter's tensors have their rank
+_RANK_AXES = {"w_down": 0, "b_down": 0, "w_up": 1}
 
 
 def save_adapter(
@@ -44,7 +55,8 @@ def save_adapter(
 
     The weights file stands alone; it also holds the config and a fingerprint of the base (class,
     names and shapes of the adapted layers, some of their weights). Tensors are named
-    `<layer>.<parameter>`, without the adapter's name and without PEFT's wrapping. The mixing
+    `<layer>.<parameter>`, without the adapter's name and without PEFT's wrapping; attention that
+    trained beside the adapter is stored whole, as `attention:<layer>.<parameter>`. The mixing
     weights of `set_adapters` belong to the model and are not stored. What the adapter comes from
     is told beside: the model's family and its name on the Hub, the versions of the libraries.
 
@@ -79,6 +91,7 @@ def save_adapter(
     check_in_memory(root, "save")
     told = about(root, training)
     states = {key: _state(key, _adapter(layer, name)) for key, layer in layers.items()}
+    states |= _attention(trained_values(root, name))
     tensors = {f"{k}.{p}": tensor for k, state in states.items() for p, tensor in state.items()}
     sharded = any(is_sharded(tensor) for tensor in tensors.values())
     tensors = {key: whole(tensor) for key, tensor in tensors.items()}
@@ -94,7 +107,7 @@ def save_adapter(
         tensors=tensors,
         config=config.to_dict(),
         base=_base(root, layers),
-        samples=samples(layers),
+        samples=samples(root, layers),
         library_version=sys.modules[__package__].__version__,
         about=told,
     )
@@ -107,6 +120,7 @@ def load_adapter(
     name: str = "default",
     *,
     allow_other_base: bool = False,
+    pad_rank: bool = False,
     backend: str | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
@@ -115,10 +129,10 @@ def load_adapter(
     """Loads the adapter that `save_adapter` wrote to `folder`, under the name `name`.
 
     A model without an adapter of that name gets one, as by `inject` with the stored config; an
-    adapter that is there takes the file's weights if it is of the same kind. The parameters keep
-    the dtype and device that they have on the model. Everything is checked first: after an error
-    the model is as it was. Nothing is unpickled. An adapter that FSDP2 shards is loaded by every
-    process for itself.
+    adapter that is there takes the file's weights if it is of the same kind: a hot swap, for which
+    compiled code stays as it is. The parameters keep the dtype and device that they have on the
+    model. Everything is checked first: after an error the model is as it was. Nothing is
+    unpickled. An adapter that FSDP2 shards is loaded by every process for itself.
 
     Args:
         model: a diffusers model, PEFT-wrapped or not, or a pipeline, whose denoiser is taken.
@@ -130,6 +144,8 @@ def load_adapter(
         name: of the adapter on the model; the file does not hold one.
         allow_other_base: accept base weights other than those the adapter was trained on (a
             fine-tune of the same architecture). Names and shapes must fit all the same.
+        pad_rank: an adapter that is there takes one of smaller rank too, padded with zeros, which
+            change nothing. Inject one of the largest rank first, compile, and swap them all in.
         backend: as in `inject`, for layers that are injected; None: what the model's adapted
             layers use already, else auto.
         revision, token: of the repository on the Hub.
@@ -145,16 +161,16 @@ def load_adapter(
     """
     root = denoiser(model)
     check_name(name)
-    if not isinstance(allow_other_base, bool):
-        raise TypeError(
-            f"allow_other_base: expected True or False, got {describe(allow_other_base)}"
-        )
+    for argument, value in (("allow_other_base", allow_other_base), ("pad_rank", pad_rank)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{argument}: expected True or False, got {describe(value)}")
     if backend is not None:
         check_choice("backend", backend, ("auto", *BACKENDS))
     layers = projections(root)
     backend = backend or next((layer.backend for layer in layers.values()), "auto")
     check_unmerged(layers, "load")
     check_in_memory(root, "load")
+    check_one_batch(layers, "load an adapter")
     file = _read(folder, revision, subfolder, token)
     config = _parse_config(file)
     _check_base(file, root)
@@ -164,16 +180,18 @@ def load_adapter(
         adapters = {key: _adapter(layer, name) for key, layer in existing.items()}
         _check_kind(file, config, name, adapters)
         states = {key: _state(key, adapter) for key, adapter in adapters.items()}
+        states |= _attention(trained_values(root, name))
         targets: Mapping[str, nn.Linear] = existing
     else:
         targets, states = _planned(file, root, config, name, backend)
-    check_samples(file, targets, allow_other_base)
-    values = _converted(file, states)
+    check_samples(file, root, targets, allow_other_base)
+    values = _converted(file, states, pad_rank and bool(existing))
 
     if not existing:
         inject(root, config, name, backend=backend)
         added = projections(root)
         states = {key: _state(key, _adapter(added[key], name)) for key in targets}
+        states |= _attention(trained_values(root, name))
     with torch.no_grad():
         for key, state in states.items():
             for parameter, tensor in state.items():
@@ -201,7 +219,10 @@ def _adapter(layer: AdaptedProjectionMixin, name: str) -> BottleneckAdapter:
 
 def _state(layer: str, adapter: BottleneckAdapter) -> dict[str, Tensor]:
     """The adapter's tensors, sharing its memory."""
-    state = adapter.state_dict(keep_vars=True)
+    return _at_hand(layer, adapter.state_dict(keep_vars=True))
+
+
+def _at_hand(layer: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for parameter, tensor in state.items():
         reason = why_absent(tensor)
         if reason is not None:
@@ -209,6 +230,15 @@ def _state(layer: str, adapter: BottleneckAdapter) -> dict[str, Tensor]:
                 f"model: expected adapter parameters at hand, got {layer}'s {parameter} {reason}"
             )
     return {parameter: tensor.detach() for parameter, tensor in state.items()}
+
+
+def _attention(values: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Attention's own tensors among those of the adapters: `attention:<layer>`."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in values.items():
+        layer, _, leaf = name.rpartition(".")
+        found.setdefault(f"attention:{layer}", {})[leaf] = tensor
+    return {key: _at_hand(key, state) for key, state in found.items()}
 
 
 def _config(adapters: list[BottleneckAdapter]) -> AdapterConfig:
@@ -243,6 +273,7 @@ def _planned(
         refuse(file.path, f"tensors of rank {max(plan.ranks.values())}", f"at most {largest}")
     with torch.device("meta"):
         states = {key: dict(plan.adapter(key, "meta").state_dict()) for key in plan.targets}
+    states |= _attention(plan.attention)
     return plan.targets, states
 
 
@@ -255,6 +286,8 @@ def _check_kind(
             "activation": adapter.activation,
             "scale": float(adapter.scale),
             "bias": adapter.b_down is not None,
+            **{f: getattr(adapter.config, f) for f in ("train", "layer_norm", "time_window")},
+            "time_rank": adapter.config.time_rank,
         }
         for field, value in there.items():
             if value != getattr(config, field):
@@ -313,23 +346,41 @@ def _presence(shapes: Mapping[str, Any], key: str) -> str:
     return "adapted" if shapes[key] is None else f"of shape {shapes[key]}"
 
 
-def _converted(file: AdapterFile, states: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+def _converted(
+    file: AdapterFile, states: dict[str, dict[str, Tensor]], pad_rank: bool
+) -> dict[str, Tensor]:
     """The file's tensors in the parameters' dtypes; names, shapes and range are checked."""
     wanted = {f"{key}.{p}": tensor for key, state in states.items() for p, tensor in state.items()}
+    tensors = {}
     for key in sorted({*wanted, *file.tensors}):
         if key not in wanted or key not in file.tensors:
             found = "it" if key in file.tensors else "none"
             refuse(file.path, f"{'a' if key in wanted else 'no'} tensor {key}", found)
-        if file.tensors[key].shape != wanted[key].shape:
+        tensors[key] = file.tensors[key]
+        if pad_rank:
+            tensors[key] = _padded(key, tensors[key], wanted[key])
+        if tensors[key].shape != wanted[key].shape:
             refuse(
                 file.path,
                 f"{key} of shape {tuple(wanted[key].shape)}",
                 f"shape {tuple(file.tensors[key].shape)}",
             )
     values = {}
-    for key, tensor in file.tensors.items():
+    for key, tensor in tensors.items():
         dtype = wanted[key].dtype
         values[key] = tensor.to(dtype)
         if not torch.equal(values[key].isfinite(), tensor.isfinite()):
             refuse(file.path, f"{key} in the range of {dtype}", f"{tensor.dtype} beyond it")
     return values
+
+
+def _padded(key: str, tensor: Tensor, wanted: Tensor) -> Tensor:
+    """With zeros up to the wanted rank, where its own is smaller."""
+    axis = _RANK_AXES.get(key.rpartition(".")[2])
+    if axis is None or tensor.dim() != wanted.dim():
+        return tensor
+    missing = wanted.shape[axis] - tensor.shape[axis]
+    if missing <= 0:
+        return tensor
+    shape = [*tensor.shape[:axis], missing, *tensor.shape[axis + 1 :]]
+    return torch.cat((tensor, tensor.new_zeros(shape)), dim=axis)

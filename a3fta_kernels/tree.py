@@ -68,6 +68,13 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
+def inside(layer: nn.Module) -> nn.Module:
+    """The layer inside PEFT's wrappers."""
+    while isinstance(getattr(layer, "base_layer", None), nn.Module):
+        layer = layer.base_layer  # type: ignore[assignment]
+    return layer
+
+
 def adapted(model: Any) -> dict[str, AdaptedProjectionMixin]:
     """`projections`, or ValueError where there are none."""
     found = projections(model)
@@ -108,9 +115,27 @@ def check_unmerged(layers: dict[str, AdaptedProjectionMixin], action: str) -> No
         )
 
 
+def check_one_batch(layers: dict[str, AdaptedProjectionMixin], action: str) -> None:
+    if any(layer.banks is not None for layer in layers.values()):
+        raise ValueError(
+            f"model: expected no block of adapters_per_sample around a call to {action}; leave it "
+            f"first"
+        )
+
+
 def records(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
     """What earlier injections noted, on the model or on parts of it that were injected alone."""
     for module in model.modules():
         record = module.__dict__.get(RECORD)
         if record is not None:
             yield module, record
+
+
+def parameter_count(root: nn.Module) -> int:
+    """The model's parameters; of layers whose weight is packed (quantized), those it stands for."""
+    packed = {
+        id(m.weight): m.out_features * m.in_features - m.weight.numel()
+        for m in root.modules()
+        if isinstance(m, nn.Linear)
+    }
+    return sum(p.numel() + packed.get(id(p), 0) for p in root.parameters())

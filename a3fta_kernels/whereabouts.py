@@ -21,6 +21,15 @@ def is_sharded(x: Tensor) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
+def check_whole(layer: str, weight: Tensor) -> None:
+    """Raises ValueError where an adapter would come after `fully_shard`, and be no part of it."""
+    if is_sharded(weight):
+        raise ValueError(
+            f"model: expected whole weights, got a {type(weight).__name__} in {layer}: an adapter "
+            f"that comes after fully_shard would train in each process alone; inject first"
+        )
+
+
 def whole(x: Tensor) -> Tensor:
     """All of x. Of a DTensor that is a collective: every process of its mesh has to call."""
     return x.full_tensor() if is_sharded(x) else x  # type: ignore[attr-defined]

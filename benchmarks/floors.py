@@ -78,6 +78,11 @@ def _adapter_elements(w: Workload) -> tuple[int, int, int]:
     return 2 * m * c + 2 * c * r, 3 * m * c + m * r + 2 * c * r, m * r
 
 
+def _bank_elements(w: Workload) -> tuple[int, int, int]:
+    m, c, bank = w.m, w.c, 2 * w.adapters * w.c * w.r
+    return 2 * m * c + bank, 3 * m * c + bank, 0
+
+
 def _linear_elements(w: Workload) -> tuple[int, int, int]:
     m, c, r, n, k = w.m, w.c, w.r, w.n, w.width
     forward = m * k + m * n * (2 if w.residual else 1) + n * k + 2 * c * r
@@ -119,12 +124,14 @@ def _narrow_bytes(w: Workload) -> int:
 
 _FLOP = {
     "adapter": _adapter_flop,
+    "adapter_bank": _adapter_flop,
     "adapter_linear": _linear_flop,
     "cross_attention_adapter": _cross_flop,
     "block": _block_flop,
 }
 _ELEMENTS = {
     "adapter": _adapter_elements,
+    "adapter_bank": _bank_elements,
     "adapter_linear": _linear_elements,
     "cross_attention_adapter": _cross_elements,
     "block": _block_elements,
@@ -152,11 +159,11 @@ def terms(
 def copied(op: str, w: Workload, direction: str, dtype: torch.dtype) -> dict[str, int]:
     """Yardsticks that only copy, and the bytes they read and write together.
 
-    clone: what `adapter` must move at least, 2MC elements forward and 3MC backward; `geglu` 3MF
-    and 5MF; the normalisations 2MC and 3MC.
+    clone: what `adapter` and `adapter_bank` must move at least, 2MC elements forward and 3MC
+    backward; `geglu` 3MF and 5MF; the normalisations 2MC and 3MC.
     read: dy and h once, the term that the backward of `adapter_linear` adds to the products.
     """
-    if op == "adapter":
+    if op in ("adapter", "adapter_bank"):
         return {"clone": _of(direction, 2, 3, 0) * w.m * w.c * dtype.itemsize}
     if op in ("geglu", "group_norm", "layer_norm"):
         return {"clone": moved(op, w, direction, dtype)}

@@ -64,6 +64,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCHES = {
     "bench-adapter": ["--only", "adapter", "--rank", "64"],
     "bench-adapter-16": ["--only", "adapter", "--rank", "16"],
+    "bench-bank": ["--only", "adapter_bank"],
     "bench-linear": ["--only", "adapter_linear", "--rank", "64"],
     "bench-linear-16": ["--only", "adapter_linear", "--rank", "16"],
     "bench-cross": ["--only", "cross_attention_adapter"],

@@ -6,11 +6,13 @@
 | native, triton, native-skinny, ... | ours, by backend and path |
 | auto | ours as a user gets it, where there is something to choose |
 | sdpa+auto | PyTorch's attention, then our `adapter_linear` |
+| loop, stacked | a bank without its op: bank.py |
+| bank+frozen | the bank, then the frozen layer: what peft's layer computes |
 | peft | LoRA of equal rank on the same layer through peft, in the trunk's dtype: its quickest way |
 | frozen | the layer or block without any adapter |
 | clone, read | a copy that moves as many bytes as `floors.copied` says |
 
-The last three rows compute something else: they are timed, not checked. peft's other
+The last four rows compute something else: they are timed, not checked. peft's other
 way, weights in float32, makes it cast all of h.
 """
 
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 from a3fta_kernels import ops
 from a3fta_kernels.backends import why_not
 from a3fta_kernels.ops.adapter.reference import adapter as eager_adapter
+from a3fta_kernels.ops.adapter_bank.reference import adapter_bank as eager_adapter_bank
 from a3fta_kernels.ops.adapter_linear.contract import paths_for
 from a3fta_kernels.ops.adapter_linear.reference import adapter_linear as eager_adapter_linear
 from a3fta_kernels.ops.geglu.reference import geglu as eager_geglu
@@ -37,7 +40,7 @@ from a3fta_kernels.ops.layer_norm.reference import layer_norm as eager_layer_nor
 from a3fta_kernels.ops.quantize import reference as eager_quantize
 from tests.oracle import Case
 
-from . import blocks, floors
+from . import bank, blocks, floors
 from .workloads import ELEMENTWISE, Workload
 
 Op = Callable[..., Any]
@@ -46,7 +49,7 @@ MOVED = ("h", "residual", "q", "k", "v", "x", "p")
 
 COPIES = ("clone", "read")
 # these compute something else than the op: its floor and its oracle say nothing about them
-UNLIKE = ("peft", "frozen", *COPIES)
+UNLIKE = ("bank+frozen", "peft", "frozen", *COPIES)
 
 
 class CannotRun(Exception):
@@ -96,6 +99,8 @@ class Subject:
             subject.inputs = blocks.inputs(workload, dtype, device)
         elif op == "cross_attention_adapter":
             subject.inputs = cross_inputs(workload, dtype, device)
+        elif op == "adapter_bank":
+            subject.inputs = bank.inputs(workload, dtype, device)
         elif op in ELEMENTWISE:
             subject.inputs = elementwise_inputs(op, workload, dtype, device)
         else:
@@ -203,6 +208,7 @@ def frozen_linear(
 
 EAGER: dict[str, Op] = {
     "adapter": eager_adapter,
+    "adapter_bank": eager_adapter_bank,
     "adapter_linear": eager_adapter_linear,
     "cross_attention_adapter": after_attention(eager_adapter_linear),
     "geglu": eager_geglu,
@@ -221,12 +227,14 @@ def names(op: str, w: Workload, dtype: torch.dtype, direction: str, device: str)
     if op == "cross_attention_adapter" and not hasattr(ops, op):
         ours = []
     found = ["eager", *ours, *(["auto"] if len(ours) > 1 else [])]
+    if op == "adapter_bank":
+        found += list(bank.RIVALS)
     # inductor takes long: where a target asks for it, and on the CPU once per shape
-    if op in ELEMENTWISE or (op == "adapter" and (device == "cuda" or w.r == 64)):
+    if op in ELEMENTWISE or (op in ("adapter", "adapter_bank") and (device == "cuda" or w.r == 64)):
         found.append("compile")
     if op == "cross_attention_adapter":
         found.append("sdpa+auto")
-    if op not in ("adapter", *ELEMENTWISE):
+    if op not in ("adapter", "adapter_bank", *ELEMENTWISE):
         found += ["peft", "frozen"]
     return found + list(floors.copied(op, w, direction, dtype))
 
@@ -239,6 +247,8 @@ def build(name: str, subject: Subject, direction: str) -> Variant:
         return Variant(_no_run, checked=False, copied=size)
     if op == "block":
         return block_variant(subject, "reference" if name == "eager" else name)
+    if op == "adapter_bank" and name in bank.RIVALS:
+        return bank.variant(name, subject)
     if name == "eager":
         return Variant(EAGER[op])
     if name == "compile":
@@ -290,10 +300,10 @@ def lora(rank: int, targets: list[str]) -> Any:
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=False)
 
 
-def wrap(config: Any, module: nn.Module) -> Any:
+def wrap(config: Any, module: nn.Module, name: str = "default") -> Any:
     from peft import inject_adapter_in_model
 
-    return inject_adapter_in_model(config, module)
+    return inject_adapter_in_model(config, module, name)
 
 
 def block_variant(subject: Subject, name: str, exact: bool = False) -> Variant:

@@ -12,15 +12,15 @@ import torch
 
 # no adapter, so no rank, and no products: w.r is 0, w.c the columns of the result
 ELEMENTWISE = ("geglu", "quantize", "group_norm", "layer_norm")
-OPS = ("adapter", "adapter_linear", "cross_attention_adapter", *ELEMENTWISE)
+OPS = ("adapter", "adapter_bank", "adapter_linear", "cross_attention_adapter", *ELEMENTWISE)
 # "block" is no op: a whole transformer block of diffusers, with the ops inside
 BENCHES = (*OPS, "block")
 DIRECTIONS = ("forward", "backward", "forward+backward")
 
 
 def possible(op: str) -> tuple[str, ...]:
-    """`quantize` is there and back in one, without a derivative."""
-    return DIRECTIONS[:1] if op == "quantize" else DIRECTIONS
+    """`quantize` is there and back in one, without a derivative; a bank is for inference."""
+    return DIRECTIONS[:1] if op in ("quantize", "adapter_bank") else DIRECTIONS
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Workload:
     """`batch` x `tokens` rows; the adapter on `c` of `k` input columns; `n` outputs; rank `r`.
 
     With attention: `heads` and `keys` of text; in a block the text has `text` channels. `last`: a
-    group norm's channels lie last in memory, else its tokens do.
+    group norm's channels lie last in memory, else its tokens do. `adapters`: of a bank, which the
+    samples have in turns.
     """
 
     model: str
@@ -42,6 +43,7 @@ class Workload:
     keys: int = 77
     text: int = 0
     last: bool = False
+    adapters: int = 0
 
     @property
     def m(self) -> int:
@@ -58,6 +60,8 @@ class Workload:
     def name(self, op: str) -> str:
         if op in ELEMENTWISE:
             return f"{self.m}x{self.c}{'-last' if self.last else ''}"
+        if op == "adapter_bank":
+            return f"{self.batch}x{self.tokens}x{self.c}-r{self.r}-of{self.adapters}"
         inputs = f"{self.width}to{self.n}" if self.k and op != "adapter" else f"{self.c}"
         heads = f"-h{self.heads}" if op in ("cross_attention_adapter", "block") else ""
         keys = f"-k{self.keys}" if heads and self.keys != 77 else ""
@@ -79,6 +83,9 @@ def _both_layouts(*shapes: tuple[str, int, int, int]) -> tuple[Workload, ...]:
 
 CPU = {
     "adapter": tuple(_cpu(c, r) for r in (64, 16) for c in (320, 640)),
+    "adapter_bank": tuple(
+        Workload("SD1.5", 4, 1024, c, r, adapters=4) for r in (64, 16) for c in (320, 640)
+    ),
     "adapter_linear": tuple(_cpu(c, r) for r in (64, 16) for c in (320, 640)),
     "cross_attention_adapter": (Workload("SD1.5", 1, 1024, 320, heads=8),),
     "block": (Workload("SD1.5", 1, 256, 320, heads=8, text=768),),
@@ -121,6 +128,14 @@ _ROWS = (
 GPU = {
     # a single block's attention input is one slice of its h: `adapter` knows no such slice
     "adapter": _ranks(*(w for w in _ROWS if not (w.k or w.residual))),
+    # each sample of a batch with guidance: as many users as adapters, or few for many
+    "adapter_bank": _ranks(
+        Workload("SDXL 1024", 8, 4096, 640, adapters=4),
+        Workload("SDXL 1024", 8, 1024, 1280, adapters=4),
+        Workload("SD1.5 512", 32, 4096, 320, adapters=16),
+        Workload("SD1.5 512", 32, 64, 1280, adapters=16),
+        Workload("Flux-dev 1024", 4, 4096, 3072, adapters=4),
+    ),
     "adapter_linear": _ranks(*_ROWS),
     "cross_attention_adapter": _ranks(
         Workload("SDXL 1024", 4, 4096, 640, heads=10),
@@ -174,7 +189,7 @@ def workloads(
 
 def directions(op: str, w: Workload, device: str) -> tuple[str, ...]:
     """What is timed of a workload: all of it with R = 64, else what the targets ask for."""
-    if w.r == 64 or op in ELEMENTWISE:
+    if w.r == 64 or op in ELEMENTWISE or len(possible(op)) == 1:
         return possible(op)
     if device == "cpu":
         return DIRECTIONS[::2]

@@ -39,6 +39,13 @@ STABLE_TORCH_LIBRARY(a3fta_native, m) {
       "-> (Tensor dh, Tensor dw_down, Tensor g_up, Tensor da_sum, Tensor dy_sum, "
       "Tensor dgamma, Tensor dbeta)");
 
+  // y_b = residual_b + scale[k] * (act(h_b @ w_down[k].T + b_down[k]) @ w_up[k].T + b_up[k]), with
+  // k = index[b], int32; y_b = residual_b where that is -1. w_down (K, R, C), w_up (K, C, R),
+  // b_down (K, R), b_up (K, C), contiguous; scale (K,) in fp32, fp64 for fp64
+  m.def(
+      "adapter_bank_forward(Tensor h, Tensor residual, Tensor w_down, Tensor w_up, "
+      "Tensor? b_down, Tensor? b_up, Tensor scale, Tensor index, int activation) -> Tensor y");
+
   // the skinny halves of adapter_linear, beside a library GEMM
   m.def(
       "adapter_down(Tensor h, Tensor w_down, Tensor? b_down, Tensor? gamma, Tensor? beta, "

@@ -19,6 +19,7 @@ from torch import Tensor
 from a3fta_kernels import ops
 from a3fta_kernels.backends import why_not
 from a3fta_kernels.ops.adapter.reference import adapter as reference_adapter
+from a3fta_kernels.ops.adapter_bank.reference import adapter_bank as reference_adapter_bank
 from a3fta_kernels.ops.adapter_linear.reference import adapter_linear as reference_adapter_linear
 from a3fta_kernels.ops.cross_attention_adapter.reference import (
     cross_attention_adapter as reference_cross_attention_adapter,
@@ -47,7 +48,8 @@ def run_id(run: tuple[str, str, torch.dtype]) -> str:
 @dataclass(frozen=True)
 class Case:
     """One call of an op. `n` is None for `adapter`, the projection's width for the others; with
-    `heads` it is `cross_attention_adapter`, and h becomes q.
+    `heads` it is `cross_attention_adapter`, and h becomes q. With `bank` it is `adapter_bank` of so
+    many adapters, which the samples, and none, take in turns.
     """
 
     lead: tuple[int, ...] = (2, 5)
@@ -68,6 +70,7 @@ class Case:
     keys: int = 0
     mask: str = ""  # "bool" or "add", then the axes it has of b, h, m, n: "bool b n"
     text: bool = True  # whether k and v require gradients
+    bank: int = 0
 
     def __str__(self) -> str:
         plain = Case()
@@ -93,10 +96,11 @@ class Case:
             # every dtype, so that no rounding decides on which side of the jump an element lies
             draw = on_grid(draw)
         width = self.c if self.columns is None else self.columns[1]
+        bank = (self.bank,) if self.bank else ()
         found: dict[str, Any] = {
             "h": self._h(draw, width),
-            "w_down": draw(self.r, self.c, scale=self.c**-0.5, to=small),
-            "w_up": draw(self.c, self.r, scale=self.r**-0.5, to=small),
+            "w_down": draw(*bank, self.r, self.c, scale=self.c**-0.5, to=small),
+            "w_up": draw(*bank, self.c, self.r, scale=self.r**-0.5, to=small),
         }
         if self.n is not None:
             found["weight"] = draw(self.n, width, scale=width**-0.5).detach()
@@ -106,8 +110,8 @@ class Case:
             if self.columns is not None:
                 found["columns"] = (self.columns[0], self.c)
         if self.biases:
-            found["b_down"] = draw(self.r, to=small)
-            found["b_up"] = draw(self.c, to=small)
+            found["b_down"] = draw(*bank, self.r, to=small)
+            found["b_up"] = draw(*bank, self.c, to=small)
         for name in ("gamma", "beta"):
             if name in self.modulation:
                 found[name] = draw(self.lead[0], self.r, to=small)
@@ -117,6 +121,10 @@ class Case:
             else self.scale
         )
         found["activation"] = self.activation
+        if self.bank:
+            turns = torch.arange(self.lead[0], device=device)
+            found["index"] = turns % (self.bank + 1) - 1
+            found["scale"] = draw(self.bank, to=small) if self.scale == "tensor" else None
         if self.heads:
             found["q"] = found.pop("h")
             for name in ("k", "v"):
@@ -253,6 +261,8 @@ def check(
 
 def op_of(case: Case) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """The op of a case, and its specification."""
+    if case.bank:
+        return ops.adapter_bank, reference_adapter_bank
     if case.heads:
         return ops.cross_attention_adapter, reference_cross_attention_adapter
     if case.n is not None:

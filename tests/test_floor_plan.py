@@ -33,16 +33,17 @@ LAYERS = [
     ["ops.*.api"],
     ["ops.*"],
     ["ops"],
-    ["adapters.config"],
+    ["adapters.config", "adapters.timestep"],
     ["adapters.bottleneck"],
     ["adapters.*"],
     ["adapters"],
-    ["forwards", "whereabouts"],
+    ["bank", "forwards", "stack", "whereabouts"],
     ["projection"],
     ["tree"],
-    ["merging", "report", "switch"],
+    ["attention_weights"],
+    ["merging", "per_sample", "report", "switch", "timesteps"],
     ["processors.engines", "processors.family", "processors.qkv"],
-    ["processors.unet"],
+    ["processors.flux", "processors.unet"],
     ["processors.*"],
     ["processors"],
     ["attention"],
@@ -113,7 +114,10 @@ COMPOSED = {"cross_attention_adapter"}
 # ops that are a rule around PyTorch's own operator on every device
 LIBRARY = {"frozen_conv"}
 # op: its schemas in csrc/ops.cpp, where they are not <op>_forward and <op>_backward
-SCHEMAS = {"quantize": ("quantize(", "dequantize(")}
+SCHEMAS = {
+    "adapter_bank": ("adapter_bank_forward(",),
+    "quantize": ("quantize(", "dequantize("),
+}
 
 # a third-party package may be imported in these modules alone
 HOMES = {
@@ -297,6 +301,7 @@ PUBLIC = {
     "BackendStatus",
     "BackendUnavailableError",
     "InjectionReport",
+    "adapters_per_sample",
     "attn_processors",
     "backends",
     "disable_adapters",
@@ -377,7 +382,10 @@ def test_every_bench_names_an_op():
 def test_every_design_is_in_its_table():
     from a3fta_kernels.adapters import DESIGNS
 
-    files = {name for name in FILES if name.startswith("adapters.")} - {"adapters.config"}
+    files = {name for name in FILES if name.startswith("adapters.")} - {
+        "adapters.config",
+        "adapters.timestep",
+    }
     homes = {cls.__module__.removeprefix("a3fta_kernels.") for cls in DESIGNS.values()}
     assert homes == files
 

@@ -30,6 +30,8 @@ OPERATORS = {
     "adapter_backward": "(Tensor dy, Tensor h, Tensor a, Tensor w_down, Tensor w_up, "
     "Tensor? gamma, Tensor? beta, int activation, bool need_dh, bool need_dw) -> (Tensor dh, "
     "Tensor dw_down, Tensor g_up, Tensor da_sum, Tensor dy_sum, Tensor dgamma, Tensor dbeta)",
+    "adapter_bank_forward": "(Tensor h, Tensor residual, Tensor w_down, Tensor w_up, "
+    "Tensor? b_down, Tensor? b_up, Tensor scale, Tensor index, int activation) -> Tensor y",
     "adapter_down": "(Tensor h, Tensor w_down, Tensor? b_down, Tensor? gamma, Tensor? beta, "
     "int activation) -> (Tensor a, Tensor z)",
     "adapter_up": "(Tensor z, Tensor v, Tensor? bias, Tensor? residual) -> Tensor",

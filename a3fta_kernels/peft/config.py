@@ -18,13 +18,20 @@ from ..inject import plan_injection
 from ..peft_file import NAME
 from ..tree import denoiser
 
+# fields of `AdapterConfig` that are the same here
+SAME = (
+    "rank", "activation", "scale", "design", "dropout", "layer_norm", "drop_path", "time_window",
+    "time_rank",
+)  # fmt: skip
+
 
 @dataclass
 class A3FTAConfig(PeftConfig):
     """The adapter, and where PEFT puts it.
 
     Args:
-        rank, activation, scale, design, dropout: as in `AdapterConfig`.
+        rank, activation, scale, design, dropout, layer_norm, drop_path, time_window, time_rank:
+            as in `AdapterConfig`.
         use_bias: `AdapterConfig.bias`; in PEFT, `bias` is about the base's own.
         target_modules: the linear layers that get an adapter in front, by PEFT's rule: names or
             ends of names, or a regular expression of the whole name. None: the layers that consume
@@ -49,6 +56,10 @@ class A3FTAConfig(PeftConfig):
     target_modules: Any = None
     rank_pattern: Any = field(default_factory=dict)
     dtype: Any = None
+    layer_norm: bool = False
+    drop_path: float = 0.0
+    time_window: Any = None
+    time_rank: Any = None
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -78,15 +89,11 @@ class A3FTAConfig(PeftConfig):
         for key in pattern:
             check_regex("rank_pattern", key)
         return AdapterConfig(
-            rank=self.rank,
-            activation=self.activation,
-            scale=self.scale,
-            design=self.design,
             bias=self.use_bias,
-            dropout=self.dropout,
             targets=_searched(self.target_modules),
             rank_pattern={_ending(f"(?:{key})"): rank for key, rank in pattern.items()},
             dtype=None if self.dtype is None else DTYPES[self.dtype],
+            **{name: getattr(self, name) for name in SAME},
         )
 
     @classmethod
@@ -99,6 +106,8 @@ class A3FTAConfig(PeftConfig):
         """
         if not isinstance(config, AdapterConfig):
             raise TypeError(f"config: expected an AdapterConfig, got {describe(config)}")
+        if config.train != "adapter":
+            raise ValueError(f"config: expected train='adapter', as in PEFT, got {config.train!r}")
         if config.targets is not None:
             if model is None:
                 raise ValueError(
@@ -108,14 +117,10 @@ class A3FTAConfig(PeftConfig):
             plan = plan_injection(denoiser(model), config, "of-peft", "auto")
             options = {"target_modules": list(plan.targets), **options}
         return cls(
-            rank=config.rank,
-            activation=config.activation,
-            scale=config.scale,
-            design=config.design,
             use_bias=config.bias,
-            dropout=config.dropout,
             rank_pattern={f".*(?:{key}).*": rank for key, rank in config.rank_pattern.items()},
             dtype=config.dtype,
+            **{name: getattr(config, name) for name in SAME},
             **options,
         )
 

@@ -17,10 +17,10 @@ from ..projection import (
     AdaptedProjectionMixin,
     Columns,
     Merged,
-    Weighted,
     span,
     unreadable_weight,
 )
+from ..stack import Weighted
 
 
 class _Around(nn.Module):
@@ -41,6 +41,7 @@ class A3FTALinear(AdaptedProjectionMixin, _Around, BaseTunerLayer):
     """
 
     foreign = True
+    banks = None
     adapter_layer_names = ("a3fta_adapters",)
     other_param_names = ("r", "scaling")
 
@@ -78,6 +79,14 @@ class A3FTALinear(AdaptedProjectionMixin, _Around, BaseTunerLayer):
     def merged(self) -> Merged | None:  # type: ignore[override]
         return None if self._merged is None else self._merged[0]
 
+    def choose(self, weights: dict[str, float]) -> None:
+        """PEFT does."""
+
+    def active(self) -> list[Weighted]:
+        if not self.enabled or self.merged is not None:
+            return []
+        return [(self.a3fta_adapters[n], weight) for n, weight in self.weights.items()]  # type: ignore[misc]
+
     def forward(
         self, h: Tensor, residual: Tensor | None = None, beside: Sequence[Weighted] = ()
     ) -> Tensor:
@@ -94,7 +103,7 @@ class A3FTALinear(AdaptedProjectionMixin, _Around, BaseTunerLayer):
         return unreadable_weight(base.weight)
 
     # the weight, and its keys in a state dict, are the base layer's
-    _load_from_state_dict = nn.Module._load_from_state_dict
+    _load_from_state_dict = nn.Module._load_from_state_dict  # type: ignore[assignment]
 
     # what PEFT and diffusers ask of a layer
 

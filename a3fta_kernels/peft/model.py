@@ -14,6 +14,7 @@ from ..backends import resolve
 from ..inject import adapter_device, adapter_dtype
 from ..processors import FAMILIES, family_of
 from ..projection import AdaptedProjectionMixin, Columns, span
+from ..timesteps import check_timed, follow, unfollow
 from ..tree import plain_name
 from .config import A3FTAConfig
 from .layer import A3FTALinear
@@ -37,7 +38,12 @@ class A3FTAModel(BaseTuner):
                 # a copy: the user may give the same config to another model
                 targets = _targets(model, self.columns)
                 self.peft_config[adapter_name] = dataclasses.replace(config, target_modules=targets)
+            timed = config.to_adapter_config().timed
+            if timed:
+                check_timed(model)
             super().inject_adapter(model, adapter_name, *args, **options)
+            if timed:
+                follow(model, family_of(model).timesteps)
         except Exception:
             self.peft_config.pop(adapter_name, None)
             raise
@@ -79,6 +85,7 @@ class A3FTAModel(BaseTuner):
     ) -> Any:  # fmt: skip
         if merge:
             self._check_all_merge(adapter_names, safe_merge)
+        unfollow(self.model)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _check_all_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
@@ -95,9 +102,8 @@ class A3FTAModel(BaseTuner):
 
 def attention_columns(model: nn.Module) -> dict[str, Columns]:
     """The layers that consume attention, by their names without PEFT, and which of their columns
-    do; empty for a model of no known family."""
-    family = family_of(model)
-    sites = [] if family is None else family.sites(model)
+    do; empty where none is found."""
+    sites = family_of(model).sites(model)
     return {plain_name(full): site.columns for site in sites for full in site.projections}
 
 

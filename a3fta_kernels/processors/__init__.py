@@ -7,8 +7,45 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import flux, pixart, unet
-from .family import Family, Site, class_names
+from . import (
+    ace_step,
+    allegro,
+    audioldm2,
+    auraflow,
+    bria,
+    chroma,
+    cogvideox,
+    cogview,
+    cosmos,
+    dit,
+    easyanimate,
+    flux,
+    flux2,
+    hidream,
+    hunyuan_dit,
+    hunyuan_video,
+    kandinsky5,
+    latte,
+    longcat,
+    ltx,
+    lumina,
+    mochi,
+    omnigen,
+    ovis,
+    pixart,
+    prx,
+    qwen,
+    sana,
+    sana_video,
+    sd3,
+    stable_audio,
+    structure,
+    unet,
+    video_unet,
+    wan,
+    z_image,
+)
+from .family import Family, Site, class_names, processor_of
 from .unet import A3FTAAttnAddedKVProcessor, A3FTAAttnProcessor, A3FTAFusedAttnProcessor
 
 FAMILIES: dict[str, Family] = {
@@ -16,16 +53,49 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *unet.FAMILIES,
         pixart.FAMILY,
+        dit.FAMILY,
+        latte.FAMILY,
+        sd3.FAMILY,
         flux.FAMILY,
-        unet.ATTENTION,
+        chroma.FAMILY,
+        bria.FAMILY,
+        longcat.FAMILY,
+        ovis.FAMILY,
+        flux2.FAMILY,
+        auraflow.FAMILY,
+        hunyuan_dit.FAMILY,
+        lumina.FAMILY,
+        sana.FAMILY,
+        cogview.FAMILY,
+        hidream.FAMILY,
+        omnigen.FAMILY,
+        qwen.FAMILY,
+        z_image.FAMILY,
+        prx.FAMILY,
+        ace_step.FAMILY,
+        allegro.FAMILY,
+        audioldm2.FAMILY,
+        cogvideox.FAMILY,
+        cosmos.FAMILY,
+        easyanimate.FAMILY,
+        *hunyuan_video.FAMILIES,
+        kandinsky5.FAMILY,
+        *ltx.FAMILIES,
+        mochi.FAMILY,
+        sana_video.FAMILY,
+        stable_audio.FAMILY,
+        *video_unet.FAMILIES,
+        wan.FAMILY,
+        structure.FAMILY,
     )
 }
 
 
-def family_of(model: nn.Module) -> Family | None:
-    """The first family that the model belongs to."""
+def family_of(model: nn.Module) -> Family:
+    """The first family that the model belongs to; the last one, by structure, takes any."""
     names = class_names(model)
-    return next((f for f in FAMILIES.values() if not names.isdisjoint(f.holds)), None)
+    found = (f for f in FAMILIES.values() if not names.isdisjoint(f.holds))
+    return next(found, structure.FAMILY)
 
 
 __all__ = [
@@ -36,4 +106,5 @@ __all__ = [
     "Family",
     "Site",
     "family_of",
+    "processor_of",
 ]

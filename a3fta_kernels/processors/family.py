@@ -6,8 +6,9 @@ attributes of the attention layer (`OUTPUTS`), which `sites` finds. Their file s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from diffusers.models.attention import AttentionModuleMixin
@@ -24,6 +25,7 @@ class Site(NamedTuple):
 
     columns: (start, length) of those layers' input that is attention; None: all of it.
     reason: why there is no such layer, where `projections` is empty.
+    unsure: full name -> doubt, of layers that may be such: adapted where `targets` names one.
     """
 
     name: str
@@ -31,11 +33,18 @@ class Site(NamedTuple):
     projections: dict[str, nn.Module]  # full name -> layer, PEFT's wrapper included
     columns: tuple[int, int] | None = None
     reason: str = "no linear layer of its own consumes it"
+    unsure: Mapping[str, str] = MappingProxyType({})
 
 
 def is_attention(module: nn.Module) -> bool:
     """Whether it is of one of the two classes that diffusers' attention layers derive from."""
     return isinstance(module, (Attention, AttentionModuleMixin))
+
+
+def processor_of(attention: nn.Module) -> Any | None:
+    """Its processor; None where the layer has none: not all are diffusers'."""
+    get: Any = getattr(attention, "get_processor", None)
+    return getattr(attention, "processor", None) if get is None else get()
 
 
 def sites(model: nn.Module) -> Iterator[Site]:
@@ -80,6 +89,8 @@ class Family:
     processor_for: our processor in the place of a stock one, None for one it does not know.
     owns: whether a processor is one of ours.
     joinable: groups of projections of one input (q, k, v) that our processor computes together.
+    timesteps: what the forward's timestep is multiplied by to run from 0 to 1000.
+    by_structure: `sites` is a reading of names and shapes, of a model that no row is about.
 
     Without processors of ours every stock one stays. They call the layer behind attention as a
     module, which is all that adapters need.
@@ -91,6 +102,8 @@ class Family:
     processor_for: Callable[[Any], Any | None] = _none
     owns: Callable[[Any], bool] = _no
     joinable: Callable[[Any], list[tuple[nn.Module, ...]]] = _nothing
+    timesteps: float = 1.0
+    by_structure: bool = False
 
 
 def class_names(model: nn.Module) -> set[str]:

@@ -1,7 +1,8 @@
-"""The U-Net family: every model built on diffusers' `Attention` layer.
+"""The U-Nets of images: `to_out[0]` of every attention layer.
 
-UNet2DConditionModel (SD1.x, SD2.x, SDXL; Kandinsky with added keys and values), UNet2DModel, and
-others whose attention is followed by `to_out[0]`.
+UNet2DConditionModel (SD1.x, SD2.x, SDXL, Kolors; Kandinsky 2 with added keys and values), its
+ControlNet, Kandinsky 3, UNet2DModel; and our processors for all models whose attention layers have
+those of the U-Nets.
 """
 
 from __future__ import annotations
@@ -272,6 +273,7 @@ def family(name: str, *holds: str) -> Family:
     return Family(name, holds, processor_for=processor_for, owns=owns, joinable=joinable)
 
 
-FAMILIES = (family("unet_condition", "UNet2DConditionModel"), family("unet", "UNet2DModel"))
-# whatever else is built on `Attention`
-ATTENTION = family("attention", "Attention")
+FAMILIES = (
+    family("unet_condition", "UNet2DConditionModel", "ControlNetModel", "Kandinsky3UNet"),
+    family("unet", "UNet2DModel"),
+)

@@ -2,6 +2,7 @@
 // A3FTA_ISA naming it and the compiler flags to match.
 
 #include "backward.h"
+#include "bank.h"
 #include "forward.h"
 #include "geglu.h"
 #include "group_norm.h"
@@ -22,6 +23,7 @@ const Kernels A3FTA_ISA = {
     A3FTA_NAME(A3FTA_ISA),
     {Forward<double>::forward, Forward<float>::forward, Forward<BFloat16>::forward,
      Forward<Float16>::forward},
+    {Bank<double>::forward, Bank<float>::forward, Bank<BFloat16>::forward, Bank<Float16>::forward},
     {Forward<double>::up, Forward<float>::up, Forward<BFloat16>::up, Forward<Float16>::up},
     {Backward<double>::backward, Backward<float>::backward, Backward<BFloat16>::backward,
      Backward<Float16>::backward},

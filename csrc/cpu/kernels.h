@@ -45,6 +45,20 @@ struct ForwardArgs {
   Matrix a, z, y;  // z, y: null where not wanted
 };
 
+// y_b = residual_b + scale[k] * (act(h_b @ w_down[k].T + b_down[k]) @ w_up[k].T + b_up[k]) for each
+// sample b of rows / samples rows, k = index[b]; y_b = residual_b where k is -1
+struct BankArgs {
+  int64_t rows, channels, rank, samples, adapters;
+  int activation;
+  Matrix h, residual;
+  const void *w_down, *w_up;  // (adapters, R, C), (adapters, C, R)
+  const void* b_down = nullptr;  // (adapters, R)
+  const void* b_up = nullptr;    // (adapters, C)
+  const void* scale;             // (adapters,) in the accumulation dtype
+  const int32_t* index;          // (samples,), -1 or below `adapters`
+  Matrix y;
+};
+
 // out = residual + bias + x @ w.T (w: (columns, rank)) or x @ w (w: (rank, columns))
 struct UpArgs {
   int64_t rows, columns, rank;
@@ -134,6 +148,7 @@ struct LayerNormArgs {
 struct Kernels {
   const char* name;
   void (*forward[kDTypes])(const Host&, const ForwardArgs&);
+  void (*bank[kDTypes])(const Host&, const BankArgs&);
   void (*up[kDTypes])(const Host&, const UpArgs&);
   void (*backward[kDTypes])(const Host&, const BackwardArgs&);
   void (*outer[kDTypes])(const Host&, const OuterArgs&);

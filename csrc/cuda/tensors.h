@@ -86,6 +86,22 @@ class Call {
     return t.has_value() ? matrix(name, *t, rows, cols) : Matrix{};
   }
 
+  // the data of a contiguous tensor of this shape
+  void* dense(const char* name, const Tensor& t, std::initializer_list<int64_t> shape) const {
+    bool fits = t.dim() == static_cast<int64_t>(shape.size()) && t.is_contiguous();
+    std::string expected;
+    int64_t i = 0;
+    for (const int64_t n : shape) {
+      fits = fits && t.size(i++) == n;
+      expected += (expected.empty() ? "" : ", ") + std::to_string(n);
+    }
+    STD_TORCH_CHECK(fits, name, ": expected a contiguous (", expected, ") tensor, got ",
+                    describe(t));
+    STD_TORCH_CHECK(t.get_device_index() == device_, name, ": expected device ", device_,
+                    ", got ", t.get_device_index());
+    return t.data_ptr();
+  }
+
   Vector vector(const char* name, const OptionalTensor& t, int64_t size) const {
     if (!t.has_value()) return {};
     STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == size && t->is_contiguous(), name,
@@ -105,6 +121,15 @@ class Call {
     return result;
   }
 
+  void same(const char* name, const Tensor& t) const {
+    STD_TORCH_CHECK(t.scalar_type() == like_.scalar_type(), name,
+                    ": expected the dtype of the first tensor, ",
+                    torch::headeronly::toString(like_.scalar_type()), ", got ",
+                    torch::headeronly::toString(t.scalar_type()));
+    STD_TORCH_CHECK(t.get_device_index() == device_, name, ": expected device ", device_,
+                    ", got ", t.get_device_index());
+  }
+
  private:
   const void* per_sample(const char* name, const OptionalTensor& t, int64_t rows, int64_t rank,
                          Modulation& result) const {
@@ -117,15 +142,6 @@ class Call {
     if (rows > 0) result.rows_per_sample = rows / samples;
     same(name, *t);
     return t->data_ptr();
-  }
-
-  void same(const char* name, const Tensor& t) const {
-    STD_TORCH_CHECK(t.scalar_type() == like_.scalar_type(), name,
-                    ": expected the dtype of the first tensor, ",
-                    torch::headeronly::toString(like_.scalar_type()), ", got ",
-                    torch::headeronly::toString(t.scalar_type()));
-    STD_TORCH_CHECK(t.get_device_index() == device_, name, ": expected device ", device_,
-                    ", got ", t.get_device_index());
   }
 
   static std::string describe(const Tensor& t) {

@@ -291,13 +291,13 @@ __device__ __forceinline__ void multiply_resident(Accumulator<T, N>& acc, const 
       });
 }
 
-// y[row0.., n0..n_end) = acc + bias + residual, rounded once. `stage` may share the memory of the
+// y[row0.., n0..n_end) = acc + factor * bias + residual, rounded once. `stage` may share the memory of the
 // tiles: on entry no thread still uses it, on return none does.
 template <int N, typename T>
 __device__ __forceinline__ void store_block(const Accumulator<T, N>& acc, float* stage,
                                             int64_t row0, int64_t rows, int64_t n0, int64_t n_end,
                                             const Vector& bias, const View<T>& residual, T* y,
-                                            int64_t y_stride) {
+                                            int64_t y_stride, float factor = 1.0f) {
   acc.store(stage, kStageStride<N>);
   __syncthreads();
   for (int i = threadIdx.x; i < kBlockM * N; i += kThreads) {
@@ -306,7 +306,7 @@ __device__ __forceinline__ void store_block(const Accumulator<T, N>& acc, float*
     const int64_t n = n0 + i % N;
     if (m < rows && n < n_end) {
       float value = stage[row * kStageStride<N> + i % N];
-      if (bias.data != nullptr) value += at<T>(bias, n);
+      if (bias.data != nullptr) value += factor * at<T>(bias, n);
       if (residual.data != nullptr) value += to_float(residual.data[m * residual.stride + n]);
       y[m * y_stride + n] = from_float<T>(value);
     }

@@ -27,7 +27,9 @@ def library(tmp_path_factory):
     return build_library(tmp_path_factory.mktemp("emulated"))
 
 
-@pytest.mark.parametrize("module", ["run_ops", "run_hopper", "run_elementwise", "run_norms"])
+@pytest.mark.parametrize(
+    "module", ["run_ops", "run_bank", "run_hopper", "run_elementwise", "run_norms"]
+)
 def test_results(module, library):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", f"tests.cuda_emulator.{module}", str(library)],

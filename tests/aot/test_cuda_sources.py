@@ -24,6 +24,8 @@ SHARED_LIMIT = 99 * 1024
 KERNELS = {
     "adapter_kernel": 6,
     "adapter_rows_kernel": 6,
+    "bank_kernel": 3,
+    "bank_rows_kernel": 6,
     "adapter_cluster_kernel": 6,
     "cluster_forward_kernel": 6,
     "product_kernel": 6,
@@ -43,10 +45,13 @@ KERNELS = {
 }
 MATRIX_KERNELS = (
     "adapter_kernel", "adapter_rows_kernel", "adapter_cluster_kernel", "cluster_forward_kernel",
-    "product_kernel", "adapter_linear_kernel", "row_product_kernel",
+    "bank_kernel", "bank_rows_kernel", "product_kernel", "adapter_linear_kernel",
+    "row_product_kernel",
 )  # fmt: skip
 # the kernels that read and write each element once: how they must do it
-STREAMING = ("adapter_rows_kernel", "adapter_cluster_kernel", "cluster_forward_kernel")
+STREAMING = (
+    "adapter_rows_kernel", "bank_rows_kernel", "adapter_cluster_kernel", "cluster_forward_kernel",
+)  # fmt: skip
 STREAMED = ("LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "STG.E.128")
 # the kernels without products, and the vectors they read and write where addresses allow it: of 16
 # bytes, codes of eight
@@ -62,6 +67,7 @@ NORMS = ("layer_norm_kernel", "norm_group_kernel", "norm_last_kernel", "norm_run
 # the most that leave room for the blocks a kernel is planned for: two of 256 threads; four
 REGISTERS = {
     "adapter_rows_kernel": 128,
+    "bank_rows_kernel": 128,
     **dict.fromkeys(ELEMENTWISE, 64),
     **dict.fromkeys(NORMS, 64),
     "norm_last_kernel": 96,

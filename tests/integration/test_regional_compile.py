@@ -63,7 +63,7 @@ def test_steps_compile_nothing_anew(name: str):
 
 
 def test_lean_blocks_and_mixing_weights():
-    """Lean blocks are found by their stock name; other weights compile once more, at the first."""
+    """Lean blocks are found by their stock name; other weights compile nothing anew."""
     model, batch = adapted("sdxl", "default", "other")
     weights = [(1.0, 1.0), (0.5, 1.5), (0.25, 0.75)]
     expected = []
@@ -77,7 +77,7 @@ def test_lean_blocks_and_mixing_weights():
         a3fta.set_adapters(model, ["default", "other"], chosen)
         assert_close(step(model, batch), wanted)
         seen.append(graphs())
-    assert 0 < seen[0] < seen[1] == seen[2] <= 2 * seen[0], seen
+    assert seen[0] > 0 and len(set(seen)) == 1, seen
 
 
 def assert_close(

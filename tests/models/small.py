@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -10,21 +10,36 @@ import torch
 from torch import Tensor, nn
 
 Draw = Callable[..., Tensor]  # draw(*shape): normal numbers
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Small(NamedTuple):
-    """A model with random weights that runs in milliseconds.
+    """A model with random weights that runs in milliseconds, and what is true of it.
 
     make: builds it. inputs(draw, batch): the arguments of its forward. family: its row in
     `processors.FAMILIES`. projections: regular expression (whole name) -> how many of the adapted
     layers match; every one matches one. columns: the same, for those that read more than attention.
+    idle: the same -> why nothing reads the layer's output, so that its adapter cannot train.
+    other: the same -> what its input is, where softmax attention does not return it as it is.
+    lean: block class -> how many blocks are rebuilt at level "block"; the rest stays stock. None:
+    it has no module that lean knows at any level.
+    reads_numbers: where the stock model reads numbers of a tensor, so that it has no ledger and is
+    more than one graph. takes_sizes: which sizes it takes from numbers, which leaves it one graph.
+    forgets: what the stock model forgets when it is checkpointed. refuses: why it raises then.
     """
 
     make: Callable[[], nn.Module]
     inputs: Callable[[Draw, int], dict[str, Any]]
     family: str
-    projections: dict[str, int]
-    columns: Mapping[str, tuple[int, int]] = MappingProxyType({})
+    projections: Mapping[str, int]
+    columns: Mapping[str, tuple[int, int]] = NOTHING
+    idle: Mapping[str, str] = NOTHING
+    other: Mapping[str, str] = NOTHING
+    lean: Mapping[str, int] | None = NOTHING
+    reads_numbers: str = ""
+    takes_sizes: str = ""
+    forgets: str = ""
+    refuses: str = ""
 
     def build(self, seed: int = 0) -> nn.Module:
         """The model, always with the same weights and none of them zero, in eval mode."""
@@ -50,7 +65,13 @@ class Small(NamedTuple):
 
 
 def output(found: Any) -> Tensor:
-    """The first tensor of what a model returns."""
-    while not isinstance(found, Tensor):
-        found = found[0]
-    return found
+    """Every tensor that a model returns, as one row of numbers."""
+    return torch.cat([tensor.flatten() for tensor in _tensors(found)])
+
+
+def _tensors(found: Any) -> Iterator[Tensor]:
+    if isinstance(found, Tensor):
+        yield found
+    else:
+        for part in found:
+            yield from _tensors(part)

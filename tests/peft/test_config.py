@@ -47,13 +47,20 @@ def test_bad_settings(options: dict[str, Any], error: type[Exception], match: st
 def test_every_setting_of_an_adapter_is_there():
     own = {f.name for f in dataclasses.fields(A3FTAConfig)}
     names = {f.name for f in dataclasses.fields(a3fta.AdapterConfig)}
-    assert names - {"bias", "targets"} <= own and {"use_bias", "target_modules"} <= own
+    assert names - {"bias", "targets", "train"} <= own and {"use_bias", "target_modules"} <= own
+
+
+def test_training_attention_too_is_for_inject():
+    config = a3fta.AdapterConfig(train="adapter+attention")
+    with pytest.raises(ValueError, match="train='adapter', as in PEFT"):
+        A3FTAConfig.from_adapter_config(config)
 
 
 CONFIGS = [
     {},
     {"rank": 3, "activation": "identity", "scale": 0.5, "bias": False, "dropout": 0.25},
     {"design": "gated", "dtype": torch.bfloat16},
+    {"layer_norm": True, "drop_path": 0.1, "time_window": (0.0, 500.0), "time_rank": 2},
     {"rank_pattern": {"^down": 2, r"attn1|up_blocks\.0": 3, "0$": 5}},
     {"targets": ("attn2", "mid_block")},
     {"targets": r"^up.*attn1"},

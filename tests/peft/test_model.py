@@ -211,7 +211,7 @@ def twin_named(twin: Any) -> Any:
     """With its adapter "a" called "default"."""
     for layer in a3fta.projections(twin).values():
         layer.adapters["default"] = layer.adapters.pop("a")
-        layer.weights = {"default": layer.weights.pop("a")}
+        layer.choose({"default": layer.weights["a"]})
     return twin
 
 
@@ -275,7 +275,24 @@ def test_dropout_follows_the_model():
     adapters = [m.a3fta_adapters["a"] for m in layers(model).values()]
     assert not any(adapter.training for adapter in adapters)
     model.train()
-    assert all(adapter.mask(2, torch.device("cpu")) is not None for adapter in adapters)
+    assert all(adapter.kept(2, torch.device("cpu")) is not None for adapter in adapters)
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_time_aware(name: str):
+    source = injected(name, {"a": 3}, design="film")
+    model = stock(name)
+    added(model, source, "a")
+    early, late = (models.inputs(name) for _ in range(2))
+    late["timestep"] = late["timestep"] * 0 + 0.9
+    with torch.no_grad():
+        expected = [source(**batch).sample for batch in (early, late)]
+        found = [model(**batch).sample for batch in (early, late)]
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    with pytest.raises(ValueError, match="timestep"):
+        peft.inject_adapter_in_model(A3FTAConfig(design="film"), stock(name).get_submodule(
+            "mid_block" if name == "sd15" else "single_transformer_blocks"
+        ))  # fmt: skip
 
 
 def test_half_precision_bases_train_in_float32():

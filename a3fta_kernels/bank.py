@@ -1,0 +1,156 @@
+"""Banks: a layer's adapters side by side, each sample of the batch with one of its own.
+
+What `adapters_per_sample` puts on the adapted layers while its block runs. Adapters of different
+ranks are padded with zeros; those of different activations are banks of their own, which one sample
+after the other passes through: in all but one of them it has no adapter.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from .adapters import BottleneckAdapter
+from .adapters.bottleneck import Tensors
+
+
+@dataclass
+class Batch:
+    """What the layers of a model know of its batch: how many samples its last forward had."""
+
+    samples: int | None = None  # None: the layers run on their own
+
+
+class Stacked(NamedTuple):
+    """w_down (K, R, C), w_up (K, C, R), b_down (K, R), b_up (K, C)."""
+
+    w_down: Tensor
+    w_up: Tensor
+    b_down: Tensor | None
+    b_up: Tensor | None
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Adapters of one activation, and which of them each named sample has."""
+
+    adapters: tuple[BottleneckAdapter, ...]
+    stacked: Stacked  # a copy, in the dtype of the layer
+    scale: Tensor  # (K,)
+    index: Tensor  # (B,) int32; -1: none of these
+    activation: str
+    batch: Batch
+
+    def __call__(self, h: Tensor, backend: str) -> Tensor:
+        """h (n, ..., C), each sample with its adapter, n a multiple of B."""
+        trains = torch.is_grad_enabled() and any(
+            p.requires_grad for adapter in self.adapters for p in adapter.parameters()
+        )
+        # gradients go to the adapters themselves
+        w_down, w_up, b_down, b_up = stacked(self.adapters) if trains else self.stacked
+        return ops.adapter_bank(
+            h, w_down, w_up, self.places(len(h)), b_down, b_up, scale=self.scale,
+            activation=self.activation, backend=backend,
+        )  # fmt: skip
+
+    def places(self, rows: int) -> Tensor:
+        """The index of a layer's batch of `rows`.
+
+        Guidance concatenates whole batches, one after the other; layers of video models have the
+        frames (or places) of a sample side by side, one sample after the other.
+        """
+        named, samples = len(self.index), self.batch.samples
+        if samples is None or rows < samples:
+            samples = rows
+        check_batch(samples, named)
+        if rows % samples:
+            raise ValueError(
+                f"h: expected a batch that is a multiple of the model's, {samples}, got {rows}"
+            )
+        index = self.index
+        if samples > named:
+            index = index.repeat(samples // named)
+        return index if rows == samples else index.repeat_interleave(rows // samples)
+
+    def sized_freely(self) -> Bank:
+        """Itself: for another number of adapters, or another rank, compiled code stays."""
+        dynamo = sys.modules.get("torch._dynamo")
+        if dynamo is None:  # nothing is compiled; its import takes a second
+            return self
+        w_down, w_up, b_down, b_up = self.stacked
+        for tensor, dims in ((w_down, (0, 1)), (w_up, (0, 2)), (b_down, (0, 1)), (b_up, (0,))):
+            if tensor is not None:
+                dynamo.maybe_mark_dynamic(tensor, dims)
+        dynamo.maybe_mark_dynamic(self.scale, 0)
+        return self
+
+    def moved(self, fn: Callable[[Tensor], Tensor]) -> Bank:
+        """With what a module's `to`, `cuda` or `half` does to its tensors."""
+        index = fn(self.index)
+        made = Stacked(*(None if t is None else fn(t) for t in self.stacked))  # type: ignore[arg-type]
+        scale = self.scale.to(index.device)
+        return replace(self, stacked=made, scale=scale, index=index).sized_freely()
+
+
+def check_batch(samples: int, named: int) -> None:
+    if samples % named:
+        raise ValueError(
+            f"model: expected a batch of {named} samples, as many as have names, or a multiple of "
+            f"that (guidance doubles a batch), got {samples}"
+        )
+
+
+def banks_of(
+    adapters: list[BottleneckAdapter | None], dtype: torch.dtype | None, batch: Batch
+) -> tuple[Bank, ...]:
+    """The banks of a layer for samples with these adapters; dtype None: that of the adapters."""
+    found = []
+    for activation in dict.fromkeys(a.activation for a in adapters if a is not None):
+        own = dict.fromkeys(a for a in adapters if a is not None and a.activation == activation)
+        order = {adapter: k for k, adapter in enumerate(own)}
+        # compiled code has a size of 1 for a constant
+        members = (*order, *[next(iter(order))] * (len(order) == 1 < len(adapters)))
+        # a tensor made in inference mode could not serve a forward outside it
+        with torch.inference_mode(False), torch.no_grad():
+            made = stacked(members)
+            if dtype is not None:
+                made = Stacked(*(None if t is None else t.to(dtype) for t in made))  # type: ignore[arg-type]
+        wide = torch.float64 if made.w_down.dtype == torch.float64 else torch.float32
+        device = made.w_down.device
+        scale = torch.tensor([a.scale for a in members], dtype=wide, device=device)
+        index = [-1 if a is None else order.get(a, -1) for a in adapters]
+        places = torch.tensor(index, dtype=torch.int32, device=device)
+        found.append(Bank(members, made, scale, places, activation, batch).sized_freely())
+    return tuple(found)
+
+
+def stacked(adapters: tuple[BottleneckAdapter, ...]) -> Stacked:
+    """The adapters' tensors side by side, padded with zeros to the largest rank."""
+    own: list[Tensors] = [adapter() for adapter in adapters]
+    rank = max(len(t.w_down) for t in own)
+    w_down = _side_by_side([F.pad(t.w_down, (0, 0, 0, rank - len(t.w_down))) for t in own])
+    w_up = _side_by_side([F.pad(t.w_up, (0, rank - t.w_up.shape[1])) for t in own])
+    b_down = b_up = None
+    if any(t.b_down is not None for t in own):
+        biases = [_or_zeros(t.b_down, t.w_down[:, 0]) for t in own]
+        b_down = _side_by_side([F.pad(b, (0, rank - len(b))) for b in biases])
+        b_up = _side_by_side([_or_zeros(t.b_up, t.w_up[:, 0]) for t in own])
+    return Stacked(w_down, w_up, b_down, b_up)
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    dtype = parts[0].dtype
+    for part in parts[1:]:
+        dtype = torch.promote_types(dtype, part.dtype)
+    return torch.stack([part.to(dtype) for part in parts])
+
+
+def _or_zeros(x: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if x is None else x

@@ -1,0 +1,3 @@
+from .api import adapter_bank
+
+__all__ = ["adapter_bank"]

@@ -1,0 +1,121 @@
+"""adapters_per_sample: one batch, and each of its samples with its own adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .adapters import BottleneckAdapter
+from .attention_weights import owned
+from .bank import Bank, Batch, banks_of, check_batch
+from .checks import describe
+from .ops.rule import autocast_dtype
+from .ops.validate import FLOATS
+from .projection import AdaptedProjectionMixin
+from .tree import adapted, check_known, check_one_batch, check_unmerged, denoiser, projections
+
+
+@contextlib.contextmanager
+def adapters_per_sample(model: Any, names: Sequence[str | None]) -> Iterator[None]:
+    """Inside the block, sample b of a batch has the adapter names[b] alone; None: no adapter.
+
+        with a3fta.adapters_per_sample(pipe, ["anna", None, "ben", "ben"]), torch.no_grad():
+            images = pipe(prompt=four_prompts).images
+
+    One forward serves them all, each as if it ran alone with its adapter (of weight 1): the
+    adapters of a layer are stacked when the block begins, and one kernel reads, per block of rows,
+    those of the sample it is in (`ops.adapter_bank`). Adapters may differ in rank, design, bias and
+    activation (one pass per activation), and in the layers they have.
+
+    The model's batch is len(names), or a multiple of it: guidance concatenates the batch with
+    itself, and so are the names. `disabled` works inside, and what `set_adapters` chose acts again
+    after the block. The stacked copy does not see the adapters change; with gradients on it is made
+    anew in every forward, and adapters train.
+
+    Raises:
+        TypeError, ValueError: names the model does not have (the message lists the known), no
+            names, merged layers, another such block, dropout in training, time-aware designs, or
+            attention that trains beside an adapter. Nothing is changed then. In a forward: a
+            batch that is no multiple of len(names).
+    """
+    root = denoiser(model)
+    layers = adapted(root)
+    chosen = _names(names)
+    check_known("names", [n for n in chosen if n is not None], layers.values())
+    check_unmerged(layers, "choose adapters")
+    check_one_batch(layers, "begin another")
+    trained = [owner for _, owner, own in owned(root) if owner in chosen or not own.away]
+    if trained:
+        raise ValueError(
+            f"names: expected adapters alone, got {trained[0]!r}, with which attention's own "
+            f"weights train, for all samples of a batch"
+        )
+    batch = Batch()
+    made = {name: _banks(name, layer, chosen, batch) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.banks = made[name]
+    handle = root.register_forward_pre_hook(_Note(root, batch, len(chosen)), with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for layer in projections(root).values():
+            layer.banks = None
+
+
+class _Note:
+    """A hook: notes the batch of the model's forward, for the layers in which one sample has many
+    rows of the batch."""
+
+    def __init__(self, root: nn.Module, batch: Batch, named: int) -> None:
+        self.first = next(iter(inspect.signature(root.forward).parameters))
+        self.batch = batch
+        self.named = named
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        samples: Tensor | Sequence[Any] = args[0] if args else kwargs[self.first]
+        check_batch(len(samples), self.named)
+        self.batch.samples = len(samples)
+
+
+def _names(names: Any) -> list[str | None]:
+    chosen: list[Any] = list(names) if isinstance(names, (list, tuple)) else [0]
+    if not all(n is None or isinstance(n, str) for n in chosen):
+        raise TypeError(
+            f"names: expected a list with the name of an adapter, or None, for each sample, "
+            f"got {describe(names)}"
+        )
+    if not chosen:
+        raise ValueError("names: expected at least one sample, got []")
+    return chosen
+
+
+def _banks(
+    name: str, layer: AdaptedProjectionMixin, names: list[str | None], batch: Batch
+) -> tuple[Bank, ...]:
+    found: dict[str, Any] = dict(layer.adapters.items())
+    own: list[BottleneckAdapter | None] = [found.get(n) if n is not None else None for n in names]
+    for adapter_name, adapter in zip(names, own, strict=True):
+        reason = None if adapter is None else _why_not(adapter)
+        if reason is not None:
+            raise ValueError(f"names: expected {reason}, got {adapter_name!r} at {name}")
+    # quantized weights and those cast for storage say nothing of what the layer computes in
+    dtype = autocast_dtype(layer.weight) if layer.weight.dtype in FLOATS else None
+    return banks_of(own, dtype, batch)
+
+
+def _why_not(adapter: BottleneckAdapter) -> str | None:
+    """What the adapter would have to be for the op to compute it; None where it is."""
+    config = adapter.config
+    if adapter.timed:
+        return f"adapters that are the same at all timesteps (design={config.design!r})"
+    if config.layer_norm:
+        return "adapters that read h as it is (layer_norm=True)"
+    if adapter.training and (adapter.dropout or config.drop_path):
+        drops = f"dropout={adapter.dropout}, drop_path={config.drop_path}"
+        return f"adapters without dropout, or model.eval() ({drops})"
+    return None
