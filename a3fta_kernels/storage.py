@@ -23,7 +23,8 @@ from .attention_weights import trained_values
 from .backends import BACKENDS
 from .checks import check_choice, describe
 from .fingerprint import about, check_samples, samples
-from .inject import check_name, inject, plan_injection, unfreeze
+from .inject import inject, unfreeze
+from .planning import check_name, plan_injection
 from .projection import AdaptedProjectionMixin, Columns
 from .tree import (
     adapted,

@@ -47,6 +47,7 @@ LAYERS = [
     ["processors.*"],
     ["processors"],
     ["attention"],
+    ["planning"],
     ["inject"],
     ["adapter_file"],
     ["hub", "peft_file"],

@@ -14,8 +14,8 @@ from ..adapters import AdapterConfig
 from ..adapters.config import DTYPES, check_regex
 from ..backends import BACKENDS
 from ..checks import check_choice, describe
-from ..inject import plan_injection
 from ..peft_file import NAME
+from ..planning import plan_injection
 from ..tree import denoiser
 
 # fields of `AdapterConfig` that are the same here

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters import DESIGNS, BottleneckAdapter
 from ..backends import resolve
-from ..inject import adapter_device, adapter_dtype
+from ..planning import adapter_device, adapter_dtype
 from ..processors import FAMILIES, family_of
 from ..projection import AdaptedProjectionMixin, Columns, span
 from ..timesteps import check_timed, follow, unfollow

@@ -12,10 +12,9 @@ from .small import Draw, Small
 
 def make() -> nn.Module:
     return diffusers.AudioLDM2UNet2DConditionModel(
-        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=((None, 16, 8), (None, 16, 8)),
+        block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=((None, 16, 8),),
     )  # fmt: skip
 
 

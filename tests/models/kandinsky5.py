@@ -14,7 +14,7 @@ from .small import Draw, Small
 def make() -> nn.Module:
     return diffusers.Kandinsky5Transformer3DModel(
         in_visual_dim=4, out_visual_dim=4, in_text_dim=16, in_text_dim2=8, time_dim=8,
-        model_dim=32, ff_dim=32, num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 6, 6),
+        model_dim=32, ff_dim=32, num_text_blocks=1, num_visual_blocks=1, axes_dims=(4, 6, 6),
     )  # fmt: skip
 
 
@@ -34,7 +34,7 @@ MODELS = {
         make, inputs, "kandinsky5",
         {
             r"text_transformer_blocks\.0\.self_attention\.out_layer": 1,
-            r"visual_transformer_blocks\.[01]\.(self|cross)_attention\.out_layer": 4,
+            r"visual_transformer_blocks\.0\.(self|cross)_attention\.out_layer": 2,
         },
     ),
 }  # fmt: skip

@@ -11,14 +11,14 @@ from torch import nn
 from .small import Draw, Small
 
 SMALL: dict[str, Any] = dict(
-    block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=16,
+    block_out_channels=(8,), layers_per_block=1, cross_attention_dim=16,
 )  # fmt: skip
 
 
 def kinds(name: str) -> dict[str, tuple[str, str]]:
     return dict(
-        down_block_types=(f"DownBlock{name}", f"CrossAttnDownBlock{name}"),
-        up_block_types=(f"CrossAttnUpBlock{name}", f"UpBlock{name}"),
+        down_block_types=(f"CrossAttnDownBlock{name}",),
+        up_block_types=(f"CrossAttnUpBlock{name}",),
     )
 
 
@@ -31,9 +31,9 @@ def motion() -> nn.Module:
 
 def spatio_temporal() -> nn.Module:
     return diffusers.UNetSpatioTemporalConditionModel(
-        **SMALL | dict(block_out_channels=(32, 64)), **kinds("SpatioTemporal"), in_channels=4,
+        **SMALL | dict(block_out_channels=(32,)), **kinds("SpatioTemporal"), in_channels=4,
         addition_time_embed_dim=8, projection_class_embeddings_input_dim=24,
-        num_attention_heads=(2, 4), num_frames=2,
+        num_attention_heads=(2,), num_frames=2,
     )  # fmt: skip
 
 
@@ -84,7 +84,7 @@ MODELS = {
     "unet_motion": Small(
         motion, motion_inputs, "unet_motion",
         SPATIAL
-        | {r".*\.motion_modules\.\d\.transformer_blocks\.0\.attn[12]\.to_out\.0": 14},
+        | {r".*\.motion_modules\.\d\.transformer_blocks\.0\.attn[12]\.to_out\.0": 8},
         lean={"BasicTransformerBlock": 4},
     ),
     "unet_spatio_temporal": Small(

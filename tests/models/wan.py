@@ -11,13 +11,13 @@ from torch import nn
 
 from .small import Draw, Small
 
-SUM = {r"blocks\.[01]\.attn2\.to_out\.0": "attention to the text + attention to the image"}
+SUM = {r"blocks\.0\.attn2\.to_out\.0": "attention to the text + attention to the image"}
 
 
 def make(kind: str, **options: Any) -> Callable[[], nn.Module]:
     config = dict(
         num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
-        freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=16,
+        freq_dim=16, ffn_dim=32, num_layers=1, rope_max_seq_len=16,
     )  # fmt: skip
     return lambda: getattr(diffusers, kind)(**config | options)
 
@@ -46,10 +46,10 @@ def animate_inputs(draw: Draw, batch: int) -> dict[str, Any]:
     )
 
 
-BLOCKS = {r"blocks\.[01]\.attn[12]\.to_out\.0": 4}
+BLOCKS = {r"blocks\.0\.attn[12]\.to_out\.0": 2}
 IMAGE = dict(image_dim=8, added_kv_proj_dim=24)
 ANIMATE: dict[str, Any] = dict(
-    in_channels=12, latent_channels=4, num_layers=1, motion_encoder_size=8, motion_style_dim=8,
+    in_channels=12, latent_channels=4, motion_encoder_size=8, motion_style_dim=8,
     motion_encoder_channel_sizes={"4": 4, "8": 4, "16": 4}, motion_dim=4, motion_encoder_dim=8,
     face_encoder_hidden_dim=16, face_encoder_num_heads=2, inject_face_latents_blocks=1,
 )  # fmt: skip
@@ -69,7 +69,7 @@ MODELS = {
     ),
     "wan_animate": Small(
         make("WanAnimateTransformer3DModel", **IMAGE | ANIMATE), animate_inputs, "wan",
-        {r"blocks\.0\.attn[12]\.to_out\.0": 2, r"face_adapter\.0\.to_out": 1},
+        BLOCKS | {r"face_adapter\.0\.to_out": 1},
         other=SUM | {r"face_adapter\.0\.to_out": "each frame's attention, put side by side"},
     ),
 }  # fmt: skip

@@ -1,0 +1,212 @@
+"""What `inject` will do, worked out before anything is touched."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from . import attention_weights, processors
+from .adapters import DESIGNS, AdapterConfig, BottleneckAdapter
+from .backends import BACKENDS, resolve
+from .checks import check_choice, describe
+from .forwards import check_forward
+from .processors import Family
+from .projection import AdaptedProjectionMixin, Columns, span, why_not_adaptable
+from .timesteps import check_timed
+from .tree import check_one_batch, check_unmerged, inside, plain_name, projections
+from .whereabouts import check_whole
+
+# the way out where a model's structure does not tell
+IN_FULL = (
+    ". Name the linear layers that consume attention in full: "
+    "AdapterConfig(targets=['blocks.0.attn.out', ...]) with the model's own names"
+)
+
+
+@dataclass
+class Plan:
+    """Everything `inject` will do."""
+
+    name: str
+    config: AdapterConfig
+    backend: str
+    family: Family
+    targets: dict[str, nn.Linear]  # plain name -> the layer itself, inside PEFT's wrapper
+    columns: dict[str, Columns]  # of the targets' input that the adapters act on
+    ranks: dict[str, int]
+    processors: dict[str, Any]  # attention name -> ours
+    left: dict[str, str]
+    unadapted: dict[str, str]
+    attention: dict[str, nn.Parameter]  # what trains beside the adapters, by plain name
+
+    def adapter(self, target: str, device: torch.device | str) -> BottleneckAdapter:
+        """A new adapter for one of the targets."""
+        linear = self.targets[target]
+        return DESIGNS[self.config.design](
+            span(linear, self.columns[target])[1],
+            self.ranks[target],
+            self.config,
+            device=device,
+            dtype=adapter_dtype(linear, self.config),
+        )
+
+
+def plan_injection(root: nn.Module, config: AdapterConfig | None, name: str, backend: str) -> Plan:
+    config = AdapterConfig() if config is None else config
+    if not isinstance(config, AdapterConfig):
+        raise TypeError(f"config: expected an AdapterConfig or None, got {describe(config)}")
+    check_name(name)
+    check_choice("backend", backend, ("auto", *BACKENDS))
+    existing = projections(root)
+    if any(name in layer.adapters for layer in existing.values()):
+        raise ValueError(
+            f"name: expected a name that the model does not have yet, got {name!r}; eject it "
+            f"first, or choose another"
+        )
+    check_unmerged(existing, "inject another")
+    check_one_batch(existing, "inject another")
+    if config.timed:
+        check_timed(root)
+    family = processors.family_of(root)
+    sites = list(family.sites(root))
+    if family.by_structure and isinstance(config.targets, tuple):
+        sites += processors.structure.named(root, config.targets, sites)
+    if not sites:
+        raise ValueError(
+            f"model: expected a model with attention layers, got a {type(root).__name__} with none"
+            f"{IN_FULL if family.by_structure else ''}"
+        )
+
+    plan = Plan(name, config, backend, family, {}, {}, {}, {}, {}, {}, {})
+    names: list[str] = []
+    for site in sites:
+        names += _plan_site(plan, site, root)
+    attention_weights.check_free(root, plan.attention)
+    _check_patterns(plan, names)
+    for target, linear in plan.targets.items():
+        check_whole(target, linear.weight)
+        if not isinstance(linear, AdaptedProjectionMixin):
+            check_forward(linear)
+        if linear.weight.device.type != "meta":
+            resolve(backend, linear.weight.device, _compute_dtype(linear))
+    return plan
+
+
+def _plan_site(plan: Plan, site: processors.Site, root: nn.Module) -> list[str]:
+    """Plain names of the layers that targets may mean there."""
+    projections = dict(site.projections)
+    in_full = plan.config.targets if isinstance(plan.config.targets, tuple) else ()
+    for full, doubt in site.unsure.items():
+        if plain_name(full) in in_full:
+            projections[full] = root.get_submodule(full)
+        else:
+            plan.unadapted[plain_name(full)] = doubt
+    if not projections:
+        if not site.unsure:
+            plan.unadapted[site.name] = site.reason
+        return []
+    reasons = []
+    for full, layer in projections.items():
+        name, linear = plain_name(full), inside(layer)
+        if not isinstance(linear, nn.Linear):
+            reasons.append(f"its projection is a {type(linear).__name__}")
+        elif not _is_target(plan.config.targets, name):
+            reasons.append("not in targets")
+        elif (unadaptable := why_not_adaptable(linear)) is not None:
+            reasons.append(unadaptable)
+        elif any(linear is other for other in plan.targets.values()):
+            reasons.append("its projection is shared with another layer")
+        else:
+            plan.targets[name] = linear
+            plan.columns[name] = site.columns
+            plan.ranks[name] = plan.config.rank_for(name)
+    names = [plain_name(full) for full in projections]
+    if len(reasons) == len(projections):
+        plan.unadapted[site.name] = reasons[0]
+        return names
+    if plan.config.train != "adapter":
+        outputs = {} if site.columns else {k: inside(x) for k, x in site.projections.items()}
+        plan.attention |= attention_weights.find(site.name, site.attention, outputs)
+    current = processors.processor_of(site.attention)
+    ours = plan.family.processor_for(current)
+    if ours is not None:
+        plan.processors[site.name] = ours
+    elif current is not None and not plan.family.owns(current):
+        plan.left[site.name] = type(current).__name__
+    return names
+
+
+def _check_patterns(plan: Plan, names: list[str]) -> None:
+    targets = plan.config.targets
+    if not names:
+        _refuse_none(plan)
+    wanted = [targets] if isinstance(targets, str) else list(targets or ())
+    for target in wanted:
+        entry = target if isinstance(targets, str) else (target,)
+        if not any(_is_target(entry, name) for name in names):
+            doubt = next((n for n in plan.unadapted if _is_target(entry, n)), None)
+            raise ValueError(
+                f"targets: expected parts of the names of attention projections "
+                f"(such as {names[0]}), got {target!r}, which matches none"
+                + (f" but {doubt}: {plan.unadapted[doubt]}" if doubt else "")
+            )
+    for pattern in plan.config.rank_pattern:
+        if not any(re.search(pattern, name) for name in plan.targets):
+            raise ValueError(
+                f"rank_pattern: expected patterns that match an adapted layer "
+                f"(such as {next(iter(plan.targets), names[0])}), got {pattern!r}"
+            )
+    if not plan.targets:
+        _refuse_none(plan)
+
+
+def _refuse_none(plan: Plan) -> NoReturn:
+    doubts: dict[str, str] = {}
+    for name, reason in plan.unadapted.items():
+        doubts.setdefault(reason, name)
+    said = "; ".join(f"{name}: {reason}" for reason, name in doubts.items())
+    raise ValueError(
+        f"model: expected attention layers followed by a linear layer, got none for sure "
+        f"({said}){IN_FULL if plan.family.by_structure else ''}"
+    )
+
+
+def _is_target(targets: str | tuple[str, ...] | None, name: str) -> bool:
+    if targets is None:
+        return True
+    if isinstance(targets, str):
+        return re.search(targets, name) is not None
+    return any(f".{target}." in f".{name}." for target in targets)
+
+
+def check_name(name: Any) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected a string, got {describe(name)}")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"name: expected letters, digits, - and _ (and no method of torch's ModuleDict), "
+            f"got {name!r}"
+        )
+
+
+def adapter_device(linear: nn.Linear) -> torch.device:
+    """That of the weight; of an offloaded one the device that its hook computes on."""
+    if linear.weight.device.type != "meta":
+        return linear.weight.device
+    hook = getattr(linear, "_hf_hook", None)
+    return torch.device(getattr(hook, "execution_device", None) or "cpu")
+
+
+def adapter_dtype(linear: nn.Linear, config: AdapterConfig) -> torch.dtype:
+    if config.dtype is not None:
+        return config.dtype
+    return torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
+
+
+def _compute_dtype(linear: nn.Linear) -> torch.dtype:
+    dtype = linear.weight.dtype
+    return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.float32
