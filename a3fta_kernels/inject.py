@@ -43,6 +43,7 @@ from .tree import (
     check_one_batch,
     check_unmerged,
     denoiser,
+    parameter_count,
     plain_name,
     projections,
     records,
@@ -275,7 +276,7 @@ def _report(root: nn.Module, plan: Plan) -> InjectionReport:
         left_processors=dict(plan.left),
         unadapted=dict(plan.unadapted),
         parameters_added=sum(layer.parameters for layer in found.values()),
-        parameters_total=sum(p.numel() for p in root.parameters()) - adapters,
+        parameters_total=parameter_count(root) - adapters,
         attention=engines_in_use(root),
         notes=tuple(notes),
     )

@@ -34,6 +34,10 @@ from .stack import Stack, Weighted, delta, for_samples, stacks
 logger = logging.getLogger("a3fta_kernels")
 
 _PLAIN_WEIGHTS = (Tensor, nn.Parameter, FakeTensor)
+# the attributes of an adapted layer beside its adapters
+_OWN = (
+    "weights", "acting", "enabled", "backend", "columns", "merged", "frozen", "banks", "resting"
+)  # fmt: skip
 Columns = tuple[int, int] | None  # (start, length) of a layer's input; None: all of it
 _logged: set[tuple[str, str]] = set()
 
@@ -246,8 +250,13 @@ class AdaptedProjectionMixin(_Linear):
     def unreadable_reason(self) -> str | None:
         """Why this layer's weight is no plain tensor at hand; None where it is."""
         if type(self) is not AdaptedProjection:
-            return f"the layer is of class {stock_class(self).__name__}, not a plain Linear"
-        return unreadable_weight(self.weight)
+            stock = stock_class(self)
+            kind = type(self) if stock is nn.Linear else stock  # fully_shard makes subclasses
+            return f"the layer is of class {kind.__name__}, not a plain Linear"
+        reason = unreadable_weight(self.weight)
+        if reason is None and self.weight.shape != (self.out_features, self.in_features):
+            return f"its weight is not whole here, but of shape {tuple(self.weight.shape)}"
+        return reason
 
     def freeze(self) -> bool:
         """Computes V and the bias once; False where this layer has nothing to keep."""
@@ -314,6 +323,21 @@ def adapted_class(stock: Any) -> Any:
     return type(f"Adapted{stock.__name__}", (_AdaptedSubclass, stock), {"__module__": __name__})
 
 
+def why_not_adaptable(linear: nn.Linear) -> str | None:
+    """Why `adapt` cannot change this layer's class; None where it can."""
+    stock: Any = type(linear)
+    if isinstance(linear, AdaptedProjectionMixin):
+        return None
+    taken = [name for name in (*_OWN, "adapters") if hasattr(linear, name)]
+    if taken:
+        return f"its projection is a {stock.__name__}, which has a {taken[0]!r} of its own"
+    try:  # Python asks for the same layout, which a mixin in front of nn.Linear may change
+        object.__setattr__(object.__new__(stock), "__class__", adapted_class(stock))
+    except TypeError:
+        return f"its projection is a {stock.__name__}, whose class cannot be changed"
+    return None
+
+
 def stock_class(projection: AdaptedProjectionMixin) -> type:
     """The class the layer had before, and has after `restore`."""
     order = type(projection).__mro__
@@ -370,9 +394,7 @@ def restore(projection: AdaptedProjectionMixin) -> None:
     """Gives the layer its class back and removes everything that `adapt` added."""
     projection.__class__ = stock_class(projection)
     del projection._modules["adapters"]
-    for name in (
-        "weights", "acting", "enabled", "backend", "columns", "merged", "frozen", "banks", "resting"
-    ):  # fmt: skip
+    for name in _OWN:
         del projection.__dict__[name]
     rebind_forward(projection)
 

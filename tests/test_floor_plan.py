@@ -37,7 +37,7 @@ LAYERS = [
     ["adapters.bottleneck"],
     ["adapters.*"],
     ["adapters"],
-    ["bank", "forwards", "stack"],
+    ["bank", "forwards", "stack", "whereabouts"],
     ["projection"],
     ["tree"],
     ["attention_weights"],
