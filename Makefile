@@ -49,10 +49,11 @@ bench: setup ## every op, backend and workload; saved bytes; whole training step
 report: setup ## benchmarks/REPORT.md and its figures, from benchmarks/results
 	$(PY) -m benchmarks.report
 
-fuzz: setup ## property tests at length: 5000 op cases, 20000 adapter files, 50 kills of a run
+fuzz: setup ## property tests at length: 5000 op cases, 20000 adapter files, 50 kills of a run, every family compiled
 	A3FTA_FUZZ_CASES=5000 $(PY) -m pytest tests/ops -k property --timeout 0
 	A3FTA_FUZZ_FILES=20000 $(PY) -m pytest tests/test_storage_fuzz.py --timeout 0
 	A3FTA_FUZZ_KILLS=50 $(PY) -m pytest tests/train/test_resume.py --timeout 0
+	A3FTA_COMPILE=1 $(PY) -m pytest tests/processors/test_families.py -k "graph or numbers"
 
 aot: setup ## compile the Triton configurations that the committed table does not know, and renew it
 	$(PY) -m benchmarks.aot
@@ -72,12 +73,12 @@ $(VENV)/bin/python:
 
 # a change of TORCH reinstalls, an equal one does not
 $(VENV)/torch: $(VENV)/bin/python FORCE
-	@[ "$$(cat $@ 2>/dev/null)" = '$(TORCH)' ] || { set -ex; $(PY) -m pip install "setuptools>=77" $(TORCH); echo '$(TORCH)' > $@; }
+	@[ "$$(cat $@ 2>/dev/null)" = '$(TORCH)' ] || { set -ex; $(PY) -m pip install --no-compile "setuptools>=77" $(TORCH); echo '$(TORCH)' > $@; }
 
 # the library first, which pip would build in silence and now finds
 $(VENV)/ready: $(VENV)/torch setup.py pyproject.toml $(SOURCES)
 	$(PY) setup.py --quiet build_ext --inplace
-	$(PY) -m pip install --no-build-isolation -e ".[$(EXTRAS)]"
+	$(PY) -m pip install --no-compile --no-build-isolation -e ".[$(EXTRAS)]"
 	@touch $@
 
 build/ready: setup.py $(SOURCES)

@@ -2,7 +2,8 @@
 
 The safetensors file stands alone. Its metadata holds the format version, the library version,
 the adapter's config, the fingerprint of the base, and a SHA-256 over all of that and over every
-tensor's name, dtype, shape and bytes. The twin repeats what a person wants to read, with a
+tensor's name, dtype, shape and bytes; and what is only told (`about`), which older files and
+readers of a file's weights do without. The twin repeats what a person wants to read, with a
 checksum of its own and the SHA-256 of the weights file. Both are read as data: nothing is
 unpickled.
 """
@@ -18,7 +19,7 @@ import os
 import secrets
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,6 +41,7 @@ _DTYPES = {
 }
 _METADATA = ("format", "a3fta_format", "library_version", "config", "base", "samples", "sha256")
 _CONFIG_KEYS = ("a3fta_format", "library_version", "config", "base", "weights", "sha256")
+_OPTIONAL = {"about"}  # not in the first files of this version
 
 
 class AdapterFileError(ValueError):
@@ -51,7 +53,8 @@ class AdapterFile:
     """What an adapter file holds.
 
     tensors: named `<layer name>.<parameter>`; config: `AdapterConfig.to_dict()`; base: the class
-    of the model and the shapes of the adapted layers; samples: some of those layers' weights.
+    of the model and the shapes of the adapted layers, None for what is not known; samples: some of
+    those layers' weights; about: where it comes from, for people.
     """
 
     path: Path
@@ -60,6 +63,7 @@ class AdapterFile:
     base: Mapping[str, Any]
     samples: Mapping[str, Any]
     library_version: str
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 def refuse(path: Path, expected: str, found: str, cause: BaseException | None = None) -> NoReturn:
@@ -73,6 +77,7 @@ def write(
     base: Mapping[str, Any],
     samples: Mapping[str, Any],
     library_version: str,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """Replaces the adapter in `folder`, which is made where it is missing.
 
@@ -88,6 +93,7 @@ def write(
         "config": _dump(config),
         "base": _dump(base),
         "samples": _dump(samples),
+        "about": _dump(about or {}),
     }
     weights = serialize(tensors, {**metadata, "sha256": _digest(tensors, metadata)})
     twin = {
@@ -95,6 +101,7 @@ def write(
         "library_version": library_version,
         "config": config,
         "base": base,
+        "about": about or {},
         "weights": {"file": WEIGHTS_NAME, "sha256": hashlib.sha256(weights).hexdigest()},
     }
     twin["sha256"] = _twin_digest(twin)
@@ -133,7 +140,9 @@ def read(folder: Path) -> AdapterFile:
             f"the settings come from {path.name}",
             stacklevel=3,
         )
-    elif _dump(twin["config"]) != _dump(file.config) or _dump(twin["base"]) != _dump(file.base):
+    elif any(
+        _dump(twin.get(key, {})) != _dump(getattr(file, key)) for key in ("config", "base", "about")
+    ):
         refuse(twin_path, f"the settings that {path.name} holds", "other settings")
     return file
 
@@ -148,7 +157,7 @@ def _read_weights(path: Path) -> tuple[bytes, dict[str, Any]]:
             if len(start) < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER):
                 refuse(path, "a safetensors file", f"{size} bytes with a header of {length}")
             text = stream.read(length)
-            header = _parse_json(path, text)
+            header = parse_json(path, text)
             _check_metadata(path, header.get("__metadata__"))
             return start + text + stream.read(), header
     except OSError as error:
@@ -175,7 +184,7 @@ def _check_version(path: Path, found: Any, known: Any) -> None:
 
 
 def _check_keys(path: Path, what: str, values: Mapping[str, Any], keys: tuple[str, ...]) -> None:
-    if set(values) != set(keys):
+    if set(values) - _OPTIONAL != set(keys):
         refuse(path, f"{what} with the keys {', '.join(keys)}", ", ".join(sorted(values)) or "none")
 
 
@@ -198,10 +207,11 @@ def _parse_weights(path: Path, blob: bytes, header: dict[str, Any]) -> AdapterFi
     return AdapterFile(
         path=path,
         tensors=tensors,
-        config=_parse_json(path, metadata["config"]),
-        base=_parse_json(path, metadata["base"]),
-        samples=_parse_json(path, metadata["samples"]),
+        config=parse_json(path, metadata["config"]),
+        base=parse_json(path, metadata["base"]),
+        samples=parse_json(path, metadata["samples"]),
         library_version=metadata["library_version"],
+        about=parse_json(path, metadata.get("about", "{}")),
     )
 
 
@@ -210,7 +220,7 @@ def _read_twin(path: Path) -> dict[str, Any]:
         text = path.read_bytes()
     except OSError as error:
         refuse(path, "a readable file", error.strerror or type(error).__name__, error)
-    twin = _parse_json(path, text)
+    twin = parse_json(path, text)
     if "a3fta_format" not in twin:
         refuse(path, "the config of an adapter saved by a3fta_kernels", "no key a3fta_format")
     _check_version(path, twin["a3fta_format"], FORMAT_VERSION)
@@ -226,7 +236,7 @@ def _read_twin(path: Path) -> dict[str, Any]:
     return twin
 
 
-def _parse_json(path: Path, text: bytes | str) -> dict[str, Any]:
+def parse_json(path: Path, text: bytes | str) -> dict[str, Any]:
     """A JSON object, strictly: UTF-8, no key twice, finite numbers."""
     try:
         value = json.loads(

@@ -49,7 +49,7 @@ def set_attention(model: Any, engine: str) -> dict[str, str]:
     for name, layer, ours in _layers(root):
         if ours is None:
             continue
-        before = layer.get_processor()  # type: ignore[operator]
+        before = processors.processor_of(layer)
         # a processor may be the user's own, and serve layers without an adapter
         fresh = copy.copy(ours)
         fresh.attention = engine
@@ -77,9 +77,10 @@ def fuse_qkv(model: Any) -> dict[str, str]:
     adapted(model)
     found = {}
     for name, layer, groups in _groups(denoiser(model)):
-        processor = layer.get_processor()  # type: ignore[operator]
+        processor = processors.processor_of(layer)
         if not getattr(processor, "joins", False):
-            found[name] = f"its processor is of class {type(processor).__name__}"
+            kind = type(layer if processor is None else processor).__name__
+            found[name] = f"its processor is of class {kind}"
             continue
         reasons = [_why_apart(group) for group in groups]
         for group, reason in zip(groups, reasons, strict=True):
@@ -98,7 +99,7 @@ def _groups(root: nn.Module) -> Iterator[tuple[str, nn.Module, list[tuple[nn.Mod
     """Adapted attention layers, with their projections of one input in groups."""
     family = processors.family_of(root)
     for name, layer, _ in _layers(root):
-        yield name, layer, family.joinable(layer) if family is not None else []
+        yield name, layer, family.joinable(layer)
 
 
 def _why_apart(group: tuple[nn.Module, ...]) -> str:
@@ -122,18 +123,22 @@ def engines_in_use(root: nn.Module) -> dict[str, str]:
     """The engine of every adapted attention layer; the class of a processor that is not ours."""
     found = {}
     for name, layer, ours in _layers(root):
-        current = layer.get_processor()  # type: ignore[operator]
-        found[name] = ours.attention if ours is current else type(current).__name__
+        current = processors.processor_of(layer)
+        if current is not None and ours is current:
+            found[name] = ours.attention
+        else:
+            found[name] = type(layer if current is None else current).__name__
     return found
 
 
 def _layers(root: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
     """Adapted attention layers, with our processor or the one that would replace the present."""
     family = processors.family_of(root)
-    for site in family.sites(root) if family is not None else ():
-        parts = (part for layer in site.projections.values() for part in layer.modules())
-        if family is not None and any(isinstance(part, AdaptedProjectionMixin) for part in parts):
-            current = site.attention.get_processor()  # type: ignore[operator]
+    for site in family.sites(root):
+        layers = (*site.projections.values(), *map(root.get_submodule, site.unsure))
+        parts = (part for layer in layers for part in layer.modules())
+        if any(isinstance(part, AdaptedProjectionMixin) for part in parts):
+            current = processors.processor_of(site.attention)
             ours = current if family.owns(current) else family.processor_for(current)
             yield site.name, site.attention, ours
 

@@ -116,6 +116,21 @@ def _check(key: str, layer: AdaptedProjectionMixin, name: str) -> None:
             f"name: expected a linear adapter to write as a LoRA (activation='identity'), got "
             f"{name!r} with activation={adapter.activation!r} at {key}"
         )
+    if adapter.config.train != "adapter":
+        raise ValueError(
+            f"name: expected an adapter alone to write as a LoRA, got {name!r} with attention that "
+            f"was trained beside it; save_adapter stores both"
+        )
+    if adapter.config.layer_norm:
+        raise ValueError(
+            f"name: expected a linear adapter to write as a LoRA, got {name!r} with "
+            f"layer_norm=True at {key}"
+        )
+    if adapter.timed:
+        raise ValueError(
+            f"name: expected an adapter that is the same at all timesteps to write as a LoRA, got "
+            f"{name!r} (design={adapter.config.design!r}) at {key}"
+        )
     for parameter, tensor in adapter.named_parameters():
         if tensor.device.type == "meta":
             raise ValueError(

@@ -5,15 +5,16 @@ The other names of the interface (`set_adapters`, `merge`, ...) are here too.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from . import processors
+from . import attention_weights, processors
 from .adapters import DESIGNS, AdapterConfig, BottleneckAdapter
 from .attention import engines_in_use, unfuse_qkv
 from .backends import BACKENDS, resolve
@@ -40,6 +41,7 @@ from .switch import (
     trainable_parameters,
     unfreeze,
 )
+from .timesteps import check_timed, follow, unfollow
 from .tree import (
     RECORD,
     adapted,
@@ -47,6 +49,7 @@ from .tree import (
     check_one_batch,
     check_unmerged,
     denoiser,
+    inside,
     plain_name,
     projections,
     records,
@@ -72,6 +75,13 @@ __all__ = [
 ]
 
 
+# the way out where a model's structure does not tell
+IN_FULL = (
+    ". Name the linear layers that consume attention in full: "
+    "AdapterConfig(targets=['blocks.0.attn.out', ...]) with the model's own names"
+)
+
+
 @dataclass
 class Plan:
     """Everything `inject` will do, worked out before anything is touched."""
@@ -86,6 +96,7 @@ class Plan:
     processors: dict[str, Any]  # attention name -> ours
     left: dict[str, str]
     unadapted: dict[str, str]
+    attention: dict[str, nn.Parameter]  # what trains beside the adapters, by plain name
 
     def adapter(self, target: str, device: torch.device | str) -> BottleneckAdapter:
         """A new adapter for one of the targets."""
@@ -105,6 +116,7 @@ def inject(
     name: str = "default",
     *,
     backend: str = "auto",
+    train: str | None = None,
 ) -> InjectionReport:
     """Puts an adapter on every attention layer, freezes the rest and swaps the processors.
 
@@ -114,6 +126,14 @@ def inject(
         config: the adapter; None: AdapterConfig().
         name: of the adapter. A further one joins those the model has, in parallel, with weight 1.
         backend: auto, reference, triton or native, for these layers' ops.
+        train: "adapter" or "adapter+attention", in place of the config's. With the latter the
+            linear layers of attention train beside their adapters (q, k, v, out and, where text
+            has its own, those): in the dtype that they have, so float32 is advised. They are part
+            of this adapter: saved and loaded with it, and where it does not act (`disabled`,
+            `set_adapters` without it) the model has the stock weights. Their stock values are
+            kept on the CPU, as many bytes as they have; every switch copies these to the device.
+            Mixing weights of `set_adapters` are the adapter's alone. A layer that reads more than
+            attention (Flux' single blocks) stays frozen.
 
     The first injection sets requires_grad=False on everything but adapters and PEFT's own
     parameters; `eject` restores it. Processors that are not known stay; the adapter acts there
@@ -125,11 +145,17 @@ def inject(
         BackendUnavailableError: the named backend cannot run here.
     """
     root = denoiser(model)
-    plan = plan_injection(root, config, name, backend)
+    plan = plan_injection(root, _training(config, train), name, backend)
     _apply(root, plan)
     for attention, processor in plan.processors.items():
         root.get_submodule(attention).set_processor(processor)  # type: ignore[operator]
     return _report(root, plan)
+
+
+def _training(config: AdapterConfig | None, train: str | None) -> AdapterConfig | None:
+    if train is None or not isinstance(config, AdapterConfig | None):
+        return config
+    return dataclasses.replace(config or AdapterConfig(), train=train)
 
 
 def attn_processors(
@@ -172,6 +198,7 @@ def eject(model: Any, name: str | None = None) -> None:
         check_restorable(layer)
     if name is None or all(list(layer.adapters) == [name] for layer in layers.values()):
         unfuse_qkv(root)
+    attention_weights.end(root, name)
     for layer in layers.values():
         for gone in list(layer.adapters) if name is None else [name]:
             if gone in layer.adapters:
@@ -197,18 +224,24 @@ def plan_injection(root: nn.Module, config: AdapterConfig | None, name: str, bac
         )
     check_unmerged(existing, "inject another")
     check_one_batch(existing, "inject another")
+    if config.timed:
+        check_timed(root)
     family = processors.family_of(root)
-    sites = [] if family is None else list(family.sites(root))
-    if family is None or not sites:
+    sites = list(family.sites(root))
+    if family.by_structure and isinstance(config.targets, tuple):
+        sites += processors.structure.named(root, config.targets, sites)
+    if not sites:
         raise ValueError(
-            f"model: expected a model with attention layers of a known family "
-            f"({', '.join(processors.FAMILIES)}), got a {type(root).__name__} with none"
+            f"model: expected a model with attention layers, got a {type(root).__name__} with none"
+            f"{IN_FULL if family.by_structure else ''}"
         )
 
-    plan = Plan(name, config, backend, family, {}, {}, {}, {}, {}, {})
+    plan = Plan(name, config, backend, family, {}, {}, {}, {}, {}, {}, {})
+    names: list[str] = []
     for site in sites:
-        _plan_site(plan, site)
-    _check_patterns(plan, [plain_name(p) for site in sites for p in site.projections])
+        names += _plan_site(plan, site, root)
+    attention_weights.check_free(root, plan.attention)
+    _check_patterns(plan, names)
     for linear in plan.targets.values():
         if not isinstance(linear, AdaptedProjectionMixin):
             check_forward(linear)
@@ -217,13 +250,22 @@ def plan_injection(root: nn.Module, config: AdapterConfig | None, name: str, bac
     return plan
 
 
-def _plan_site(plan: Plan, site: processors.Site) -> None:
-    if not site.projections:
-        plan.unadapted[site.name] = "no linear layer of its own consumes it"
-        return
+def _plan_site(plan: Plan, site: processors.Site, root: nn.Module) -> list[str]:
+    """Plain names of the layers that targets may mean there."""
+    projections = dict(site.projections)
+    in_full = plan.config.targets if isinstance(plan.config.targets, tuple) else ()
+    for full, doubt in site.unsure.items():
+        if plain_name(full) in in_full:
+            projections[full] = root.get_submodule(full)
+        else:
+            plan.unadapted[plain_name(full)] = doubt
+    if not projections:
+        if not site.unsure:
+            plan.unadapted[site.name] = site.reason
+        return []
     reasons = []
-    for full, layer in site.projections.items():
-        name, linear = plain_name(full), _inside(layer)
+    for full, layer in projections.items():
+        name, linear = plain_name(full), inside(layer)
         if not isinstance(linear, nn.Linear):
             reasons.append(f"its projection is a {type(linear).__name__}")
         elif not _is_target(plan.config.targets, name):
@@ -234,26 +276,35 @@ def _plan_site(plan: Plan, site: processors.Site) -> None:
             plan.targets[name] = linear
             plan.columns[name] = site.columns
             plan.ranks[name] = plan.config.rank_for(name)
-    if len(reasons) == len(site.projections):
+    names = [plain_name(full) for full in projections]
+    if len(reasons) == len(projections):
         plan.unadapted[site.name] = reasons[0]
-        return
-    current = site.attention.get_processor()  # type: ignore[operator]
+        return names
+    if plan.config.train != "adapter":
+        outputs = {} if site.columns else {k: inside(x) for k, x in site.projections.items()}
+        plan.attention |= attention_weights.find(site.name, site.attention, outputs)
+    current = processors.processor_of(site.attention)
     ours = plan.family.processor_for(current)
     if ours is not None:
         plan.processors[site.name] = ours
-    elif not plan.family.owns(current):
+    elif current is not None and not plan.family.owns(current):
         plan.left[site.name] = type(current).__name__
+    return names
 
 
 def _check_patterns(plan: Plan, names: list[str]) -> None:
     targets = plan.config.targets
+    if not names:
+        _refuse_none(plan)
     wanted = [targets] if isinstance(targets, str) else list(targets or ())
     for target in wanted:
         entry = target if isinstance(targets, str) else (target,)
         if not any(_is_target(entry, name) for name in names):
+            doubt = next((n for n in plan.unadapted if _is_target(entry, n)), None)
             raise ValueError(
                 f"targets: expected parts of the names of attention projections "
                 f"(such as {names[0]}), got {target!r}, which matches none"
+                + (f" but {doubt}: {plan.unadapted[doubt]}" if doubt else "")
             )
     for pattern in plan.config.rank_pattern:
         if not any(re.search(pattern, name) for name in plan.targets):
@@ -262,10 +313,18 @@ def _check_patterns(plan: Plan, names: list[str]) -> None:
                 f"(such as {next(iter(plan.targets), names[0])}), got {pattern!r}"
             )
     if not plan.targets:
-        raise ValueError(
-            f"model: expected attention layers followed by a linear layer, got none: "
-            f"{'; '.join(sorted(set(plan.unadapted.values())))}"
-        )
+        _refuse_none(plan)
+
+
+def _refuse_none(plan: Plan) -> NoReturn:
+    doubts: dict[str, str] = {}
+    for name, reason in plan.unadapted.items():
+        doubts.setdefault(reason, name)
+    said = "; ".join(f"{name}: {reason}" for reason, name in doubts.items())
+    raise ValueError(
+        f"model: expected attention layers followed by a linear layer, got none for sure "
+        f"({said}){IN_FULL if plan.family.by_structure else ''}"
+    )
 
 
 def _is_target(targets: str | tuple[str, ...] | None, name: str) -> bool:
@@ -286,25 +345,18 @@ def check_name(name: Any) -> None:
         )
 
 
-def _inside(layer: nn.Module) -> nn.Module:
-    """The layer inside PEFT's wrappers."""
-    while isinstance(getattr(layer, "base_layer", None), nn.Module):
-        layer = layer.base_layer  # type: ignore[assignment]
-    return layer
-
-
 def _apply(root: nn.Module, plan: Plan) -> None:
     # a parameter made in inference mode could not be trained
     with torch.inference_mode(False):
         fresh = {
-            name: plan.adapter(name, _adapter_device(linear))
+            name: plan.adapter(name, adapter_device(linear))
             for name, linear in plan.targets.items()
         }
     if RECORD not in root.__dict__:
         root.__dict__[RECORD] = {"trained": _freeze(root), "processors": {}}
     record = root.__dict__[RECORD]
     for attention in plan.processors:
-        current = root.get_submodule(attention).get_processor()  # type: ignore[operator]
+        current = processors.processor_of(root.get_submodule(attention))
         record["processors"].setdefault(attention, current)
     # a model whose adapters are switched off stays so as a whole
     enabled = all(layer.enabled for layer in projections(root).values())
@@ -319,6 +371,11 @@ def _apply(root: nn.Module, plan: Plan) -> None:
         layer.choose(layer.weights | {plan.name: 1.0})
         layer.backend = plan.backend
         layer.enabled = enabled
+    if plan.attention:
+        attention_weights.begin(record, plan.name, plan.attention)
+        attention_weights.sync(root)
+    if plan.config.timed:
+        follow(root, plan.family.timesteps)
 
 
 def _freeze(root: nn.Module) -> list[str]:
@@ -349,12 +406,13 @@ def _restore_model(root: nn.Module) -> None:
         family = processors.family_of(holder)
         for attention, stock in record["processors"].items():
             module = holder.get_submodule(attention)
-            if family is not None and family.owns(module.get_processor()):  # type: ignore[operator]
+            if family.owns(processors.processor_of(module)):
                 module.set_processor(stock)  # type: ignore[operator]
+        unfollow(holder)
         del holder.__dict__[RECORD]
 
 
-def _adapter_device(linear: nn.Linear) -> torch.device:
+def adapter_device(linear: nn.Linear) -> torch.device:
     """That of the weight; of an offloaded one the device that its hook computes on."""
     if linear.weight.device.type != "meta":
         return linear.weight.device
@@ -373,15 +431,34 @@ def _compute_dtype(linear: nn.Linear) -> torch.dtype:
     return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.float32
 
 
+def _doubts(root: nn.Module, plan: Plan) -> list[str]:
+    """What the report says of a model that no row of FAMILIES is about."""
+    if not plan.family.by_structure:
+        return []
+    said = f"a {type(root).__name__} is outside the table of families: its layers were found by "
+    said += "names and shapes"
+    if plan.unadapted:
+        said += f", and left in doubt: {', '.join(sorted(plan.unadapted))}. To adapt such a layer, "
+        said += "name it in full in AdapterConfig.targets, in a list"
+    return [said]
+
+
 def _report(root: nn.Module, plan: Plan) -> InjectionReport:
     layers = projections(root)
     found = {name: describe_layer(layers[name], plan.name) for name in plan.targets}
-    notes = []
+    notes = _doubts(root, plan)
     meta = [name for name in found if layers[name].weight.device.type == "meta"]
     if meta:
         notes.append(
             f"{len(meta)} weights are on the meta device: their adapters are on "
-            f"{_adapter_device(layers[meta[0]])}"
+            f"{adapter_device(layers[meta[0]])}"
+        )
+    if plan.attention:
+        count_trained = sum(p.numel() for p in plan.attention.values())
+        kept = sum(p.nbytes for p in plan.attention.values()) / 2**20
+        notes.append(
+            f"{count_trained:,} parameters of attention train too; their stock values are kept on "
+            f"the CPU ({kept:.1f} MiB)"
         )
     count = Counter({plan.family.name: len(found)})
     ours = {name: repr(processor).split(" ")[0] for name, processor in plan.processors.items()}

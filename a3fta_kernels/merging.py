@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from .adapters.bottleneck import Tensors
 from .projection import AdaptedProjectionMixin, Merged, span
+from .stack import Weighted
 from .tree import adapted, check_one_batch, check_unmerged, denoiser, plain_name
 
 
@@ -49,50 +51,85 @@ def merge(model: Any) -> None:
 
 def _check(name: str, layer: AdaptedProjectionMixin) -> None:
     for adapter_name in layer.weights if layer.active() else ():
-        adapter: Any = layer.adapters[adapter_name]
-        if adapter.activation != "identity":
-            raise ValueError(
-                f"model: expected linear adapters to merge (activation='identity'), got adapter "
-                f"{adapter_name!r} with activation={adapter.activation!r} at {name}"
-            )
-        if adapter.dropout and adapter.training:
-            raise ValueError(
-                f"model: expected adapters without dropout to merge, or model.eval(), got adapter "
-                f"{adapter_name!r} with dropout={adapter.dropout} at {name}"
-            )
+        check_linear(name, adapter_name, layer.adapters[adapter_name])
     reason = layer.unreadable_reason()
     if layer.active() and reason is not None:
         raise ValueError(f"model: expected plain weights to merge into, got {name}: {reason}")
 
 
+def check_linear(layer: str, name: str, adapter: Any) -> None:
+    """Raises ValueError where the adapter cannot be folded into a weight."""
+    if adapter.activation != "identity":
+        raise ValueError(
+            f"model: expected linear adapters to merge (activation='identity'), got adapter "
+            f"{name!r} with activation={adapter.activation!r} at {layer}"
+        )
+    if adapter.timed:
+        raise ValueError(
+            f"model: expected adapters that are the same at all timesteps to merge, got adapter "
+            f"{name!r} (design={adapter.config.design!r}) at {layer}"
+        )
+    if adapter.config.layer_norm:
+        raise ValueError(
+            f"model: expected linear adapters to merge, got adapter {name!r} with layer_norm=True "
+            f"at {layer}"
+        )
+    drops = {"dropout": adapter.dropout, "drop_path": adapter.config.drop_path}
+    for field, rate in drops.items() if adapter.training else ():
+        if rate:
+            raise ValueError(
+                f"model: expected adapters without dropout to merge, or model.eval(), got adapter "
+                f"{name!r} with {field}={rate} at {layer}"
+            )
+
+
 def _merge(layer: AdaptedProjectionMixin) -> None:
-    kept = Merged(layer.weight.detach().clone(), _copy(layer.bias))
-    wide = torch.float64 if kept.weight.dtype == torch.float64 else torch.float32
-    start, length = span(layer, layer.columns)
-    w = kept.weight.narrow(1, start, length).to(wide)
-    change = torch.zeros_like(w)
-    shift = None
-    for adapter, weight in layer.active():
-        s = weight * adapter.scale
-        own: Tensors = adapter()
-        w_up, w_down = own.w_up.to(wide), own.w_down.to(wide)
-        change += s * ((w @ w_up) @ w_down)
-        if own.b_down is not None and own.b_up is not None:
-            moved = s * (w @ (w_up @ own.b_down.to(wide) + own.b_up.to(wide)))
-            shift = moved if shift is None else shift + moved
-    layer.weight.narrow(1, start, length).copy_(w + change)
-    if shift is not None:
-        bias: Tensor | None = layer.bias
-        if bias is None:
-            layer.bias = nn.Parameter(shift.to(kept.weight.dtype), requires_grad=False)
-        else:
-            bias.copy_(bias.to(wide) + shift)
+    kept = copied(layer)
+    put(layer, folded(kept, span(layer, layer.columns), layer.active()))
     layer.frozen = None
     layer.merged = kept
 
 
-def _copy(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.detach().clone()
+def folded(stock: Merged, columns: tuple[int, int], active: Sequence[Weighted]) -> Merged:
+    """The weight and bias with the adapters on these columns in them, as `merge` says."""
+    weight, bias = stock
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    w = weight.narrow(1, *columns).to(wide)
+    change = torch.zeros_like(w)
+    shift = None
+    for adapter, factor in active:
+        s = factor * adapter.scale
+        own: Tensors = adapter()
+        w_up, w_down = own.w_up.to(wide), own.w_down.to(wide)
+        change += s * ((w @ w_up) @ w_down)
+        if own.b_down is not None:
+            inner = w_up @ own.b_down.to(wide)
+            moved = s * (w @ (inner if own.b_up is None else inner + own.b_up.to(wide)))
+            shift = moved if shift is None else shift + moved
+    weight = weight.clone()
+    weight.narrow(1, *columns).copy_(w + change)
+    if shift is not None:
+        moved = shift if bias is None else bias.to(wide) + shift
+        bias = moved.to(weight.dtype if bias is None else bias.dtype)
+    return Merged(weight, bias)
+
+
+def copied(linear: nn.Linear) -> Merged:
+    """The layer's weight and bias, in memory of their own."""
+    bias: Tensor | None = linear.bias
+    return Merged(linear.weight.detach().clone(), None if bias is None else bias.detach().clone())
+
+
+def put(linear: nn.Linear, tensors: Merged) -> None:
+    """Writes weight and bias; makes the latter where it is missing, removes it where it was."""
+    linear.weight.copy_(tensors.weight)
+    bias: Tensor | None = linear.bias
+    if tensors.bias is None:
+        linear.register_parameter("bias", None)
+    elif bias is None:
+        linear.bias = nn.Parameter(tensors.bias, requires_grad=False)
+    else:
+        bias.copy_(tensors.bias)
 
 
 def unmerge(model: Any) -> None:
@@ -103,11 +140,6 @@ def unmerge(model: Any) -> None:
         raise ValueError("model: expected merged adapters, got none; merge comes first")
     with torch.no_grad():
         for layer in merged:
-            kept = layer.merged
-            assert kept is not None
-            layer.weight.copy_(kept.weight)
-            if kept.bias is None:
-                layer.register_parameter("bias", None)
-            else:
-                layer.bias.copy_(kept.bias)
+            assert layer.merged is not None
+            put(layer, layer.merged)
             layer.merged = None

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .adapters import BottleneckAdapter
+from .attention_weights import owned
 from .bank import Bank, Batch, banks_of, check_batch
 from .checks import describe
 from .ops.rule import autocast_dtype
@@ -37,8 +38,9 @@ def adapters_per_sample(model: Any, names: Sequence[str | None]) -> Iterator[Non
 
     Raises:
         TypeError, ValueError: names the model does not have (the message lists the known), no
-            names, merged layers, another such block, or dropout in training. Nothing is changed
-            then. In a forward: a batch that is no multiple of len(names).
+            names, merged layers, another such block, dropout in training, time-aware designs, or
+            attention that trains beside an adapter. Nothing is changed then. In a forward: a
+            batch that is no multiple of len(names).
     """
     root = denoiser(model)
     layers = adapted(root)
@@ -46,6 +48,12 @@ def adapters_per_sample(model: Any, names: Sequence[str | None]) -> Iterator[Non
     check_known("names", [n for n in chosen if n is not None], layers.values())
     check_unmerged(layers, "choose adapters")
     check_one_batch(layers, "begin another")
+    trained = [owner for _, owner, own in owned(root) if owner in chosen or not own.away]
+    if trained:
+        raise ValueError(
+            f"names: expected adapters alone, got {trained[0]!r}, with which attention's own "
+            f"weights train, for all samples of a batch"
+        )
     batch = Batch()
     made = {name: _banks(name, layer, chosen, batch) for name, layer in layers.items()}
     for name, layer in layers.items():
@@ -92,11 +100,22 @@ def _banks(
     found: dict[str, Any] = dict(layer.adapters.items())
     own: list[BottleneckAdapter | None] = [found.get(n) if n is not None else None for n in names]
     for adapter_name, adapter in zip(names, own, strict=True):
-        if adapter is not None and adapter.training and adapter.dropout:
-            raise ValueError(
-                f"names: expected adapters without dropout, or model.eval(), got {adapter_name!r} "
-                f"with dropout={adapter.dropout} at {name}"
-            )
+        reason = None if adapter is None else _why_not(adapter)
+        if reason is not None:
+            raise ValueError(f"names: expected {reason}, got {adapter_name!r} at {name}")
     # quantized weights and those cast for storage say nothing of what the layer computes in
     dtype = autocast_dtype(layer.weight) if layer.weight.dtype in FLOATS else None
     return banks_of(own, dtype, batch)
+
+
+def _why_not(adapter: BottleneckAdapter) -> str | None:
+    """What the adapter would have to be for the op to compute it; None where it is."""
+    config = adapter.config
+    if adapter.timed:
+        return f"adapters that are the same at all timesteps (design={config.design!r})"
+    if config.layer_norm:
+        return "adapters that read h as it is (layer_norm=True)"
+    if adapter.training and (adapter.dropout or config.drop_path):
+        drops = f"dropout={adapter.dropout}, drop_path={config.drop_path}"
+        return f"adapters without dropout, or model.eval() ({drops})"
+    return None

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,34 +21,21 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import ops
 from .adapters import BottleneckAdapter
-from .adapters.bottleneck import Tensors
 from .backends import resolve
 from .bank import Bank
 from .forwards import check_forward, has_hooks, rebind_forward
-from .ops.activations import activate
 from .ops.adapter_linear import api as adapter_linear_api
 from .ops.adapter_linear import contract as adapter_linear_contract
 from .ops.cross_attention_adapter import api as cross_attention_api
 from .ops.rule import autocast_dtype
 from .ops.validate import FLOATS
+from .stack import Stack, Weighted, delta, for_samples, stacks
 
 logger = logging.getLogger("a3fta_kernels")
 
 _PLAIN_WEIGHTS = (Tensor, nn.Parameter, FakeTensor)
 Columns = tuple[int, int] | None  # (start, length) of a layer's input; None: all of it
 _logged: set[tuple[str, str]] = set()
-
-
-class Stack(NamedTuple):
-    """Parallel adapters of one activation as one adapter: stacked along the rank."""
-
-    w_down: Tensor
-    w_up: Tensor
-    b_down: Tensor | None
-    b_up: Tensor | None
-    scale: float
-    activation: str
-    gamma: Tensor | None
 
 
 class Frozen(NamedTuple):
@@ -85,53 +73,61 @@ class AdaptedProjectionMixin(_Linear):
     frozen: Frozen | None
     banks: tuple[Bank, ...] | None  # each sample with its own adapter, in place of `weights`
     resting: tuple[str, ...]  # adapters that were chosen not to train
+    foreign: ClassVar[bool] = False  # PEFT has its adapters, and switches and saves them
 
-    def forward(self, h: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, h: Tensor, residual: Tensor | None = None, beside: Sequence[Weighted] = ()
+    ) -> Tensor:
         """y = h' @ weight.T + bias [+ residual],  h' = h + sum of weight_i * adapter_i(h).
 
         h (..., K), residual (..., N). With columns = (start, C) the adapters have that slice for h
         and h', and what is beside it stays. With no active adapter this is the layer as it was.
+        `beside`: further adapters of this forward, which a layer around this one has.
         """
         if self.banks is not None and self.enabled and self.merged is None:
-            return _add(super().forward(self._by_sample(h, self.banks)), residual)
-        active = self.active()
+            return _add(super().forward(self._by_sample(h, self.banks, beside)), residual)
+        active = [*self.active(), *beside]
         if not active:
             return _add(super().forward(h), residual)
         if residual is not None and residual.dtype != h.dtype:
-            return _add(AdaptedProjectionMixin.forward(self, h), residual)
-        frozen = self._frozen_for(h)
+            return _add(AdaptedProjectionMixin.forward(self, h, beside=beside), residual)
+        frozen = None if beside else self._frozen_for(h)
         if frozen is not None:
-            return self._forward_frozen(h, residual, frozen)
+            return self._forward_frozen(h, residual, frozen, for_samples(frozen.stack, active, h))
         first, *others = stacks(active, h)
         reason = self.unfused_reason()
-        if reason is None and not others:
+        if reason is None and not others and not first.norm:
             return ops.adapter_linear(
                 h, first.w_down, first.w_up, self.weight, self.bias, first.b_down, first.b_up,
                 residual=residual, columns=self.columns, scale=first.scale,
-                activation=first.activation, gamma=first.gamma, backend=self.backend,
+                activation=first.activation, gamma=first.gamma, beta=first.beta,
+                backend=self.backend,
             )  # fmt: skip
         _log_once("its adapter apart from the layer", reason or "its adapters differ in activation")
         before, inside, after = self._parts(h)
-        adapted = ops.adapter(
+        adapted = inside + delta(inside, first) if first.norm else ops.adapter(
             inside, first.w_down, first.w_up, first.b_down, first.b_up, scale=first.scale,
-            activation=first.activation, gamma=first.gamma, backend=self.backend,
+            activation=first.activation, gamma=first.gamma, beta=first.beta, backend=self.backend,
         )  # fmt: skip
         for other in others:
             adapted = adapted + delta(inside.to(adapted.dtype), other)
         return _add(super().forward(_whole(before, adapted, after)), residual)
 
-    def _by_sample(self, h: Tensor, banks: tuple[Bank, ...]) -> Tensor:
+    def _by_sample(self, h: Tensor, banks: tuple[Bank, ...], beside: Sequence[Weighted]) -> Tensor:
         """h' of a batch whose samples have adapters of their own; then comes the layer as it is.
 
         With V by sample there is no wide product to save: z @ V.T would be a skinny kernel of its
         own that writes what the projection then reads, as h' is written and read here, and V of
         every adapter would be made first. And so any layer will do, a quantized one too.
         """
-        if not banks:
+        if not banks and not beside:
             return h
-        before, adapted, after = self._parts(h)
+        before, inside, after = self._parts(h)
+        adapted = inside
         for bank in banks:
             adapted = bank(adapted, self.backend)
+        for stack in stacks(list(beside), inside) if beside else ():
+            adapted = adapted + delta(inside.to(adapted.dtype), stack)
         return _whole(before, adapted, after)
 
     def _parts(self, h: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
@@ -143,13 +139,15 @@ class AdaptedProjectionMixin(_Linear):
         # a copy: kept for the backward, a view would hold the whole of h
         return before, inside.contiguous(), after
 
-    def _forward_frozen(self, h: Tensor, residual: Tensor | None, frozen: Frozen) -> Tensor:
-        stack = frozen.stack
+    def _forward_frozen(
+        self, h: Tensor, residual: Tensor | None, frozen: Frozen, stack: Stack
+    ) -> Tensor:
         dtype = frozen.v.dtype
         return adapter_linear_api.apply_prepared(
             h.to(dtype), stack.w_down, stack.w_up, self.weight, self.bias, stack.b_down,
             stack.b_up, residual, span(self, self.columns)[0], stack.scale, stack.activation,
-            None, None, "auto", resolve(self.backend, h.device, dtype), frozen.v, frozen.v_bias,
+            stack.gamma, stack.beta, "auto", resolve(self.backend, h.device, dtype), frozen.v,
+            frozen.v_bias,
         )  # fmt: skip
 
     def attend(
@@ -173,18 +171,19 @@ class AdaptedProjectionMixin(_Linear):
             stack, v_up, v_bias = stacks(active, q)[0], None, None
         else:
             stack, v_up, v_bias = frozen
+            stack = for_samples(stack, active, q)
         dtype = autocast_dtype(q)
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(dtype)
         return cross_attention_api.apply_prepared(
             q.to(dtype), k.to(dtype), v.to(dtype), stack.w_down, stack.w_up, self.weight,
             self.bias, stack.b_down, stack.b_up, heads, mask, None, residual, stack.scale,
-            stack.activation, stack.gamma, None, v_up, v_bias,
+            stack.activation, stack.gamma, stack.beta, v_up, v_bias,
         )  # fmt: skip
 
     def unattended_reason(
         self, q: Tensor, k: Tensor, heads: int, mask: Tensor | None,
-        active: list[tuple[BottleneckAdapter, float | Tensor]],
+        active: list[Weighted],
     ) -> str | None:  # fmt: skip
         """Why `attend` cannot compute attention with this layer now; None where it can."""
         reason = self.unfused_reason()
@@ -224,7 +223,7 @@ class AdaptedProjectionMixin(_Linear):
             self.acting.append((adapters[name], torch.tensor(weight, dtype=wide, device=device)))
         self.frozen = None
 
-    def active(self) -> list[tuple[BottleneckAdapter, float | Tensor]]:
+    def active(self) -> list[Weighted]:
         """The adapters that act in the next forward, with their weights: numbers, or tensors of
         one element where code is compiled."""
         if not self.enabled or self.merged is not None:
@@ -240,20 +239,15 @@ class AdaptedProjectionMixin(_Linear):
         trains = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if reason is None and torch.is_grad_enabled() and trains:
             return "the layer itself trains"
+        if reason is None and any(adapter.config.layer_norm for adapter, _ in self.active()):
+            return "its adapter reads attention normalised"
         return reason
 
     def unreadable_reason(self) -> str | None:
         """Why this layer's weight is no plain tensor at hand; None where it is."""
         if type(self) is not AdaptedProjection:
             return f"the layer is of class {stock_class(self).__name__}, not a plain Linear"
-        weight = self.weight
-        if type(weight) not in _PLAIN_WEIGHTS:
-            return f"its weight is a {type(weight).__name__}, not a plain tensor"
-        if weight.device.type == "meta":
-            return "its weight is on the meta device"
-        if weight.dtype not in FLOATS:
-            return f"its weight is stored as {weight.dtype}"
-        return None
+        return unreadable_weight(self.weight)
 
     def freeze(self) -> bool:
         """Computes V and the bias once; False where this layer has nothing to keep."""
@@ -267,7 +261,7 @@ class AdaptedProjectionMixin(_Linear):
         # a tensor made in inference mode could not serve a forward outside it
         with torch.inference_mode(False), torch.no_grad():
             first, *others = stacks(active, None)
-            if others:
+            if others or first.norm:
                 return False
             v, v_bias = adapter_linear_contract.merged_up(
                 self.weight, self.bias, first.w_up, first.b_up, None, first.scale,
@@ -326,6 +320,17 @@ def stock_class(projection: AdaptedProjectionMixin) -> type:
     return order[order.index(AdaptedProjectionMixin) + 1]
 
 
+def unreadable_weight(weight: Tensor) -> str | None:
+    """Why this weight is no plain tensor at hand; None where it is."""
+    if type(weight) not in _PLAIN_WEIGHTS:
+        return f"its weight is a {type(weight).__name__}, not a plain tensor"
+    if weight.device.type == "meta":
+        return "its weight is on the meta device"
+    if weight.dtype not in FLOATS:
+        return f"its weight is stored as {weight.dtype}"
+    return None
+
+
 def _blank(stock: type) -> nn.Module:
     cls = adapted_class(stock)
     return cls.__new__(cls)
@@ -380,66 +385,6 @@ def check_restorable(projection: AdaptedProjectionMixin) -> None:
             f"model: expected layers of class {expected.__name__}, got a "
             f"{type(projection).__name__}; undo what changed the class after injection first"
         )
-
-
-def stacks(active: list[tuple[BottleneckAdapter, float | Tensor]], h: Tensor | None) -> list[Stack]:
-    """The active adapters, stacked along the rank, one stack per activation.
-
-    With h, dropout is drawn for its samples.
-    """
-    if len(active) == 1:
-        return [_stack(active, active[0][0].activation, h)]
-    groups: dict[str, list[tuple[BottleneckAdapter, float | Tensor]]] = {}
-    for adapter, weight in active:
-        groups.setdefault(adapter.activation, []).append((adapter, weight))
-    return [_stack(group, activation, h) for activation, group in groups.items()]
-
-
-def _stack(
-    group: list[tuple[BottleneckAdapter, float | Tensor]], activation: str, h: Tensor | None
-) -> Stack:
-    if len(group) == 1 and not torch.compiler.is_compiling():
-        adapter, weight = group[0]
-        mask = None if h is None else adapter.mask(h.shape[0], h.device)
-        own: Tensors = adapter()
-        return Stack(*own, adapter.scale * float(weight), activation, mask)
-    masks = [None if h is None else a.mask(h.shape[0], h.device) for a, _ in group]
-    tensors: list[Tensors] = [a() for a, _ in group]
-    factors = [a.scale * weight for a, weight in group]
-    # of several, and compiled, the weights go into w_up: an op takes one number, and as a constant
-    b_down = b_up = gamma = None
-    if any(t.b_down is not None for t in tensors):
-        b_down = _cat([_or_zeros(t.b_down, t.w_down[:, 0]) for t in tensors])
-        pairs = zip(tensors, factors, strict=True)
-        shifts = [t.b_up * factor for t, factor in pairs if t.b_up is not None]
-        b_up = functools.reduce(torch.add, shifts)
-    if h is not None and any(m is not None for m in masks):
-        blank = h.new_zeros(h.shape[0], 1, dtype=torch.float32)
-        parts = zip(masks, group, strict=True)
-        gamma = _cat([blank.expand(-1, a.rank) if m is None else m for m, (a, _) in parts], dim=1)
-    w_down = _cat([t.w_down for t in tensors])
-    w_up = _cat([t.w_up * factor for t, factor in zip(tensors, factors, strict=True)], dim=1)
-    return Stack(w_down, w_up, b_down, b_up, 1.0, activation, gamma)
-
-
-def _cat(parts: list[Tensor], dim: int = 0) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
-
-
-def delta(h: Tensor, stack: Stack) -> Tensor:
-    """scale * (act(h @ w_down.T + b_down) * (1 + gamma) @ w_up.T + b_up), without h itself."""
-    dtype = h.dtype
-    b_down, b_up = (None if b is None else b.to(dtype) for b in (stack.b_down, stack.b_up))
-    a = nn.functional.linear(h, stack.w_down.to(dtype), b_down)
-    z = activate(a, stack.activation)
-    if stack.gamma is not None:
-        per_sample = stack.gamma.to(dtype).view(h.shape[0], *[1] * (h.dim() - 2), -1)
-        z = z * (1 + per_sample)
-    return stack.scale * nn.functional.linear(z, stack.w_up.to(dtype), b_up)
-
-
-def _or_zeros(x: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if x is None else x
 
 
 def _whole(before: Tensor | None, adapted: Tensor, after: Tensor | None) -> Tensor:

@@ -36,7 +36,8 @@ class InjectionReport:
     layers: the adapted projections by name. families: the family, and how many layers of it.
     processors: attention layer -> our processor's class. left_processors: attention layers whose
     processor is not known and stays; the adapter acts there too. unadapted: attention layers
-    without an adapter, with the reason. attention: the engine of every adapted attention layer, or
+    without an adapter (of a model outside the table also layers that may consume attention), with
+    the reason. attention: the engine of every adapted attention layer, or
     the processor that stays; `set_attention` chooses it. parameters_added: of this adapter;
     parameters_total: of the model without adapters.
     """

@@ -7,8 +7,6 @@ fingerprint of the base, and a load that checks everything before it touches any
 from __future__ import annotations
 
 import dataclasses
-import logging
-import math
 import os
 import sys
 from collections.abc import Mapping
@@ -18,37 +16,56 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import adapter_file
+from . import adapter_file, hub, peft_file
 from .adapter_file import AdapterFile, AdapterFileError, refuse
 from .adapters import AdapterConfig, BottleneckAdapter
+from .attention_weights import trained_values
 from .backends import BACKENDS
 from .checks import check_choice, describe
+from .fingerprint import about, check_samples, samples
 from .inject import check_name, inject, plan_injection, unfreeze
 from .projection import AdaptedProjectionMixin, Columns
-from .tree import adapted, check_known, check_one_batch, check_unmerged, denoiser, projections
+from .tree import (
+    adapted,
+    check_known,
+    check_one_batch,
+    check_unmerged,
+    denoiser,
+    holding,
+    projections,
+)
 
 __all__ = ["AdapterFileError", "load_adapter", "save_adapter"]
 
-logger = logging.getLogger("a3fta_kernels")
-
-_SAMPLED_LAYERS = 16
-_SAMPLES_PER_LAYER = 16
-# rounding to bf16 moves a value by 2^-8 of itself at most, to fp16 by 2^-11 or, near zero, 2^-25;
-# one copy of the weights may have been through either
-_RELATIVE = 1.25 * 2.0**-8
-_ABSOLUTE = 2.0**-24
+LAYOUTS = ("a3fta", "peft")
 # where an adapter's tensors have their rank
 _RANK_AXES = {"w_down": 0, "b_down": 0, "w_up": 1}
-_SAMPLED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def save_adapter(model: Any, folder: str | os.PathLike[str], name: str = "default") -> Path:
+def save_adapter(
+    model: Any,
+    folder: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    layout: str = "a3fta",
+    training: Mapping[str, Any] | None = None,
+) -> Path:
     """Writes one adapter to `folder`: adapter_model.safetensors and adapter_config.json.
 
     The weights file stands alone; it also holds the config and a fingerprint of the base (class,
     names and shapes of the adapted layers, some of their weights). Tensors are named
-    `<layer>.<parameter>`, without the adapter's name and without PEFT's wrapping. The mixing
-    weights of `set_adapters` belong to the model and are not stored.
+    `<layer>.<parameter>`, without the adapter's name and without PEFT's wrapping; attention that
+    trained beside the adapter is stored whole, as `attention:<layer>.<parameter>`. The mixing
+    weights of `set_adapters` belong to the model and are not stored. What the adapter comes from
+    is told beside: the model's family and its name on the Hub, the versions of the libraries.
+
+    Args:
+        model: a diffusers model or a pipeline, adapted by `inject`, or by PEFT with an A3FTAConfig.
+        folder: is made where it is missing.
+        name: of the adapter on the model.
+        layout: "a3fta", or "peft": the folder that `PeftModel.from_pretrained` reads, which has no
+            fingerprint and tells nothing. `load_adapter` reads both.
+        training: settings of the training to tell, of JSON's types.
 
     Both files are replaced atomically, weights first: an interrupted save leaves an adapter that
     loads. Other files in the folder stay.
@@ -57,24 +74,32 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], name: str = "defaul
 
     Raises:
         TypeError, ValueError: no adapter of that name, merged layers, parameters on the meta
-            device, or scales that differ between layers.
+            device, scales that differ between layers, training that is not JSON.
         OSError: from writing; the adapter that was there stays.
     """
     root = denoiser(model)
-    layers = adapted(root)
-    check_known("name", [name], layers.values())
+    check_choice("layout", layout, LAYOUTS)
+    layers = holding(root, name)
+    if not layers:
+        check_known("name", [name], adapted(root).values())
     check_unmerged(layers, "save")
-    layers = {key: layer for key, layer in layers.items() if name in layer.adapters}
+    told = about(root, training)
     states = {key: _state(key, _adapter(layer, name)) for key, layer in layers.items()}
+    states |= _attention(trained_values(root, name))
     config = _config([_adapter(layer, name) for layer in layers.values()])
     target = Path(folder)
+    tensors = {f"{k}.{p}": tensor for k, state in states.items() for p, tensor in state.items()}
+    if layout == "peft":
+        peft_file.write(target, tensors, config)
+        return target
     adapter_file.write(
         target,
-        tensors={f"{k}.{p}": tensor for k, state in states.items() for p, tensor in state.items()},
+        tensors=tensors,
         config=config.to_dict(),
         base=_base(root, layers),
-        samples=_samples(layers),
+        samples=samples(root, layers),
         library_version=sys.modules[__package__].__version__,
+        about=told,
     )
     return target
 
@@ -87,6 +112,9 @@ def load_adapter(
     allow_other_base: bool = False,
     pad_rank: bool = False,
     backend: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
 ) -> AdapterConfig:
     """Loads the adapter that `save_adapter` wrote to `folder`, under the name `name`.
 
@@ -100,7 +128,9 @@ def load_adapter(
         model: a diffusers model, PEFT-wrapped or not, or a pipeline, whose denoiser is taken.
         folder: holds adapter_model.safetensors and adapter_config.json. Without the latter the
             weights file, which holds the settings too, is loaded with a warning; also where the
-            latter is sound but describes other weights (an interrupted save).
+            latter is sound but describes other weights (an interrupted save). Or one that PEFT
+            saved of an A3FTAConfig: names and shapes are checked then, as it has no fingerprint.
+            Or the name of a repository on the Hub, where there is no folder of that name.
         name: of the adapter on the model; the file does not hold one.
         allow_other_base: accept base weights other than those the adapter was trained on (a
             fine-tune of the same architecture). Names and shapes must fit all the same.
@@ -108,6 +138,8 @@ def load_adapter(
             change nothing. Inject one of the largest rank first, compile, and swap them all in.
         backend: as in `inject`, for layers that are injected; None: what the model's adapted
             layers use already, else auto.
+        revision, token: of the repository on the Hub.
+        subfolder: of the folder or the repository.
 
     Returns the stored config.
 
@@ -127,7 +159,7 @@ def load_adapter(
     backend = backend or next((layer.backend for layer in layers.values()), "auto")
     check_unmerged(layers, "load")
     check_one_batch(layers, "load an adapter")
-    file = adapter_file.read(Path(folder))
+    file = _read(folder, revision, subfolder, token)
     config = _parse_config(file)
     _check_base(file, root)
     existing = {key: layer for key, layer in layers.items() if name in layer.adapters}
@@ -136,22 +168,37 @@ def load_adapter(
         adapters = {key: _adapter(layer, name) for key, layer in existing.items()}
         _check_kind(file, config, name, adapters)
         states = {key: _state(key, adapter) for key, adapter in adapters.items()}
+        states |= _attention(trained_values(root, name))
         targets: Mapping[str, nn.Linear] = existing
     else:
         targets, states = _planned(file, root, config, name, backend)
-    _check_samples(file, targets, allow_other_base)
+    check_samples(file, root, targets, allow_other_base)
     values = _converted(file, states, pad_rank and bool(existing))
 
     if not existing:
         inject(root, config, name, backend=backend)
         added = projections(root)
         states = {key: _state(key, _adapter(added[key], name)) for key in targets}
+        states |= _attention(trained_values(root, name))
     with torch.no_grad():
         for key, state in states.items():
             for parameter, tensor in state.items():
                 tensor.copy_(values[f"{key}.{parameter}"])
     unfreeze(root)
     return config
+
+
+def _read(
+    folder: str | os.PathLike[str],
+    revision: str | None,
+    subfolder: str | None,
+    token: str | bool | None,
+) -> AdapterFile:
+    if hub.is_repository(folder):
+        path = hub.download(os.fspath(folder), revision, subfolder, token)
+    else:
+        path = Path(folder) / (subfolder or "")
+    return peft_file.read(path) if peft_file.is_peft(path) else adapter_file.read(path)
 
 
 def _adapter(layer: AdaptedProjectionMixin, name: str) -> BottleneckAdapter:
@@ -168,6 +215,15 @@ def _state(layer: str, adapter: BottleneckAdapter) -> dict[str, Tensor]:
                 f"meta device; save and load before the model is offloaded"
             )
     return state
+
+
+def _attention(values: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Attention's own tensors among those of the adapters: `attention:<layer>`."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in values.items():
+        layer, _, leaf = name.rpartition(".")
+        found.setdefault(f"attention:{layer}", {})[leaf] = tensor
+    return found
 
 
 def _config(adapters: list[BottleneckAdapter]) -> AdapterConfig:
@@ -202,6 +258,7 @@ def _planned(
         refuse(file.path, f"tensors of rank {max(plan.ranks.values())}", f"at most {largest}")
     with torch.device("meta"):
         states = {key: dict(plan.adapter(key, "meta").state_dict()) for key in plan.targets}
+    states |= _attention(plan.attention)
     return plan.targets, states
 
 
@@ -214,6 +271,8 @@ def _check_kind(
             "activation": adapter.activation,
             "scale": float(adapter.scale),
             "bias": adapter.b_down is not None,
+            **{f: getattr(adapter.config, f) for f in ("train", "layer_norm", "time_window")},
+            "time_rank": adapter.config.time_rank,
         }
         for field, value in there.items():
             if value != getattr(config, field):
@@ -245,7 +304,7 @@ def _shape(linear: nn.Linear, columns: Columns) -> str:
 def _check_base(file: AdapterFile, root: nn.Module) -> None:
     if set(file.base) != {"model", "layers"} or not isinstance(file.base["layers"], dict):
         refuse(file.path, "a base with model and layers", repr(file.base)[:80])
-    if file.base["model"] != type(root).__name__:
+    if file.base["model"] not in (None, type(root).__name__):
         refuse(
             file.path,
             f"an adapter for a {type(root).__name__}",
@@ -256,76 +315,19 @@ def _check_base(file: AdapterFile, root: nn.Module) -> None:
 def _check_layers(file: AdapterFile, here: Mapping[str, str], whose: str) -> None:
     stored = file.base["layers"]
     for key in sorted({*stored, *here}):
-        if stored.get(key) != here.get(key):
+        known = stored.get(key) is not None or key not in stored
+        if key not in here or (known and stored.get(key) != here[key]):
             refuse(
                 file.path,
-                f"{key} {_presence(here.get(key))} ({whose})",
-                f"{key} {_presence(stored.get(key))} (the adapter's base)",
+                f"{key} {_presence(here, key)} ({whose})",
+                f"{key} {_presence(stored, key)} (the adapter's base)",
             )
 
 
-def _presence(shape: Any) -> str:
-    return "not adapted" if shape is None else f"of shape {shape}"
-
-
-def _samples(layers: Mapping[str, nn.Module]) -> dict[str, list[float | None]]:
-    """Some weights of some layers: enough to tell one base from another at little cost."""
-    keys = sorted(key for key, layer in layers.items() if _readable(layer))
-    step = max(1, math.ceil(len(keys) / _SAMPLED_LAYERS))
-    return {key: _sampled(layers[key]) for key in keys[::step]}
-
-
-def _readable(layer: nn.Module) -> bool:
-    """Whether the weight is at hand, in a plain floating dtype."""
-    weight: Any = layer.weight
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype in _SAMPLED_DTYPES
-    return plain and weight.device.type != "meta"
-
-
-def _sampled(layer: nn.Module) -> list[float | None]:
-    """Weights at even distances."""
-    weight: Any = layer.weight
-    count = min(_SAMPLES_PER_LAYER, weight.numel())
-    places = torch.arange(count, device=weight.device) * (weight.numel() - 1) // max(1, count - 1)
-    values = weight.detach().reshape(-1)[places].double().tolist()
-    return [value if math.isfinite(value) else None for value in values]
-
-
-def _check_samples(
-    file: AdapterFile, layers: Mapping[str, nn.Linear], allow_other_base: bool
-) -> None:
-    compared = 0
-    for key, stored in file.samples.items():
-        if key not in layers or not isinstance(stored, list):
-            refuse(file.path, "samples of adapted layers", f"samples of {key}: {stored!r:.80}")
-        if not _readable(layers[key]):
-            continue
-        compared += 1
-        here = _sampled(layers[key])
-        if len(stored) != len(here):
-            refuse(file.path, f"{len(here)} samples of {key}", f"{len(stored)}")
-        for a, b in zip(stored, here, strict=True):
-            if allow_other_base or _close(a, b):
-                continue
-            refuse(
-                file.path,
-                f"an adapter for this base, with {b} in {key}.weight",
-                f"one for another, with {a} there; allow_other_base=True accepts it",
-            )
-    if not compared:
-        logger.info(
-            "%s: the base's weights were not compared, they are not at hand in a plain dtype "
-            "(offloaded, quantized or cast for storage); names and shapes fit",
-            file.path,
-        )
-
-
-def _close(a: Any, b: float | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    if isinstance(a, bool) or not isinstance(a, (int, float)):
-        return False
-    return math.isclose(a, b, rel_tol=_RELATIVE, abs_tol=_ABSOLUTE)
+def _presence(shapes: Mapping[str, Any], key: str) -> str:
+    if key not in shapes:
+        return "not adapted"
+    return "adapted" if shapes[key] is None else f"of shape {shapes[key]}"
 
 
 def _converted(

@@ -10,8 +10,17 @@ from typing import Any
 
 from torch import nn
 
+from . import attention_weights
 from .checks import describe
-from .tree import adapted, adapter_names, check_known, check_one_batch, check_unmerged, projections
+from .tree import (
+    adapted,
+    adapter_names,
+    check_known,
+    check_one_batch,
+    check_unmerged,
+    denoiser,
+    projections,
+)
 
 
 def set_adapters(
@@ -36,6 +45,7 @@ def set_adapters(
     for layer in layers.values():
         pairs = zip(chosen, factors, strict=True)
         layer.choose({n: w for n, w in pairs if n in layer.adapters})
+    attention_weights.sync(denoiser(model))
 
 
 def enable_adapters(model: Any) -> None:
@@ -53,11 +63,15 @@ def _enable(model: Any, value: bool) -> None:
     check_unmerged(layers, "switch them on or off")
     for layer in layers.values():
         layer.enabled = value
+    attention_weights.sync(denoiser(model))
 
 
 @contextlib.contextmanager
 def disabled(model: Any) -> Iterator[None]:
     """Adapters off inside the block: the teacher, where a loss compares with the stock model.
+
+    Attention that trains beside an adapter has its stock weights inside, which are copied to the
+    device each time; a graph from before may have its backward after the block, not inside.
 
     Takes effect for the forwards inside; with gradient checkpointing their backward belongs
     inside too, because it runs the forward again.
@@ -73,11 +87,12 @@ def disabled(model: Any) -> Iterator[None]:
         for name, layer in projections(model).items():
             if name in before:
                 layer.enabled = before[name]
+        attention_weights.sync(denoiser(model))
 
 
 def trainable_parameters(model: Any) -> Iterator[nn.Parameter]:
-    """The adapter parameters that train, for an optimizer or for clipping: a new iterator at
-    every call.
+    """The parameters that train, for an optimizer or for clipping: those of the adapters, then
+    those of attention that trains beside them; a new iterator at every call.
 
     Warns where adapters were frozen by someone else: PEFT's `add_adapter` does that, and
     `set_trainable` undoes it.
@@ -91,6 +106,11 @@ def trainable_parameters(model: Any) -> Iterator[nn.Parameter]:
             training += [p for p in parameters if p.requires_grad]
             if name not in layer.resting and not all(p.requires_grad for p in parameters):
                 frozen[name] = None
+    for holder, name, own in attention_weights.owned(denoiser(model)):
+        attention = list(attention_weights.parameters(holder, own).values())
+        training += [p for p in attention if p.requires_grad]
+        if own.trains and not own.away and not all(p.requires_grad for p in attention):
+            frozen[name] = None
     if frozen:
         warnings.warn(
             f"the adapters {', '.join(frozen)} are frozen and will not train; call "
@@ -103,7 +123,8 @@ def trainable_parameters(model: Any) -> Iterator[nn.Parameter]:
 def set_trainable(model: Any, names: str | Sequence[str] | None = None) -> None:
     """Lets the named adapters train, and the model's other adapters not. None: all of them.
 
-    The model's own parameters, and those of PEFT, stay as they are.
+    With an adapter goes the attention that trains beside it. The model's own other parameters,
+    and those of PEFT, stay as they are.
     """
     layers = adapted(model)
     chosen = adapter_names(layers.values()) if names is None else _names(names)
@@ -112,6 +133,7 @@ def set_trainable(model: Any, names: str | Sequence[str] | None = None) -> None:
         for name, adapter in layer.adapters.items():
             adapter.requires_grad_(name in chosen)
         layer.resting = tuple(n for n in layer.adapters if n not in chosen)
+    attention_weights.set_trains(denoiser(model), chosen)
 
 
 def freeze_for_inference(model: Any) -> int:

@@ -39,17 +39,37 @@ def denoiser(model: Any) -> nn.Module:
 
 
 def projections(model: Any) -> dict[str, AdaptedProjectionMixin]:
-    """The adapted layers by name. A layer that PEFT wraps keeps the name it has without PEFT."""
+    """The adapted layers by name. A layer that PEFT wraps keeps the name it has without PEFT.
+
+    Layers whose adapters PEFT has (`a3fta_kernels.peft`) are not among them.
+    """
     return {
         plain_name(name): module
         for name, module in denoiser(model).named_modules()
-        if isinstance(module, AdaptedProjectionMixin)
+        if isinstance(module, AdaptedProjectionMixin) and not module.foreign
+    }
+
+
+def holding(model: Any, name: str) -> dict[str, AdaptedProjectionMixin]:
+    """The layers that have an adapter of that name; where there is none, those of PEFT's."""
+    layers = {k: layer for k, layer in projections(model).items() if name in layer.adapters}
+    return layers or {
+        plain_name(key): module
+        for key, module in denoiser(model).named_modules()
+        if isinstance(module, AdaptedProjectionMixin) and module.foreign and name in module.adapters
     }
 
 
 def plain_name(name: str) -> str:
     """The name of a module or parameter without the levels that PEFT puts in."""
     return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
+def inside(layer: nn.Module) -> nn.Module:
+    """The layer inside PEFT's wrappers."""
+    while isinstance(getattr(layer, "base_layer", None), nn.Module):
+        layer = layer.base_layer  # type: ignore[assignment]
+    return layer
 
 
 def adapted(model: Any) -> dict[str, AdaptedProjectionMixin]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -32,20 +33,27 @@ LAYERS = [
     ["ops.*.api"],
     ["ops.*"],
     ["ops"],
-    ["adapters.config"],
+    ["adapters.config", "adapters.timestep"],
     ["adapters.bottleneck"],
     ["adapters.*"],
     ["adapters"],
-    ["bank", "forwards"],
+    ["bank", "forwards", "stack"],
     ["projection"],
     ["tree"],
-    ["merging", "per_sample", "report", "switch"],
+    ["attention_weights"],
+    ["merging", "per_sample", "report", "switch", "timesteps"],
     ["processors.engines", "processors.family", "processors.qkv"],
+    ["processors.flux", "processors.unet"],
     ["processors.*"],
     ["processors"],
     ["attention"],
     ["inject"],
     ["adapter_file"],
+    ["hub", "peft_file"],
+    ["fingerprint"],
+    ["peft.config", "peft.layer"],
+    ["peft.model"],
+    ["peft"],
     ["export", "storage"],
     ["memory.account", "memory.fakes", "memory.operators", "memory.places"],
     ["memory.saved", "memory.models", "memory.methods"],
@@ -115,10 +123,10 @@ SCHEMAS = {
 HOMES = {
     "triton": ["*triton", "triton_support"],
     "diffusers": ["processors*", "inject", "lean*", "memory.models", "train*", "cli*"],
-    "peft": ["memory.methods", "cli*"],
+    "peft": ["memory.methods", "peft*", "cli*"],
     "xformers": ["backends", "processors*"],
     "flash_attn_interface": ["backends", "processors*"],
-    "safetensors": ["adapter_file", "storage", "train*", "cli*"],
+    "safetensors": ["adapter_file", "peft_file", "train*", "cli*"],
     "rich": ["cli*"],
     "matplotlib": ["train*", "cli*"],
     "sklearn": ["cli*"],
@@ -126,7 +134,7 @@ HOMES = {
     "PIL": ["train*", "cli.sample"],
     "datasets": ["train.sources"],
     "transformers": ["train*"],
-    "huggingface_hub": ["train*"],
+    "huggingface_hub": ["hub", "train*"],
     "yaml": ["train*"],
     "accelerate": ["train.recipe", "train.sampling"],
     "torch": ["*"],
@@ -374,18 +382,27 @@ def test_every_bench_names_an_op():
 def test_every_design_is_in_its_table():
     from a3fta_kernels.adapters import DESIGNS
 
-    files = {name for name in FILES if name.startswith("adapters.")} - {"adapters.config"}
+    files = {name for name in FILES if name.startswith("adapters.")} - {
+        "adapters.config",
+        "adapters.timestep",
+    }
     homes = {cls.__module__.removeprefix("a3fta_kernels.") for cls in DESIGNS.values()}
     assert homes == files
 
 
 def test_every_family_is_in_its_table():
-    from a3fta_kernels.processors import FAMILIES
+    from a3fta_kernels.processors import FAMILIES, Family
 
     shared = {"processors.engines", "processors.family", "processors.qkv"}
     files = {name for name in FILES if name.startswith("processors.")} - shared
-    rows = {row.matches.__module__.removeprefix("a3fta_kernels.") for row in FAMILIES.values()}
-    assert rows == files
+    rows: set[str] = set()
+    for name in files:
+        module = import_module(f"a3fta_kernels.{name}")
+        own = [value for value in vars(module).values() if isinstance(value, Family)]
+        own += getattr(module, "FAMILIES", ())
+        assert own, name
+        rows |= {row.name for row in own}
+    assert rows == set(FAMILIES)
 
 
 def test_every_lean_module_is_in_its_table():

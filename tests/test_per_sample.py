@@ -60,7 +60,7 @@ def one_by_one(model: nn.Module, inputs: dict[str, Any], names: list[str | None]
         a3fta.set_adapters(model, [] if name is None else name)
         found.append(model(**part(inputs, slice(b, b + 1), len(names))).sample)
     for key, layer in a3fta.projections(model).items():
-        layer.weights = kept[key]
+        layer.choose(kept[key])
     return torch.cat(found)
 
 
@@ -302,9 +302,36 @@ def test_dropout_in_training_is_refused_by_name():
     a3fta.inject(model, a3fta.AdapterConfig(rank=2, dropout=0.5), name="a")
     with a3fta.adapters_per_sample(model, ["a"]):
         pass
-    message = "names: expected adapters without dropout, or model.eval.*'a' with dropout=0.5"
+    message = r"names: expected adapters without dropout, or model.eval.*dropout=0.5.*, got 'a'"
     with pytest.raises(ValueError, match=message), a3fta.adapters_per_sample(model.train(), ["a"]):
         raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"design": "film"}, "the same at all timesteps .design='film'., got 'timed' at mid_block"),
+        ({"time_window": (0, 500)}, "the same at all timesteps .*, got 'timed' at mid_block"),
+        ({"layer_norm": True}, "that read h as it is .layer_norm=True., got 'timed' at mid_block"),
+        ({"train": "adapter+attention"}, "adapters alone, got 'timed', with which attention's own"),
+    ],
+)
+def test_what_is_not_of_one_sample_is_refused_by_name(options, message):
+    model = models.build("unet2d")
+    targets = ("mid_block",)
+    a3fta.inject(model, a3fta.AdapterConfig(rank=2, targets=targets), name="plain")
+    a3fta.inject(model, a3fta.AdapterConfig(rank=2, targets=targets, **options), name="timed")
+    named = ["plain", "timed"]
+    with pytest.raises(ValueError, match=message), a3fta.adapters_per_sample(model, named):
+        raise AssertionError
+    assert all(layer.banks is None for layer in a3fta.projections(model).values())
+    if "train" in options:  # acting, it would act on all samples
+        a3fta.enable_adapters(model)
+        with pytest.raises(ValueError, match=message):
+            a3fta.adapters_per_sample(model, ["plain"]).__enter__()
+        a3fta.set_adapters(model, "plain")
+    with a3fta.adapters_per_sample(model, ["plain"]):
+        pass
 
 
 def test_a_layer_of_another_class_and_a_residual():

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from .bottleneck import BottleneckAdapter
 from .config import AdapterConfig
+from .film import FilmAdapter
 from .gated import GatedAdapter
+from .rescaled import RescaledAdapter
 from .scaled import ScaledAdapter
+from .time_scaled import TimeScaledAdapter
 
 DESIGNS: dict[str, type[BottleneckAdapter]] = {
     "bottleneck": BottleneckAdapter,
     "gated": GatedAdapter,
     "scaled": ScaledAdapter,
+    "rescaled": RescaledAdapter,
+    "film": FilmAdapter,
+    "time_scaled": TimeScaledAdapter,
 }
 
-__all__ = ["DESIGNS", "AdapterConfig", "BottleneckAdapter", "GatedAdapter", "ScaledAdapter"]
+__all__ = [
+    "DESIGNS",
+    "AdapterConfig",
+    "BottleneckAdapter",
+    "FilmAdapter",
+    "GatedAdapter",
+    "RescaledAdapter",
+    "ScaledAdapter",
+    "TimeScaledAdapter",
+]

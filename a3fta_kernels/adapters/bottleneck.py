@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import AdapterConfig
+from .timestep import Moment, for_samples, required
 
 
 class Tensors(NamedTuple):
@@ -19,21 +20,26 @@ class Tensors(NamedTuple):
     w_up: Tensor
     b_down: Tensor | None
     b_up: Tensor | None
+    gamma: Tensor | None = None  # (B, R): z is act(a) * (1 + gamma) + beta
+    beta: Tensor | None = None
 
 
 class BottleneckAdapter(nn.Module):
     """The parameters of  h' = h + scale * (act(h @ w_down.T + b_down) @ w_up.T + b_up).
 
-    w_down (R, C), b_down (R,), w_up (C, R), b_up (C,); the biases are None with bias=False.
-    w_up and b_up start at zero, so that a new adapter changes nothing. The projection that owns
-    the adapter computes the formula.
+    w_down (R, C), b_down (R,), w_up (C, R), b_up (C,); the biases are None with bias=False, b_up
+    also where the adapter is left out for a sample. w_up and b_up start at zero, so that a new
+    adapter changes nothing. The projection that owns the adapter computes the formula.
 
     A design whose formula differs in w_up and b_up alone makes its parameters in `extend` and
-    overrides `forward`: everything that computes with an adapter takes its tensors from there.
+    overrides `forward`: everything that computes with an adapter takes its tensors from there. One
+    that depends on the timestep sets `timed` and makes gamma and beta of it in `at_time`.
 
     `.to(dtype)`, `.half()` and layerwise casting never narrow the parameters; moves to another
     device and wider dtypes are followed.
     """
+
+    timed = False  # whether it depends on the timestep
 
     def __init__(
         self,
@@ -50,26 +56,82 @@ class BottleneckAdapter(nn.Module):
         self.activation = config.activation
         self.scale = config.scale
         self.dropout = config.dropout
+        self.timed = config.timed
+        # where a sample may go without the adapter, it goes without a shift as well
+        shifts = config.bias and not config.drop_path and config.time_window is None
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.w_down = nn.Parameter(drawn(rank, channels).to(**options))
         self.w_up = nn.Parameter(torch.zeros(channels, rank, **options))
         self.b_down = nn.Parameter(torch.zeros(rank, **options)) if config.bias else None
-        self.b_up = nn.Parameter(torch.zeros(channels, **options)) if config.bias else None
+        self.b_up = nn.Parameter(torch.zeros(channels, **options)) if shifts else None
         self.extend(options)
 
     def extend(self, options: dict[str, Any]) -> None:
         """Makes what a design adds; `options`: device and dtype of its parameters."""
 
-    def forward(self) -> Tensors:
-        """The tensors: by a call, so that hooks that fetch offloaded parameters run."""
-        return Tensors(self.w_down, self.w_up, self.b_down, self.b_up)
+    def forward(self, h: Tensor | None = None) -> Tensors:
+        """The tensors: by a call, so that hooks that fetch offloaded parameters run.
 
-    def mask(self, samples: int, device: torch.device) -> Tensor | None:
-        """gamma (samples, R) that drops ranks of the bottleneck; None where dropout is off."""
-        if not self.training or self.dropout == 0:
+        With h (B, ...), gamma and beta are for its samples.
+        """
+        gamma, beta = (None, None) if h is None else self.modulation(h.shape[0], h.device)
+        return Tensors(self.w_down, self.w_up, self.b_down, self.b_up, gamma, beta)
+
+    def at_time(self, moment: Moment) -> tuple[Tensor | None, Tensor | None]:
+        """gamma and beta (n, R) of a timed design for n timesteps; zero at the start."""
+        return None, None
+
+    def modulation(self, samples: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """gamma and beta (samples, R): of the timestep, with dropped ranks in them."""
+        gamma = beta = None
+        keep = self.kept(samples, device)
+        if self.timed:
+            moment = required()
+            # autocast has no say: these are as exact as the parameters, and tiny
+            with torch.autocast(device.type, enabled=False):
+                found = self.at_time(moment)
+            gamma, beta = (None if x is None else for_samples(x, samples) for x in found)
+            at_work = self._at_work(moment)
+            if at_work is not None:
+                at_work = for_samples(at_work, samples).to(device)
+                keep = at_work if keep is None else keep * at_work
+        if keep is None:
+            return gamma, beta
+        # (act(a) * (1 + gamma) + beta) * keep
+        gamma = keep - 1 if gamma is None else (1 + gamma) * keep - 1
+        return gamma, None if beta is None else beta * keep
+
+    def _at_work(self, moment: Moment) -> Tensor | None:
+        """(n, R) of 0 and 1: the window, and the rank that shrinks with the timestep.
+
+        r(t) = floor((R - time_rank) * (1000 - t) / 1000) + time_rank, as in Soboleva et al.,
+        "T-LoRA: Single Image Diffusion Model Customization Without Overfitting" (2025): noise
+        overfits first, and gets the fewest ranks.
+        """
+        window, least = self.config.time_window, self.config.time_rank
+        found = None
+        if least is not None:
+            least = min(least, self.rank)
+            share = (1 - moment.t / 1000).clamp(0, 1)
+            count = ((self.rank - least) * share).floor() + least
+            ranks = torch.arange(self.rank, device=moment.t.device)
+            found = (ranks < count[:, None]).float()
+        if window is not None:
+            inside = ((moment.t >= window[0]) & (moment.t <= window[1])).float()[:, None]
+            found = inside.expand(-1, self.rank) if found is None else found * inside
+        return found
+
+    def kept(self, samples: int, device: torch.device) -> Tensor | None:
+        """(samples, R): 0 for what this forward leaves out, more than 1 for the rest; None where
+        nothing is left out."""
+        if not self.training:
             return None
-        keep = 1 - self.dropout
-        return torch.rand(samples, self.rank, device=device).lt(keep).float() / keep - 1
+        found = None
+        for rate, width in ((self.dropout, self.rank), (self.config.drop_path, 1)):
+            if rate > 0:
+                drawn = torch.rand(samples, width, device=device).lt(1 - rate).float() / (1 - rate)
+                found = drawn if found is None else found * drawn
+        return None if found is None else found.expand(-1, self.rank)
 
     def extra_repr(self) -> str:
         rank, channels = self.w_down.shape

@@ -14,6 +14,7 @@ import torch
 from ..checks import check_choice, describe
 from ..ops.activations import ACTIVATIONS
 
+TRAIN = ("adapter", "adapter+attention")
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -30,7 +31,8 @@ class AdapterConfig:
         rank: R, the width of the bottleneck.
         activation: identity, relu, gelu, gelu_tanh or silu.
         scale: factor on the adapter's output.
-        design: a name from `adapters.DESIGNS`.
+        design: a name from `adapters.DESIGNS`: bottleneck; gated, scaled, rescaled (learned
+            factors); film, time_scaled (time-aware).
         bias: whether the adapter has b_down and b_up.
         dropout: probability, in training, of masking a rank of the bottleneck for a sample.
         targets: which attention layers get an adapter: None (all), a regular expression searched
@@ -40,6 +42,15 @@ class AdapterConfig:
             matches counts.
         dtype: dtype of the adapter's parameters; None: the layer's own, but float32 beside
             weights of 16 bits and less.
+        train: "adapter", or "adapter+attention": the linear layers of attention (q, k, v, out)
+            that have an adapter train too.
+        layer_norm: whether the adapter reads h normalised over its channels. A gain and a shift
+            of the norm would be the same as other w_down and b_down: it has none. Not fused.
+        drop_path: probability, in training, of leaving the whole adapter out for a sample.
+        time_window: (first, last) timestep, of 0 to 1000, at which the adapter acts; None: all.
+        time_rank: the rank at timestep 1000, growing to all of R at 0; None: R throughout.
+
+    With drop_path or time_window there is no b_up, which would act where the adapter does not.
 
     Raises:
         TypeError, ValueError: a field does not fit; the message names it.
@@ -54,6 +65,11 @@ class AdapterConfig:
     targets: str | tuple[str, ...] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     dtype: torch.dtype | None = None
+    train: str = "adapter"
+    layer_norm: bool = False
+    drop_path: float = 0.0
+    time_window: tuple[float, float] | None = None
+    time_rank: int | None = None
 
     def __post_init__(self) -> None:
         from . import DESIGNS
@@ -61,12 +77,25 @@ class AdapterConfig:
         _check_rank("rank", self.rank)
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("design", self.design, DESIGNS)
+        check_choice("train", self.train, TRAIN)
         object.__setattr__(self, "scale", _number("scale", self.scale))
-        object.__setattr__(self, "dropout", _number("dropout", self.dropout))
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected 0 <= p < 1, got {self.dropout!r}")
-        if not isinstance(self.bias, bool):
-            raise TypeError(f"bias: expected True or False, got {describe(self.bias)}")
+        for name in ("dropout", "drop_path"):
+            value = _number(name, getattr(self, name))
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}: expected 0 <= p < 1, got {value!r}")
+            object.__setattr__(self, name, value)
+        for name in ("bias", "layer_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(
+                    f"{name}: expected True or False, got {describe(getattr(self, name))}"
+                )
+        object.__setattr__(self, "time_window", _window(self.time_window))
+        if self.time_rank is not None:
+            _check_rank("time_rank", self.time_rank)
+            if self.time_rank > self.rank:
+                raise ValueError(
+                    f"time_rank: expected at most the rank of {self.rank}, got {self.time_rank}"
+                )
         object.__setattr__(self, "targets", _targets(self.targets))
         if not isinstance(self.rank_pattern, Mapping):
             raise TypeError(
@@ -82,6 +111,14 @@ class AdapterConfig:
                 f"dtype: expected None or one of {', '.join(DTYPES)}, got {describe(self.dtype)}"
             )
 
+    @property
+    def timed(self) -> bool:
+        """Whether the adapter depends on the timestep."""
+        from . import DESIGNS
+
+        own = self.time_window is not None or self.time_rank is not None
+        return own or DESIGNS[self.design].timed
+
     def rank_for(self, layer: str) -> int:
         """The rank of the adapter on `layer`."""
         for pattern, rank in self.rank_pattern.items():
@@ -95,6 +132,8 @@ class AdapterConfig:
         values["rank_pattern"] = dict(self.rank_pattern)
         if isinstance(self.targets, tuple):
             values["targets"] = list(self.targets)
+        if self.time_window is not None:
+            values["time_window"] = list(self.time_window)
         if self.dtype is not None:
             values["dtype"] = str(self.dtype).removeprefix("torch.")
         return values
@@ -131,6 +170,17 @@ def _number(name: str, value: Any) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
     return float(value)
+
+
+def _window(value: Any) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise TypeError(f"time_window: expected None or (first, last), got {describe(value)}")
+    first, last = (_number("time_window", x) for x in value)
+    if not first <= last:
+        raise ValueError(f"time_window: expected first <= last, got {(first, last)}")
+    return first, last
 
 
 def check_regex(name: str, pattern: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .bottleneck import BottleneckAdapter, Tensors, drawn
 
@@ -27,7 +27,8 @@ class GatedAdapter(BottleneckAdapter):
         # of one dimension, because sharded training takes no scalars
         self.gate = nn.Parameter(torch.zeros(1, **options))
 
-    def forward(self) -> Tensors:
+    def forward(self, h: Tensor | None = None) -> Tensors:
         g = self.gate.tanh()
-        w_down, w_up, b_down, b_up = super().forward()
-        return Tensors(w_down, w_up * g, b_down, None if b_up is None else b_up * g)
+        own = super().forward(h)
+        b_up = None if own.b_up is None else own.b_up * g
+        return own._replace(w_up=own.w_up * g, b_up=b_up)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .bottleneck import BottleneckAdapter, Tensors
 
@@ -24,8 +24,7 @@ class ScaledAdapter(BottleneckAdapter):
     def extend(self, options: dict[str, Any]) -> None:
         self.s = nn.Parameter(torch.ones(len(self.w_up), **options))
 
-    def forward(self) -> Tensors:
-        w_down, w_up, b_down, b_up = super().forward()
-        return Tensors(
-            w_down, w_up * self.s[:, None], b_down, None if b_up is None else b_up * self.s
-        )
+    def forward(self, h: Tensor | None = None) -> Tensors:
+        own = super().forward(h)
+        b_up = None if own.b_up is None else own.b_up * self.s
+        return own._replace(w_up=own.w_up * self.s[:, None], b_up=b_up)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..adapters import timestep
 from ..ops.rule import refuse_second_derivative
 from ..projection import AdaptedProjectionMixin
 from .forgetful import remember
@@ -62,7 +63,10 @@ def _run(stages: Sequence[Stage], state: Tensors, given: Tensors, keep: str) -> 
     modules = [m for stage in stages for m in stage.head_modules]
     modules += [m for stage in stages[:-1] for m in stage.tail_modules]
     params = [p for module in modules for p in module.parameters() if p.requires_grad]
-    if params or any(x.requires_grad for x in (*state, *given)):
+    moment = timestep.now()
+    # a gradient of the timestep itself is left to ordinary autograd
+    differentiated = moment is not None and moment.t.requires_grad
+    if not differentiated and (params or any(x.requires_grad for x in (*state, *given))):
         plan = _Plan(tuple(stages), len(state), len(given), keep, tuple(modules))
         outs = Chain.apply(plan, *state, *given, *params)
         if len(stages) > 1:
@@ -111,6 +115,7 @@ class Chain(torch.autograd.Function):
         ctx.params = tensors[plan.states + plan.givens :]
         ctx.condition = _condition(plan.modules)
         ctx.autocast = _autocast_now(state[0])
+        ctx.moment = timestep.now()
         ctx.dtypes = [x.dtype for x in state]
         ctx.memories = []
         saved = [*(part for x in state for part in _pack(x, plan.keep)), *given]
@@ -143,7 +148,7 @@ class Chain(torch.autograd.Function):
                 "again in part, got one whose weights or active adapters were changed since; run "
                 "the backward first (with torch.func: on the stock model, lean(model, 'off'))"
             )
-        with _autocast_as(ctx.autocast):
+        with _autocast_as(ctx.autocast), timestep.at(ctx.moment):
             return _Backward(ctx).run(grads)
 
 

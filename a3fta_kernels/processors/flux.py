@@ -1,4 +1,4 @@
-"""The Flux family: every model built on Flux's blocks (FluxTransformer2DModel, its ControlNet).
+"""Flux, and every model built on its blocks: Kontext, Fill, its ControlNet.
 
 Dual blocks hand attention over in two: the image's to `attn.to_out[0]`, the text's to
 `attn.to_add_out`. Single blocks have no output layer of their own: the block's `proj_out` reads
@@ -11,38 +11,29 @@ need, and have no parameters in the projections' way; whichever a layer has, it 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-from diffusers.models.transformers.transformer_flux import (
-    FluxSingleTransformerBlock,
-    FluxTransformerBlock,
-)
 from torch import nn
 
-from .family import Family, Site
+from .family import Family, Site, is_attention, outputs
 
 
 def sites(model: nn.Module) -> Iterator[Site]:
     for name, block in model.named_modules():
         prefix = f"{name}." if name else ""
-        if isinstance(block, FluxTransformerBlock):
-            outputs = {"to_out.0": block.attn.to_out[0], "to_add_out": block.attn.to_add_out}
-            found = {f"{prefix}attn.{output}": layer for output, layer in outputs.items()}
-            yield Site(f"{prefix}attn", block.attn, found)
-        elif isinstance(block, FluxSingleTransformerBlock):
-            columns = (0, block.attn.inner_dim)
-            yield Site(f"{prefix}attn", block.attn, {f"{prefix}proj_out": block.proj_out}, columns)
+        attention: Any = getattr(block, "attn", None)
+        if not is_attention(attention):
+            continue
+        if attention.pre_only:
+            columns = (0, attention.inner_dim)
+            yield Site(f"{prefix}attn", attention, {f"{prefix}proj_out": block.proj_out}, columns)
+        else:
+            yield Site(f"{prefix}attn", attention, outputs(f"{prefix}attn", attention))
 
 
-def _has_blocks(model: nn.Module) -> bool:
-    kinds = (FluxTransformerBlock, FluxSingleTransformerBlock)
-    return any(isinstance(module, kinds) for module in model.modules())
+def family(name: str, *holds: str) -> Family:
+    """Of blocks as Flux's: `proj_out` of a single block reads (attention, feed-forward)."""
+    return Family(name, holds, sites, timesteps=1000.0)
 
 
-FAMILY = Family(
-    name="flux",
-    matches=_has_blocks,
-    sites=sites,
-    processor_for=lambda processor: None,
-    owns=lambda processor: False,
-    joinable=lambda attention: [],
-)
+FAMILY = family("flux", "FluxTransformerBlock", "FluxSingleTransformerBlock")

@@ -1,16 +1,16 @@
-"""The U-Net family: every model built on diffusers' `Attention` layer.
+"""The U-Nets of images: `to_out[0]` of every attention layer.
 
-UNet2DConditionModel (SD1.x, SD2.x, SDXL; Kandinsky with added keys and values), UNet2DModel, and
-others whose attention is followed by `to_out[0]`.
+UNet2DConditionModel (SD1.x, SD2.x, SDXL, Kolors; Kandinsky 2 with added keys and values), its
+ControlNet, Kandinsky 3, UNet2DModel; and our processors for all models whose attention layers have
+those of the U-Nets.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import diffusers
 import torch
 from diffusers.models import attention_processor as stock
 from diffusers.models.attention_processor import Attention
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..checks import check_choice, describe
 from ..projection import AdaptedProjectionMixin
 from . import engines, qkv
-from .family import Family, Site
+from .family import Family
 
 # engines that leave the kernel open: attention to few keys may then be part of the projection's op
 FUSABLE = ("auto", "sdpa")
@@ -269,31 +269,11 @@ def owns(processor: Any) -> bool:
     return isinstance(processor, A3FTAAttnProcessor)
 
 
-def sites(model: nn.Module) -> Iterator[Site]:
-    """The `Attention` layers; without projections where none consumes their output."""
-    for name, module in model.named_modules():
-        if isinstance(module, Attention):
-            prefix = f"{name}." if name else ""
-            found = {}
-            out = module.to_out
-            if isinstance(out, nn.ModuleList) and len(out) > 0:
-                found[f"{prefix}to_out.0"] = out[0]
-            # where text and image attend together (SD3), the text's share goes here
-            if isinstance(getattr(module, "to_add_out", None), nn.Module):
-                found[f"{prefix}to_add_out"] = module.to_add_out
-            yield Site(name, module, found)
-
-
-def _has_attention(model: nn.Module) -> bool:
-    return any(isinstance(module, Attention) for module in model.modules())
-
-
-def _family(name: str, matches: Callable[[nn.Module], bool]) -> Family:
-    return Family(name, matches, sites, processor_for, owns, joinable)
+def family(name: str, *holds: str) -> Family:
+    return Family(name, holds, processor_for=processor_for, owns=owns, joinable=joinable)
 
 
 FAMILIES = (
-    _family("unet_condition", lambda m: isinstance(m, diffusers.UNet2DConditionModel)),
-    _family("unet", lambda m: isinstance(m, diffusers.UNet2DModel)),
-    _family("attention", _has_attention),
+    family("unet_condition", "UNet2DConditionModel", "ControlNetModel", "Kandinsky3UNet"),
+    family("unet", "UNet2DModel"),
 )

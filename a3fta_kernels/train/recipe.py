@@ -206,7 +206,9 @@ def _prepare(settings: Settings, family: Family, listener: Listener) -> list[str
     config = AdapterConfig(
         rank=settings.rank, activation=settings.activation, design=settings.design,
         bias=settings.bias, dropout=settings.dropout, targets=settings.targets or None,
-        rank_pattern=settings.ranks(),
+        rank_pattern=settings.ranks(), train=settings.train,
+        drop_path=settings.drop_path, layer_norm=settings.layer_norm,
+        time_rank=settings.time_rank,
     )  # fmt: skip
     try:
         report = inject(model, config)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import DESIGNS
-from ..adapters.config import check_regex
+from ..adapters.config import TRAIN, check_regex
 from ..checks import describe
 from ..ops.activations import ACTIVATIONS
 
@@ -68,11 +68,17 @@ class Settings:
         None, "base and photos", "skip photos of a shorter side (half of the resolution)", low=1
     )
 
+    train: str = setting("adapter", "adapter", "attention's own weights too", choices=TRAIN)
     rank: int = setting(64, "adapter", "width of the bottleneck", low=1)
     activation: str = setting("gelu", "adapter", "identity can be merged", choices=ACTIVATIONS)
     design: str = setting("bottleneck", "adapter", "kind of adapter", choices=tuple(DESIGNS))
     bias: bool = setting(True, "adapter", "without, and of the identity, it can become a LoRA file")
     dropout: float = setting(0.0, "adapter", "of ranks of the bottleneck", low=0, high=0.99)
+    drop_path: float = setting(0.0, "adapter", "of adapters as a whole", low=0, high=0.99)
+    layer_norm: bool = setting(False, "adapter", "it reads attention normalised")
+    time_rank: int | None = setting(
+        None, "adapter", "rank at the noisiest timestep, growing to rank at the cleanest", low=1
+    )
     targets: tuple[str, ...] = setting(
         (), "adapter", "parts of the names of attention layers that get one (all)"
     )
@@ -180,6 +186,11 @@ class Settings:
             raise ValueError(
                 "prior_weight: expected more than 0 beside prior_prompt or prior_data, got 0"
             )
+        if self.train != "adapter" and self.mixed_precision != "no":
+            raise ValueError(
+                f"mixed_precision: expected no beside train={self.train}, whose weights train in "
+                f"fp32, got {self.mixed_precision}"
+            )
         if self.heldout_count is not None and self.heldout not in ("auto", "holdout"):
             raise ValueError(
                 f"heldout_count: expected none beside heldout={self.heldout}, "
@@ -222,6 +233,11 @@ class Settings:
                     f"settings: expected one of {', '.join(sorted(known))}, got {name!r}"
                 )  # fmt: skip
         return cls(**values)
+
+    def of(self, group: str) -> dict[str, Any]:
+        """The settings of a group that say how, and not where: paths stay out."""
+        fields = [f for f in dataclasses.fields(self) if f.metadata["group"] == group]
+        return {f.name: getattr(self, f.name) for f in fields if f.name != "prior_data"}
 
     def changes(self, other: Settings) -> dict[str, tuple[Any, Any]]:
         """What a resumed run may not change: name -> (this, other)."""

@@ -85,8 +85,9 @@ class Trainer:
         self.run = run
         self.accelerator = run.accelerator
         self.plain = run.family.denoiser
-        self.names = [n for n, p in self.plain.named_parameters() if p.requires_grad]
         self.parameters = list(trainable_parameters(self.plain))
+        names = {id(p): name for name, p in self.plain.named_parameters()}
+        self.names = [names[id(p)] for p in self.parameters]
         optimizer = build(settings, self.parameters)
         self.model, self.optimizer = self.accelerator.prepare(self.plain, optimizer)
         # of the plain optimizer: accelerate's wrapper would step it once per process
@@ -240,7 +241,8 @@ class Trainer:
 
     def _fill(self, folder: Path) -> None:
         with self.shown():
-            save_adapter(self.plain, folder / "adapter")
+            told = {**self.run.settings.of("training"), "steps": self.done}
+            save_adapter(self.plain, folder / "adapter", training=told)
         scaler = self.accelerator.scaler
         state = {
             "parameters": dict(zip(self.names, (p.detach() for p in self.parameters), strict=True)),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import a3fta_kernels as a3fta
-from a3fta_kernels.adapters import DESIGNS, AdapterConfig, BottleneckAdapter
+from a3fta_kernels.adapters import DESIGNS, AdapterConfig, BottleneckAdapter, timestep
 from a3fta_kernels.memory.saved import record
 from a3fta_kernels.ops.activations import activate
 from a3fta_kernels.projection import adapt
@@ -32,16 +32,39 @@ FACTORS = {
     "bottleneck": lambda adapter: torch.ones(1).to(adapter.w_up),
     "gated": lambda adapter: torch.tanh(adapter.gate),
     "scaled": lambda adapter: adapter.s,
+    "rescaled": lambda adapter: adapter.s,
+    "film": lambda adapter: torch.ones(1).to(adapter.w_up),
+    "time_scaled": lambda adapter: torch.ones(1).to(adapter.w_up),
 }
-# design -> parameters beside the bottleneck's, for C = 16
-EXTRA = {"bottleneck": {}, "gated": {"gate": (1,)}, "scaled": {"s": (16,)}}
+# design -> what z is multiplied by and what is added to it, for an embedding of timesteps
+TIMED = {
+    "film": lambda x, e: (1 + e @ x.w_time[: x.rank].T, e @ x.w_time[x.rank :].T),
+    "time_scaled": lambda x, e: (1 + e @ x.w_time[0][:, None], 0),
+}
+# design -> parameters beside the bottleneck's, for C = 16 and R = 3
+EXTRA = {
+    "bottleneck": {},
+    "gated": {"gate": (1,)},
+    "scaled": {"s": (16,)},
+    "rescaled": {"s": (1,)},
+    "film": {"w_time": (6, 64)},
+    "time_scaled": {"w_time": (1, 64)},
+}
 # design -> what has a gradient at the start
-FIRST = {"bottleneck": {"w_up", "b_up"}, "gated": {"gate"}, "scaled": {"w_up", "b_up"}}
+FIRST = {key: {"w_up", "b_up"} for key in EXTRA} | {"gated": {"gate"}}
 every_design = pytest.mark.parametrize("design", DESIGNS)
 
 
 def test_the_tables_are_whole():
     assert set(DESIGNS) == set(FACTORS) == set(EXTRA) == set(FIRST)
+    assert set(TIMED) == {name for name, design in DESIGNS.items() if design.timed}
+
+
+@pytest.fixture(autouse=True)
+def two_timesteps():
+    """For layers that are called alone, with two samples."""
+    with timestep.at(timestep.moment_of(torch.tensor([10, 700]), 1.0, None)):
+        yield
 
 
 def layer_with(design, backend="reference", dtype=torch.float64, columns=None, **options):
@@ -60,7 +83,7 @@ def add(layer, design, name="a", weight=1.0, dtype=torch.float64, **options):
         for parameter in adapter.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.5)
     layer.adapters[name] = adapter.train(layer.training)
-    layer.weights[name] = weight
+    layer.choose(layer.weights | {name: weight})
     return adapter
 
 
@@ -71,6 +94,12 @@ def formula(layer, h, masks=None):
     for name, weight in layer.weights.items():
         x = layer.adapters[name]
         z = activate(F.linear(inside, x.w_down, x.b_down), x.activation)
+        if x.config.design in TIMED:
+            factor, shift = (
+                y[:, None] if isinstance(y, torch.Tensor) else y
+                for y in TIMED[x.config.design](x, timestep.now().embedding.to(x.w_time))
+            )
+            z = z * factor + shift
         if masks is not None:
             z = z * (1 + masks[name])[:, None].to(z.dtype)
         up = F.linear(z, x.w_up, x.b_up)
@@ -105,11 +134,14 @@ def test_modules(design, bias, device):
     shapes = {n: tuple(p.shape) for n, p in module.named_parameters()}
     biases = {"b_down": (3,), "b_up": (16,)} if bias else {}
     assert shapes == {"w_down": (3, 16), "w_up": (16, 3)} | biases | EXTRA[design]
-    w_down, w_up, b_down, b_up = module()
+    w_down, w_up, b_down, b_up, *modulation = module()
+    assert modulation == [None, None]
     assert w_up.abs().sum() == 0 and w_down.abs().sum() > 0
     assert (b_down is not None) == (b_up is not None) == bias
     assert b_up is None or b_up.abs().sum() == 0
     assert {t.dtype for t in module() if t is not None} == {torch.bfloat16}
+    for x in module(torch.randn(2, 5, 16, device=device))[4:]:
+        assert x is None or (x.shape == (2, 3) and not x.any())
 
 
 def test_the_gate_starts_closed_before_a_usual_layer():
@@ -143,7 +175,7 @@ def test_dropout(design, backend):
     layer = layer_with(design, backend, dropout=0.5, rank=16).train()
     h = torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True)
     torch.manual_seed(3)
-    masks = {"a": layer.adapters["a"].mask(2, h.device)}
+    masks = {"a": layer.adapters["a"].kept(2, h.device) - 1}
     assert set(masks["a"].unique().tolist()) == {-1.0, 1.0}
     assert_follows(layer, h, masks, seed=3)
 
@@ -247,7 +279,7 @@ def test_training_starts_and_reaches_every_parameter(design, backend):
     assert all(parameter.grad.any() for parameter in wanted.values())
 
 
-@every_design
+@pytest.mark.parametrize("design", [name for name in DESIGNS if name not in TIMED])
 @pytest.mark.parametrize("bias", [True, False])
 def test_merge_and_unmerge(design, bias):
     options = dict(activation="identity", scale=0.7, bias=bias, dtype=torch.float64)
@@ -266,6 +298,18 @@ def test_merge_and_unmerge(design, bias):
     assert torch.equal(output(model, torch.float64), expected)
 
 
+@pytest.mark.parametrize("design", TIMED)
+def test_a_timed_one_is_no_single_matrix(design, tmp_path):
+    model, _ = injected(design, activation="identity", bias=False)
+    before = models.snapshot(model)
+    message = rf"the same at all timesteps .* \(design='{design}'\) at "
+    with pytest.raises(ValueError, match=message):
+        a3fta.merge(model)
+    with pytest.raises(ValueError, match=message):
+        a3fta.export_lora(model, tmp_path)
+    models.assert_unchanged(model, before)
+
+
 @every_design
 def test_its_file_comes_back(design, tmp_path):
     model, _ = injected(design, dropout=0.25)
@@ -281,7 +325,7 @@ def test_its_file_comes_back(design, tmp_path):
     assert torch.equal(output(other), output(model))
 
 
-@pytest.mark.parametrize(("stored", "here"), list(itertools.permutations(DESIGNS, 2)))
+@pytest.mark.parametrize(("stored", "here"), list(itertools.pairwise([*DESIGNS, "bottleneck"])))
 def test_a_file_of_another_design_is_refused(stored, here, tmp_path):
     a3fta.save_adapter(injected(stored)[0], tmp_path)
     message = f"design='{here}', as the adapter 'default' on .* has, found design='{stored}'"
@@ -317,7 +361,7 @@ def test_switching_between_designs():
         models.randomize(single, design, std=0.3)
         alone[design] = output(model)
         assert torch.equal(alone[design], output(single))
-    a3fta.set_adapters(model, list(DESIGNS), [0.0, 1.0, 0.0])
+    a3fta.set_adapters(model, list(DESIGNS), [float(design == "gated") for design in DESIGNS])
     torch.testing.assert_close(output(model), alone["gated"], rtol=1e-4, atol=1e-5)
     a3fta.set_adapters(model, list(DESIGNS), 0.5)
     together = output(model)
@@ -338,5 +382,13 @@ def test_the_ledger_counts_it(design):
     adapters = [layer.adapters["default"] for layer in a3fta.projections(model).values()]
     assert found.trainable == sum(p.nbytes for a in adapters for p in a.parameters())
     products = sum(a.w_up.nbytes + a.b_up.nbytes for a in adapters)
-    more = {"bottleneck": 0, "gated": products + 4 * len(adapters), "scaled": products}
+    # of the timed ones what it is computed from is kept too: one embedding, for all layers
+    more = {
+        "bottleneck": 0,
+        "gated": products + 4 * len(adapters),
+        "scaled": products,
+        "rescaled": products,
+        "film": 4 * timestep.WIDTH + sum(8 * a.rank for a in adapters),
+        "time_scaled": 4 * timestep.WIDTH + 4 * len(adapters),
+    }
     assert found.total - base.total == more[design]

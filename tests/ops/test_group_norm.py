@@ -226,3 +226,14 @@ BAD = [
 def test_bad_input(change, error, message):
     with pytest.raises(error, match=message):
         ops.group_norm(**({"x": X, "num_groups": 4} | change))
+
+
+@EVERY_RUN
+@pytest.mark.parametrize("layout", ["plain", "last"])
+def test_its_output_may_be_written_to(layout, run):
+    backend, device, dtype = run
+    inputs = NormCase((2, 6, 5, 7), 3, layout=layout).inputs(dtype, device)
+    y = ops.group_norm(**inputs, backend=backend)
+    y[:, 1:] = 2 * y[:, 1:]
+    (dx,) = torch.autograd.grad(y.float().square().sum(), inputs["x"])
+    assert dx.isfinite().all()

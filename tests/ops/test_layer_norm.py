@@ -56,6 +56,19 @@ def test_a_mean_far_beyond_the_deviation(mean, run):
 
 
 @EVERY_RUN
+def test_what_it_returns_may_be_written_into(run):
+    """As models do that turn some of the queries after their norm."""
+    backend, device, dtype = run
+    x = torch.randn(2, 5, 8, device=device, dtype=dtype, requires_grad=True)
+    y = ops.layer_norm(x, backend=backend)
+    expected = y.detach().clone()
+    y[:, 3:] = 2 * y[:, 3:]
+    assert torch.equal(y[:, :3], expected[:, :3]) and torch.equal(y[:, 3:], 2 * expected[:, 3:])
+    (dx,) = torch.autograd.grad(y[:, 3:].square().sum() + y[:, :3].sum(), x)
+    assert dx[:, 3:].norm() > 0
+
+
+@EVERY_RUN
 def test_what_is_kept(run):
     backend, device, dtype = run
     inputs = NormCase((2, 9, 40)).inputs(dtype, device)
@@ -143,3 +156,13 @@ BAD = [
 def test_bad_input(change, error, message):
     with pytest.raises(error, match=message):
         ops.layer_norm(**({"x": X} | change))
+
+
+@EVERY_RUN
+def test_its_output_may_be_written_to(run):
+    backend, device, dtype = run
+    inputs = NormCase((2, 9, 40)).inputs(dtype, device)
+    y = ops.layer_norm(**inputs, backend=backend)
+    y[:, 1:] = 2 * y[:, 1:]
+    (dx,) = torch.autograd.grad(y.float().square().sum(), inputs["x"])
+    assert dx.isfinite().all()

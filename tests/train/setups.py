@@ -92,7 +92,10 @@ def make_run(
     family = family or pixels()
     chosen = settings(**changes)
     torch.manual_seed(1)
-    inject(family.denoiser, AdapterConfig(rank=chosen.rank, dropout=chosen.dropout))
+    config = AdapterConfig(
+        rank=chosen.rank, design=chosen.design, dropout=chosen.dropout, train=chosen.train
+    )
+    inject(family.denoiser, config)
     rows = rows or [{"mean": photo(i)} for i in range(photos)]
     train = tuple(i for i in range(len(rows)) if i not in heldout)
     return Run(

@@ -114,6 +114,11 @@ def test_help_says_the_defaults():
         ({"model": ""}, ValueError, "model: expected a path"),
         ({"output": ""}, ValueError, "output: expected a path"),
         ({"lean": "auto"}, ValueError, "budget: expected bytes"),
+        (
+            {"train": "adapter+attention", "mixed_precision": "bf16"},
+            ValueError,
+            "mixed_precision: expected no beside",
+        ),
         ({"budget": "1GiB"}, ValueError, "lean: expected auto beside a budget, got 'exact'"),
         ({"prior_prompt": "a dog"}, ValueError, "prior_weight: expected more than 0"),
         ({"prior_data": "dogs"}, ValueError, "prior_weight: expected more than 0"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from a3fta_kernels import adapter_file
 from a3fta_kernels.train import checkpoints, monitor
 from a3fta_kernels.train.errors import TrainingError
 from tests.train import setups
@@ -77,6 +78,9 @@ def test_the_average_is_kept_and_judged_and_the_raw_adapter_trains_on(trainers, 
     assert same(values(trainer), before)
 
     place = checkpoints.place(trainer.run.checkpoints, 4)
+    about = adapter_file.read(place / "adapter").about["training"]
+    assert about["steps"] == 4 and about["ema"] == decay and "learning_rate" in about
+    assert not {"data", "output", "prior_data"} & set(about)  # no paths of this machine
     kept = load_file(place / "adapter" / "adapter_model.safetensors")
     shadow = trainer.average.shadow_params
     assert len(kept) == len(shadow) > 0
@@ -153,7 +157,14 @@ def test_half_precision_is_near_and_adapters_stay_in_fp32(trainers, precision):
 
 
 @pytest.mark.parametrize(
-    "options", [{"ema": 0.9}, {"optimizer": "prodigy"}, {"schedule": "cosine"}]
+    "options",
+    [
+        {"ema": 0.9},
+        {"optimizer": "prodigy"},
+        {"schedule": "cosine"},
+        {"design": "film"},
+        {"train": "adapter+attention", "prior_weight": 1.0, "ema": 0.9},
+    ],
 )
 def test_a_loaded_checkpoint_goes_on_as_if_nothing_had_been(trainers, options):
     if options.get("optimizer") == "prodigy":

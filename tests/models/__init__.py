@@ -10,64 +10,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import Tensor, nn
 
-_SMALL = dict(
-    block_out_channels=(32, 64),
-    layers_per_block=1,
-    norm_num_groups=8,
-    sample_size=16,
-    in_channels=4,
-    out_channels=4,
-)
-_CROSS = dict(
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    cross_attention_dim=32,
-)
-
-
-def sd15(**options: Any) -> nn.Module:
-    """Like SD1.5: convolutions around the transformer, 4 heads."""
-    config = {**_SMALL, **_CROSS, "attention_head_dim": 4} | options
-    return diffusers.UNet2DConditionModel(**config)
-
-
-def sd2(**options: Any) -> nn.Module:
-    """Like SD2: linear projections around the transformer, heads per level, upcast attention."""
-    options = {
-        "attention_head_dim": (2, 4), "use_linear_projection": True, "upcast_attention": True
-    } | options  # fmt: skip
-    return sd15(**options)
-
-
-def sdxl(**options: Any) -> nn.Module:
-    """Like SDXL: more transformer layers at depth, and the size and text embeddings."""
-    options = {
-        "attention_head_dim": (2, 4), "use_linear_projection": True,
-        "transformer_layers_per_block": (1, 2), "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80,
-    } | options  # fmt: skip
-    return sd15(**options)
-
-
-def kandinsky(**options: Any) -> nn.Module:
-    """Like Kandinsky 2: keys and values of the text are added to those of the image."""
-    options = {
-        "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-        "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        "attention_head_dim": 8,
-    } | options  # fmt: skip
-    return sd15(**options)
-
-
-def unet2d(**options: Any) -> nn.Module:
-    """UNet2DModel: attention on 4-D input with its own group norm and residual."""
-    config = _SMALL | dict(
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=8,
-    )
-    return diffusers.UNet2DModel(**(config | options))
+from .unet import kandinsky, sd2, sd15, sdxl, unet2d
 
 
 def flux(**options: Any) -> nn.Module:

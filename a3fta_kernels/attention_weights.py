@@ -1,0 +1,194 @@
+"""Attention that trains beside its adapter: q, k, v and out of the layers that have one.
+
+The second mode of the method (`train="adapter+attention"`). Those weights belong to one adapter:
+wherever it acts the model has the trained ones, elsewhere (`disabled`, `set_adapters` without it)
+the stock ones, and after `eject` the stock ones for good. For that their stock values are kept,
+on the CPU, in the record of the injection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .ops.validate import FLOATS
+from .tree import plain_name, projections, records
+
+_KEY = "attention"  # in a record: adapter name -> Trained
+
+
+@dataclass
+class Trained:
+    """The attention that one adapter trains; the keys are plain names of parameters."""
+
+    stock: dict[str, Tensor]  # on the CPU
+    trains: bool = True
+    away: dict[str, Tensor] = field(default_factory=dict)  # trained, while the model has stock's
+
+
+def find(name: str, attention: nn.Module, outputs: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Weights and biases of the layer's linear maps: those inside it, and those it hands over to.
+
+    What PEFT or a processor added is not the layer's own. ValueError where one cannot train.
+    """
+    if getattr(attention, "fused_projections", False):
+        raise ValueError(
+            f"train: expected q, k and v apart to train attention, got {name} with diffusers' "
+            f"fused copy of them; call unfuse_qkv_projections first"
+        )
+    found: dict[str, nn.Parameter] = {}
+    inside = {f"{name}.{key}" if name else key: layer for key, layer in _linears(attention)}
+    for key, linear in (inside | outputs).items():
+        reason = _why_not(linear)
+        if reason is not None:
+            raise ValueError(
+                f"model: expected plain weights to train attention, got {key}: {reason}"
+            )
+        for leaf, parameter in linear.named_parameters(recurse=False):
+            found[f"{plain_name(key)}.{leaf}"] = parameter
+    return found
+
+
+def _linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        base = child
+        while isinstance(base._modules.get("base_layer"), nn.Module):
+            base = base._modules["base_layer"]  # type: ignore[assignment]
+        if isinstance(base, nn.Linear):
+            yield f"{prefix}{name}", base
+        elif name != "processor":
+            yield from _linears(base, f"{prefix}{name}.")
+
+
+def _why_not(linear: nn.Module) -> str | None:
+    for parameter in linear.parameters(recurse=False):
+        if type(parameter) is not nn.Parameter:
+            return f"it holds a {type(parameter).__name__}"
+        if parameter.dtype not in FLOATS:
+            return f"it is stored as {parameter.dtype}"
+        if parameter.device.type == "meta":
+            return "it is on the meta device"
+        if parameter.is_inference():
+            return "it was made in inference mode"
+    return None
+
+
+def check_free(root: nn.Module, wanted: Iterable[str]) -> None:
+    """ValueError where one of these parameters trains with another adapter already."""
+    wanted = set(wanted)
+    for holder, name, own in owned(root):
+        prefix = _prefix(root, holder)
+        taken = next((key for key in own.stock if prefix + key in wanted), None)
+        if taken is not None:
+            raise ValueError(
+                f"train: expected attention that no other adapter trains, got {prefix}{taken}, "
+                f"which trains with adapter {name!r}; eject that one, or train adapters alone"
+            )
+
+
+def begin(record: dict[str, Any], name: str, parameters: dict[str, nn.Parameter]) -> None:
+    """Keeps the stock values, and lets the parameters train."""
+    stock = {k: p.detach().to("cpu", copy=True) for k, p in parameters.items()}
+    record.setdefault(_KEY, {})[name] = Trained(stock)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+
+
+def owned(root: nn.Module) -> Iterator[tuple[nn.Module, str, Trained]]:
+    """(module that was injected, adapter name, the attention it trains)."""
+    for holder, record in records(root):
+        for name, own in record.get(_KEY, {}).items():
+            yield holder, name, own
+
+
+def parameters(holder: nn.Module, own: Trained) -> dict[str, nn.Parameter]:
+    found = {plain_name(name): p for name, p in holder.named_parameters()}
+    return {key: found[key] for key in own.stock}
+
+
+def trained_values(root: nn.Module, name: str) -> dict[str, Tensor]:
+    """What of attention trained with that adapter, in the model or away: the memory itself."""
+    found: dict[str, Tensor] = {}
+    for holder, owner, own in owned(root):
+        if owner == name:
+            here: dict[str, Any] = own.away or parameters(holder, own)
+            found |= {_prefix(root, holder) + key: value for key, value in here.items()}
+    return found
+
+
+def stock_values(root: nn.Module) -> dict[str, Tensor]:
+    """What everything that trains was at the injection."""
+    return {
+        _prefix(root, holder) + key: value
+        for holder, _, own in owned(root)
+        for key, value in own.stock.items()
+    }
+
+
+def sync(root: nn.Module) -> None:
+    """Gives the model the trained weights where their adapter acts, and the stock ones elsewhere.
+
+    Memory is exchanged, not overwritten: a graph from before, whose backward comes once the
+    weights are back, is not disturbed.
+    """
+    found = list(owned(root))
+    layers = projections(root) if found else {}
+    for holder, name, own in found:
+        acts = any(layer.enabled and name in layer.weights for layer in layers.values())
+        if acts == (not own.away):
+            continue
+        for layer in layers.values():
+            layer.frozen = None
+        here = parameters(holder, own)
+        # a tensor made in inference mode could not be trained
+        with torch.inference_mode(False):
+            for key, parameter in here.items():
+                _exchange(own, key, parameter, acts)
+
+
+def _exchange(own: Trained, key: str, parameter: nn.Parameter, acts: bool) -> None:
+    if type(parameter.data) is not Tensor or parameter.shape != own.stock[key].shape:
+        raise RuntimeError(
+            f"model: expected whole weights to switch trained attention, got {key} as a "
+            f"{type(parameter.data).__name__} of shape {tuple(parameter.shape)} (sharded?)"
+        )
+    if acts:
+        parameter.data = own.away.pop(key).to(parameter)
+    else:
+        own.away[key] = parameter.data
+        parameter.data = own.stock[key].to(parameter, copy=True)
+    parameter.requires_grad_(acts and own.trains)
+
+
+def set_trains(root: nn.Module, chosen: Iterable[str]) -> None:
+    """Which adapters' attention trains; it only does while it is in the model."""
+    chosen = set(chosen)
+    for holder, name, own in owned(root):
+        own.trains = name in chosen
+        for parameter in parameters(holder, own).values():
+            parameter.requires_grad_(own.trains and not own.away)
+
+
+def end(root: nn.Module, name: str | None) -> None:
+    """Puts the stock values back, bit for bit, of one adapter or of all, and freezes them."""
+    for holder, owner, own in list(owned(root)):
+        if name is not None and owner != name:
+            continue
+        with torch.no_grad():
+            for key, parameter in parameters(holder, own).items():
+                parameter.copy_(own.stock[key])
+                parameter.requires_grad_(False)
+                parameter.grad = None
+        for record_holder, record in records(root):
+            if record_holder is holder:
+                del record[_KEY][owner]
+
+
+def _prefix(root: nn.Module, holder: nn.Module) -> str:
+    """The plain name of an injected part, to be put before the names in its record."""
+    name = next(name for name, module in root.named_modules() if module is holder)
+    return f"{plain_name(name)}." if name else ""

@@ -1,0 +1,148 @@
+"""A3FTAModel: where PEFT finds the layers, and puts A3FTALinear around them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+from ..adapters import DESIGNS, BottleneckAdapter
+from ..backends import resolve
+from ..inject import adapter_device, adapter_dtype
+from ..processors import FAMILIES, family_of
+from ..projection import AdaptedProjectionMixin, Columns, span
+from ..timesteps import check_timed, follow, unfollow
+from ..tree import plain_name
+from .config import A3FTAConfig
+from .layer import A3FTALinear
+
+
+class A3FTAModel(BaseTuner):
+    """The tuner that PEFT makes for an `A3FTAConfig`."""
+
+    prefix = "a3fta_"
+    tuner_layer_cls = A3FTALinear
+
+    columns: dict[str, Columns]  # of the layers that consume attention: what of them does
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **options: Any
+    ) -> None:
+        self.columns = attention_columns(model)
+        try:
+            config: Any = self.peft_config[adapter_name]
+            if config.target_modules is None:
+                # a copy: the user may give the same config to another model
+                targets = _targets(model, self.columns)
+                self.peft_config[adapter_name] = dataclasses.replace(config, target_modules=targets)
+            timed = config.to_adapter_config().timed
+            if timed:
+                check_timed(model)
+            super().inject_adapter(model, adapter_name, *args, **options)
+            if timed:
+                follow(model, family_of(model).timesteps)
+        except Exception:
+            self.peft_config.pop(adapter_name, None)
+            raise
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Checks every layer that will be adapted, while nothing is changed yet."""
+        tuners = [f"{k}." for k, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+        for key, module in model.named_modules():
+            inner = key.startswith(tuple(tuners))
+            if key and not inner and self._check_target_module_exists(peft_config, key):
+                _check(key, _innermost(module), peft_config)
+
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name: str, target: Any, target_name: str,
+        parent: nn.Module, current_key: str, parameter_name: str | None = None,
+    ) -> None:  # fmt: skip
+        # inside the layers of other methods, so that a LoRA reads h, whatever came first
+        while isinstance(target, BaseTunerLayer) and not isinstance(target, A3FTALinear):
+            around: Any = target
+            parent, target_name, target = around, "base_layer", around.base_layer
+        key = plain_name(current_key)
+        known = isinstance(target, A3FTALinear)
+        layer = target if known else A3FTALinear(target, self.columns.get(key))
+        layer.backend = peft_config.backend
+        adapter = _adapter(peft_config, _innermost(target), key, layer.columns)
+        layer.update_layer(adapter_name, adapter, peft_config.inference_mode)
+        if not known:
+            setattr(parent, target_name, layer)
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        self._check_all_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:  # fmt: skip
+        if merge:
+            self._check_all_merge(adapter_names, safe_merge)
+        unfollow(self.model)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_all_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Raises for the layer that would, before the first one is merged."""
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, A3FTALinear):
+                layer.mergeable(plain_name(name), safe_merge, adapter_names)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # without the levels of other methods: the file fits the model without their layers
+        return plain_name(super()._remove_adapter_name_from_key(key, adapter_name))
+
+
+def attention_columns(model: nn.Module) -> dict[str, Columns]:
+    """The layers that consume attention, by their names without PEFT, and which of their columns
+    do; empty where none is found."""
+    sites = family_of(model).sites(model)
+    return {plain_name(full): site.columns for site in sites for full in site.projections}
+
+
+def _targets(model: nn.Module, columns: Mapping[str, Columns]) -> list[str]:
+    if not columns:
+        raise ValueError(
+            f"target_modules: expected names of linear layers, as a {type(model).__name__} is of "
+            f"no known family ({', '.join(FAMILIES)}), got None"
+        )
+    return list(columns)
+
+
+def _innermost(module: nn.Module) -> Any:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _check(name: str, linear: nn.Module, config: A3FTAConfig) -> None:
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(
+            f"target_modules: expected linear layers, got {name}, a {type(linear).__name__}"
+        )
+    if isinstance(linear, AdaptedProjectionMixin) and linear.merged is not None:
+        raise ValueError(
+            f"model: expected unmerged adapters to add another, got {name} with a merged one; "
+            f"call a3fta_kernels.unmerge first"
+        )
+    weight: Tensor = linear.weight
+    if weight.device.type != "meta" and weight.dtype.is_floating_point and weight.itemsize > 1:
+        resolve(config.backend, weight.device, weight.dtype)
+
+
+def _adapter(
+    config: A3FTAConfig, linear: nn.Linear, name: str, columns: Columns
+) -> BottleneckAdapter:
+    own = config.to_adapter_config()
+    return DESIGNS[own.design](
+        span(linear, columns)[1],
+        own.rank_for(name),
+        own,
+        device=adapter_device(linear),
+        dtype=adapter_dtype(linear, own),
+    )

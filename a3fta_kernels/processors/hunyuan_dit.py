@@ -1,0 +1,11 @@
+"""HunyuanDiT and its ControlNets: self- and cross-attention, each with `to_out[0]`.
+
+The attention that pools the text for the time embedding is another module
+(HunyuanDiTAttentionPool) and stays as it is.
+"""
+
+from __future__ import annotations
+
+from .family import Family
+
+FAMILY = Family("hunyuan_dit", ("HunyuanDiTBlock",))

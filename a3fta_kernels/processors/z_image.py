@@ -1,0 +1,7 @@
+"""Z-Image and its ControlNet: `attention.to_out[0]`, in the refiners of image and text too."""
+
+from __future__ import annotations
+
+from .family import Family
+
+FAMILY = Family("z_image", ("ZImageTransformerBlock",))

@@ -1,0 +1,77 @@
+"""The timestep of a forward: its embedding, its place per thread, and how it meets a batch."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import pytest
+import torch
+
+from a3fta_kernels.adapters import timestep
+from a3fta_kernels.adapters.timestep import WIDTH, at, begin, for_samples, moment_of, now, required
+
+
+def test_the_embedding_is_of_cosines_and_sines():
+    moment = moment_of(torch.tensor([0.0, 250.5]), 2.0, None)
+    assert moment.t.tolist() == [0.0, 501.0]
+    assert moment.embedding.shape == (2, WIDTH)
+    half = WIDTH // 2
+    for j in range(half):
+        angle = 501 * 10_000 ** (-j / half)
+        assert moment.embedding[1, j].item() == pytest.approx(math.cos(angle), abs=1e-4)
+        assert moment.embedding[1, half + j].item() == pytest.approx(math.sin(angle), abs=1e-4)
+    assert moment.embedding[0].tolist() == [1.0] * half + [0.0] * half
+
+
+@pytest.mark.parametrize(
+    "given", [7, 7.0, torch.tensor(7), torch.tensor([7.0]), torch.tensor(7, dtype=torch.bfloat16)]
+)
+def test_any_form_of_a_number(given):
+    moment = moment_of(given, 1.0, torch.device("cpu"))
+    assert moment.t.dtype == torch.float32 and moment.t.tolist() == [7.0]
+    assert torch.equal(moment.embedding, moment_of(torch.tensor([7.0]), 1.0, None).embedding)
+
+
+def test_begin_at_and_end():
+    assert now() is None
+    first, second = moment_of(1, 1.0, None), moment_of(2, 1.0, None)
+    begin(first)
+    with at(second):
+        assert now() is second
+        with pytest.raises(KeyError), at(None):
+            assert now() is None
+            raise KeyError
+        assert now() is second
+    assert now() is first is required()
+    begin(None)
+    assert now() is None
+
+
+def test_every_thread_has_its_own():
+    seen = []
+    with at(moment_of(1, 1.0, None)):
+        thread = threading.Thread(target=lambda: seen.append(now()))
+        thread.start()
+        thread.join()
+        assert seen == [None] and now() is not None
+
+
+def test_one_for_all_one_each_or_one_for_neighbours():
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert for_samples(x, 2) is x
+    assert for_samples(x[:1], 3).tolist() == [[1.0, 2.0]] * 3
+    assert for_samples(x, 4).tolist() == [[1.0, 2.0], [1.0, 2.0], [3.0, 4.0], [3.0, 4.0]]
+    with pytest.raises(ValueError, match=r"timestep: expected one, or .* batch of 3, got 2"):
+        for_samples(x, 3)
+
+
+def test_what_is_missing_or_has_the_wrong_shape():
+    with pytest.raises(RuntimeError, match="timestep: expected a forward of the whole denoiser"):
+        required()
+    with (
+        at(moment_of(torch.ones(2, 3), 1.0, None)),
+        pytest.raises(ValueError, match=r"one per sample \(B,\).* got shape \(2, 3\)"),
+    ):
+        required()
+    assert timestep.now() is None
