@@ -85,7 +85,7 @@ def test_combine(page: Callable[..., dict[str, Any]], pipeline: Any, tmp_path: P
 def test_export(
     page: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    names = page("export")
+    page("export")
     assert {path.name for path in (tmp_path / "my-lora").iterdir()} == {
         "pytorch_lora_weights.safetensors", "kohya_lora.safetensors"
     }  # fmt: skip

@@ -161,6 +161,20 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
+def test_the_table_of_versions():
+    """docs/versions.md has the ranges of pyproject.toml, and what was tested lies in them."""
+    from packaging.specifiers import SpecifierSet
+
+    extras = [r for extra in PROJECT["project"]["optional-dependencies"].values() for r in extra]
+    asked = {*PROJECT["project"]["dependencies"], *extras}
+    page = (ROOT / "docs" / "versions.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([a-z]+) \| `(.*?)` \| (.*?) \| .* \|$", page, re.MULTILINE)
+    assert len(rows) > 10
+    for name, accepted, tested in rows:
+        assert f"{name}{accepted}" in asked, name
+        assert tested.startswith("none: ") or tested in SpecifierSet(accepted), name
+
+
 def test_the_code_of_the_readme_runs(monkeypatch, tmp_path):
     import diffusers
 
