@@ -192,7 +192,7 @@ def _apply(root: nn.Module, plan: Plan) -> None:
         )
         fresh[name].train(layer.training)
         layer.adapters[plan.name] = fresh[name]
-        layer.choose(layer.weights | {plan.name: 1.0})
+        layer.choose({**layer.weights, plan.name: 1.0})
         layer.backend = plan.backend
         layer.enabled = enabled
     if plan.attention:
