@@ -242,6 +242,8 @@ def _doubts(root: nn.Module, plan: Plan) -> list[str]:
         return []
     said = f"a {type(root).__name__} is outside the table of families: its layers were found by "
     said += "names and shapes"
+    if plan.config.timed:
+        said += ", and its timestep is taken to run from 0, clean, to 1000, noise"
     if plan.unadapted:
         said += f", and left in doubt: {', '.join(sorted(plan.unadapted))}. To adapt such a layer, "
         said += "name it in full in AdapterConfig.targets, in a list"

@@ -34,11 +34,11 @@ def check_timed(model: nn.Module) -> tuple[str, int]:
     return name, parameters.index(name)
 
 
-def follow(model: nn.Module, scale: float) -> None:
-    """From now on the model's forward tells its adapters the timestep, times `scale`."""
+def follow(model: nn.Module, clock: Callable[[Tensor, nn.Module], Tensor]) -> None:
+    """From now on the model's forward tells its adapters the timestep, as `clock` reads it."""
     if any(isinstance(hook, _Begin) for hook in model._forward_pre_hooks.values()):
         return
-    model.register_forward_pre_hook(_Begin(model, scale), with_kwargs=True)
+    model.register_forward_pre_hook(_Begin(model, clock), with_kwargs=True)
     model.register_forward_hook(_end, always_call=True)
 
 
@@ -58,9 +58,9 @@ def unfollow(model: nn.Module) -> None:
 class _Begin:
     """The hook before a forward."""
 
-    def __init__(self, model: nn.Module, scale: float) -> None:
+    def __init__(self, model: nn.Module, clock: Callable[[Tensor, nn.Module], Tensor]) -> None:
         self.name, self.place = check_timed(model)
-        self.scale = scale
+        self.clock = clock
         # looked for once: a walk through a large model takes a millisecond
         self.checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
 
@@ -76,7 +76,9 @@ class _Begin:
             begin(None)
             return
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x is not given]
-        begin(moment_of(given, self.scale, tensors[0].device if tensors else None))
+        device = tensors[0].device if tensors else None
+        t = torch.as_tensor(given, device=device).to(torch.float32)
+        begin(moment_of(self.clock(t, model)))
 
     def release(self) -> None:
         for function, module in self._functions():

@@ -42,7 +42,8 @@ LAYERS = [
     ["tree"],
     ["attention_weights"],
     ["merging", "per_sample", "report", "switch", "timesteps"],
-    ["processors.engines", "processors.family", "processors.qkv"],
+    ["processors.clock", "processors.engines", "processors.qkv"],
+    ["processors.family"],
     ["processors.flux", "processors.unet"],
     ["processors.*"],
     ["processors"],
@@ -394,7 +395,7 @@ def test_every_design_is_in_its_table():
 def test_every_family_is_in_its_table():
     from a3fta_kernels.processors import FAMILIES, Family
 
-    shared = {"processors.engines", "processors.family", "processors.qkv"}
+    shared = {f"processors.{name}" for name in ("clock", "engines", "family", "qkv")}
     files = {name for name in FILES if name.startswith("processors.")} - shared
     rows: set[str] = set()
     for name in files:

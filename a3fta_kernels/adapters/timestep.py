@@ -11,7 +11,7 @@ import contextlib
 import math
 import threading
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,10 +61,12 @@ def at(moment: Moment | None) -> Iterator[None]:
         begin(before)
 
 
-def moment_of(timestep: Any, scale: float, device: torch.device | None) -> Moment:
-    """A number or a tensor of any dtype, times `scale`, with its sines and cosines."""
-    t = torch.as_tensor(timestep, device=device).to(torch.float32)
-    t = (t.reshape(1) if t.dim() == 0 else t) * scale
+def moment_of(t: Tensor) -> Moment:
+    """A timestep (), one per sample (B,), or of each one's frames or tokens (B, ...), with its
+    sines and cosines. Of a sample's the noisiest counts: the others are what it is given, such as
+    the first frame.
+    """
+    t = t.reshape(1) if t.dim() == 0 else t.flatten(1).amax(1) if t.dim() > 1 else t
     half = WIDTH // 2
     steps = torch.arange(half, device=t.device, dtype=torch.float32) / half
     angles = t[..., None] * torch.exp(-math.log(_LONGEST) * steps)
@@ -95,10 +97,5 @@ def required() -> Moment:
             "adapters on this layer depend on it; got none. Call the model that inject was given; "
             "for gradient checkpointing use its enable_gradient_checkpointing(), or checkpoint "
             "the whole model"
-        )
-    if moment.t.dim() != 1:
-        raise ValueError(
-            f"timestep: expected a number or one per sample (B,) for time-aware adapters, "
-            f"got shape {tuple(moment.t.shape)}"
         )
     return moment

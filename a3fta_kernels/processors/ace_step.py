@@ -5,6 +5,7 @@ Several heads share keys and values, so that the layers read more channels than 
 
 from __future__ import annotations
 
+from .clock import share
 from .family import Family
 
-FAMILY = Family("ace_step", ("AceStepTransformerBlock",))
+FAMILY = Family("ace_step", ("AceStepTransformerBlock",), share)

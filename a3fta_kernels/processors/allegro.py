@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .clock import steps
 from .family import Family
 
-FAMILY = Family("allegro", ("AllegroTransformerBlock",))
+FAMILY = Family("allegro", ("AllegroTransformerBlock",), steps)

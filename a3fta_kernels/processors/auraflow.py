@@ -5,6 +5,9 @@ Single blocks, of both streams in one, have `attn.to_out[0]` alone.
 
 from __future__ import annotations
 
+from .clock import share
 from .family import Family
 
-FAMILY = Family("auraflow", ("AuraFlowJointTransformerBlock", "AuraFlowSingleTransformerBlock"))
+FAMILY = Family(
+    "auraflow", ("AuraFlowJointTransformerBlock", "AuraFlowSingleTransformerBlock"), share
+)

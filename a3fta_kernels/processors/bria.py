@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from . import flux
+from .clock import steps
 
 FAMILY = flux.family(
-    "bria", "BriaTransformerBlock", "BriaSingleTransformerBlock", "BriaFiboTransformerBlock",
+    "bria", steps, "BriaTransformerBlock", "BriaSingleTransformerBlock", "BriaFiboTransformerBlock",
     "BriaFiboSingleTransformerBlock",
 )  # fmt: skip

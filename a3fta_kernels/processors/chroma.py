@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from . import flux
+from .clock import share
 
-FAMILY = flux.family("chroma", "ChromaTransformerBlock", "ChromaSingleTransformerBlock")
+FAMILY = flux.family("chroma", share, "ChromaTransformerBlock", "ChromaSingleTransformerBlock")

@@ -4,6 +4,7 @@ image is given too, the sum of attention to the text and to the image.
 
 from __future__ import annotations
 
+from .clock import cosmos
 from .family import Family
 
-FAMILY = Family("cosmos", ("CosmosTransformerBlock",))
+FAMILY = Family("cosmos", ("CosmosTransformerBlock",), cosmos)

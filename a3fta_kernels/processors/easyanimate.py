@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from .clock import steps
 from .family import Family
 
-FAMILY = Family("easyanimate", ("EasyAnimateTransformerBlock",))
+FAMILY = Family("easyanimate", ("EasyAnimateTransformerBlock",), steps)

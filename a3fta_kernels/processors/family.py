@@ -15,6 +15,8 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from .clock import Clock
+
 # attributes of attention layers that hold the linear layers behind them: of the layer's own
 # tokens, then of those that attend together with them (text)
 OUTPUTS = ("to_out", "to_add_out", "to_out_t")
@@ -85,11 +87,11 @@ class Family:
 
     holds: names of diffusers' classes; a model that is one, or has one among its parts, is of
         this family.
+    timesteps: the forward's timestep on a scale of 0, clean, to 1000, noise.
     sites: its attention layers.
     processor_for: our processor in the place of a stock one, None for one it does not know.
     owns: whether a processor is one of ours.
     joinable: groups of projections of one input (q, k, v) that our processor computes together.
-    timesteps: what the forward's timestep is multiplied by to run from 0 to 1000.
     by_structure: `sites` is a reading of names and shapes, of a model that no row is about.
 
     Without processors of ours every stock one stays. They call the layer behind attention as a
@@ -98,11 +100,11 @@ class Family:
 
     name: str
     holds: tuple[str, ...]
+    timesteps: Clock
     sites: Callable[[nn.Module], Iterator[Site]] = sites
     processor_for: Callable[[Any], Any | None] = _none
     owns: Callable[[Any], bool] = _no
     joinable: Callable[[Any], list[tuple[nn.Module, ...]]] = _nothing
-    timesteps: float = 1.0
     by_structure: bool = False
 
 

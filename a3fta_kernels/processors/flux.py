@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from .clock import Clock, share
 from .family import Family, Site, is_attention, outputs
 
 
@@ -31,9 +32,9 @@ def sites(model: nn.Module) -> Iterator[Site]:
             yield Site(f"{prefix}attn", attention, outputs(f"{prefix}attn", attention))
 
 
-def family(name: str, *holds: str) -> Family:
+def family(name: str, timesteps: Clock, *holds: str) -> Family:
     """Of blocks as Flux's: `proj_out` of a single block reads (attention, feed-forward)."""
-    return Family(name, holds, sites, timesteps=1000.0)
+    return Family(name, holds, timesteps, sites)
 
 
-FAMILY = family("flux", "FluxTransformerBlock", "FluxSingleTransformerBlock")
+FAMILY = family("flux", share, "FluxTransformerBlock", "FluxSingleTransformerBlock")

@@ -12,6 +12,7 @@ from diffusers.models.transformers.transformer_flux2 import Flux2ParallelSelfAtt
 from torch import nn
 
 from . import family
+from .clock import share
 from .family import Family, Site
 
 
@@ -22,4 +23,4 @@ def sites(model: nn.Module) -> Iterator[Site]:
         yield site
 
 
-FAMILY = Family("flux2", ("Flux2TransformerBlock", "Flux2SingleTransformerBlock"), sites)
+FAMILY = Family("flux2", ("Flux2TransformerBlock", "Flux2SingleTransformerBlock"), share, sites)

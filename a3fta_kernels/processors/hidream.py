@@ -6,6 +6,9 @@ token: how many tokens an expert gets depends on the adapter too.
 
 from __future__ import annotations
 
+from .clock import steps
 from .family import Family
 
-FAMILY = Family("hidream", ("HiDreamImageTransformerBlock", "HiDreamImageSingleTransformerBlock"))
+FAMILY = Family(
+    "hidream", ("HiDreamImageTransformerBlock", "HiDreamImageSingleTransformerBlock"), steps
+)

@@ -6,6 +6,7 @@ The attention that pools the text for the time embedding is another module
 
 from __future__ import annotations
 
+from .clock import steps
 from .family import Family
 
-FAMILY = Family("hunyuan_dit", ("HunyuanDiTBlock",))
+FAMILY = Family("hunyuan_dit", ("HunyuanDiTBlock",), steps)

@@ -8,18 +8,20 @@ that refine the text's embedding have a `to_out[0]` as well.
 from __future__ import annotations
 
 from . import flux
+from .clock import steps
 from .family import Family
 
 FAMILIES = (
     flux.family(
         "hunyuan_video",
+        steps,
         "HunyuanVideoTransformerBlock",
         "HunyuanVideoSingleTransformerBlock",
         "HunyuanVideoTokenReplaceTransformerBlock",
         "HunyuanVideoTokenReplaceSingleTransformerBlock",
     ),
-    Family("hunyuan_video15", ("HunyuanVideo15TransformerBlock",)),
+    Family("hunyuan_video15", ("HunyuanVideo15TransformerBlock",), steps),
     flux.family(
-        "hunyuan_image", "HunyuanImageTransformerBlock", "HunyuanImageSingleTransformerBlock"
+        "hunyuan_image", steps, "HunyuanImageTransformerBlock", "HunyuanImageSingleTransformerBlock"
     ),
 )

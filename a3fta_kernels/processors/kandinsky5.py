@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from .clock import steps
 from .family import Family, Site, is_attention
 
 
@@ -18,5 +19,8 @@ def sites(model: nn.Module) -> Iterator[Site]:
 
 
 FAMILY = Family(
-    "kandinsky5", ("Kandinsky5TransformerEncoderBlock", "Kandinsky5TransformerDecoderBlock"), sites
+    "kandinsky5",
+    ("Kandinsky5TransformerEncoderBlock", "Kandinsky5TransformerDecoderBlock"),
+    steps,
+    sites,
 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from . import flux
+from .clock import share
 
 FAMILY = flux.family(
-    "longcat", "LongCatImageTransformerBlock", "LongCatImageSingleTransformerBlock"
+    "longcat", share, "LongCatImageTransformerBlock", "LongCatImageSingleTransformerBlock"
 )

@@ -6,9 +6,10 @@ In LTX-2 that is video and audio attending to themselves, to the text and to eac
 
 from __future__ import annotations
 
+from .clock import steps
 from .family import Family
 
 FAMILIES = (
-    Family("ltx", ("LTXVideoTransformerBlock",)),
-    Family("ltx2", ("LTX2VideoTransformerBlock",)),
+    Family("ltx", ("LTXVideoTransformerBlock",), steps),
+    Family("ltx2", ("LTX2VideoTransformerBlock",), steps),
 )

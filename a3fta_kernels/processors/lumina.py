@@ -7,6 +7,7 @@ refiners too.
 
 from __future__ import annotations
 
+from .clock import share_left
 from .family import Family
 
-FAMILY = Family("lumina", ("LuminaNextDiTBlock", "Lumina2TransformerBlock"))
+FAMILY = Family("lumina", ("LuminaNextDiTBlock", "Lumina2TransformerBlock"), share_left)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from diffusers.models.attention_processor import MochiAttention
 from torch import nn
 
+from .clock import steps_left
 from .family import Family, Site, outputs
 
 
@@ -21,4 +22,4 @@ def sites(model: nn.Module) -> Iterator[Site]:
             yield Site(name, module, outputs(name, module))
 
 
-FAMILY = Family("mochi", ("MochiTransformerBlock",), sites)
+FAMILY = Family("mochi", ("MochiTransformerBlock",), steps_left, sites)

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from . import flux
+from .clock import share
 
-FAMILY = flux.family("ovis", "OvisImageTransformerBlock", "OvisImageSingleTransformerBlock")
+FAMILY = flux.family("ovis", share, "OvisImageTransformerBlock", "OvisImageSingleTransformerBlock")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .clock import share
 from .family import Family
 
-FAMILY = Family("prx", ("PRXBlock",))
+FAMILY = Family("prx", ("PRXBlock",), share)

@@ -5,6 +5,7 @@ The last block has a text output that nothing reads: its adapter gets no gradien
 
 from __future__ import annotations
 
+from .clock import share
 from .family import Family
 
-FAMILY = Family("qwen", ("QwenImageTransformerBlock",))
+FAMILY = Family("qwen", ("QwenImageTransformerBlock",), share)

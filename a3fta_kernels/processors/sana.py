@@ -5,6 +5,7 @@ Both hand over to `to_out[0]`. The linear one computes in fp32 and casts back be
 
 from __future__ import annotations
 
+from .clock import sana
 from .family import Family
 
-FAMILY = Family("sana", ("SanaTransformerBlock",))
+FAMILY = Family("sana", ("SanaTransformerBlock",), sana)

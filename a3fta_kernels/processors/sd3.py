@@ -7,6 +7,7 @@ has not: nothing reads its text. SD3.5's first blocks have a second attention of
 
 from __future__ import annotations
 
+from .clock import steps
 from .family import Family
 
-FAMILY = Family("sd3", ("JointTransformerBlock", "SD3SingleTransformerBlock"))
+FAMILY = Family("sd3", ("JointTransformerBlock", "SD3SingleTransformerBlock"), steps)

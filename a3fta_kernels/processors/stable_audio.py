@@ -4,6 +4,7 @@ text, whose keys and values several heads share.
 
 from __future__ import annotations
 
+from .clock import share
 from .family import Family
 
-FAMILY = Family("stable_audio", ("StableAudioDiTBlock",))
+FAMILY = Family("stable_audio", ("StableAudioDiTBlock",), share)

@@ -21,6 +21,7 @@ from torch import nn
 
 from ..tree import inside, plain_name
 from . import unet
+from .clock import steps
 from .family import Family, Site, is_attention
 
 _APART = (
@@ -182,5 +183,5 @@ def joinable(attention: Any) -> list[tuple[nn.Module, ...]]:
 
 
 FAMILY = Family(
-    "structure", (), sites, unet.processor_for, unet.owns, joinable, by_structure=True
+    "structure", (), steps, sites, unet.processor_for, unet.owns, joinable, by_structure=True
 )  # fmt: skip

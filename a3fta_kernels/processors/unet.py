@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..checks import check_choice, describe
 from ..projection import AdaptedProjectionMixin
 from . import engines, qkv
+from .clock import Clock, steps
 from .family import Family
 
 # engines that leave the kernel open: attention to few keys may then be part of the projection's op
@@ -269,8 +270,8 @@ def owns(processor: Any) -> bool:
     return isinstance(processor, A3FTAAttnProcessor)
 
 
-def family(name: str, *holds: str) -> Family:
-    return Family(name, holds, processor_for=processor_for, owns=owns, joinable=joinable)
+def family(name: str, *holds: str, timesteps: Clock = steps) -> Family:
+    return Family(name, holds, timesteps, processor_for=processor_for, owns=owns, joinable=joinable)
 
 
 FAMILIES = (

@@ -7,6 +7,7 @@ Animate's face blocks hand over to `to_out`.
 
 from __future__ import annotations
 
+from .clock import steps
 from .family import Family
 
 FAMILY = Family(
@@ -17,4 +18,5 @@ FAMILY = Family(
         "WanAnimateFaceBlockCrossAttention",
         "SkyReelsV2TransformerBlock",
     ),
+    steps,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .clock import share_left
 from .family import Family
 
-FAMILY = Family("z_image", ("ZImageTransformerBlock",))
+FAMILY = Family("z_image", ("ZImageTransformerBlock",), share_left)

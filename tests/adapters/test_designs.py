@@ -65,7 +65,7 @@ def test_the_tables_are_whole():
 @pytest.fixture(autouse=True)
 def two_timesteps():
     """For layers that are called alone, with two samples."""
-    with timestep.at(timestep.moment_of(torch.tensor([10, 700]), 1.0, None)):
+    with timestep.at(timestep.moment_of(torch.tensor([10, 700]))):
         yield
 
 

@@ -132,7 +132,7 @@ def test_outside_its_window_nothing_is_left_of_it(backend, design):
     alike = layer_with(backend, design=design, time_window=(0, 1000))
     h = rows(samples=4)
     t = torch.tensor([99.0, 100.0, 500.0, 501.0])
-    with timestep.at(timestep.moment_of(t, 1.0, None)):
+    with timestep.at(timestep.moment_of(t)):
         y, inside = layer(h), alike(h)
     stock = F.linear(h, layer.weight, layer.bias)
     torch.testing.assert_close(y[[0, 3]], stock[[0, 3]])
@@ -147,7 +147,7 @@ def test_the_rank_shrinks_with_the_timestep(backend):
     counts = [math.floor((10 - 3) * (1000 - x) / 1000) + 3 for x in t.tolist()]
     assert counts == [10, 8, 3, 3]
     keep = torch.tensor([[1.0] * n + [0.0] * (10 - n) for n in counts], dtype=torch.float64)
-    with timestep.at(timestep.moment_of(t, 1.0, None)):
+    with timestep.at(timestep.moment_of(t)):
         assert_follows(layer, rows(samples=4), keep[:, None])
         layer.adapters["a"].config = AdapterConfig(rank=10, time_rank=3, time_window=(900, 1000))
         inside = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64)[:, None]
@@ -219,6 +219,6 @@ def test_fullgraph_compile(backend):
     layer = layer_with(backend, torch.float32, layer_norm=True)
     add(layer, "b", torch.float32, time_window=(0, 500), time_rank=2)
     h = rows(dtype=torch.float32)
-    with timestep.at(timestep.moment_of(torch.tensor([10, 700]), 1.0, None)):
+    with timestep.at(timestep.moment_of(torch.tensor([10, 700]))):
         y = torch.compile(layer, fullgraph=True, backend="aot_eager")(h)
         torch.testing.assert_close(y, layer(h), rtol=1e-4, atol=1e-4)

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from .small import Draw, Small
+from .small import SHARE, Draw, Small
 
 
 def make() -> nn.Module:
@@ -30,6 +30,11 @@ def inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 MODELS = {
     "ace_step": Small(
-        make, inputs, "ace_step", {r"layers\.[01]\.(self|cross)_attn\.to_out\.0": 4}, lean=None
+        make,
+        inputs,
+        "ace_step",
+        SHARE,
+        {r"layers\.[01]\.(self|cross)_attn\.to_out\.0": 4},
+        lean=None,
     ),
 }

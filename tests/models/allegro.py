@@ -9,7 +9,7 @@ import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
 from torch import nn
 
-from .small import Draw, Small
+from .small import STEPS, Draw, Small
 
 
 def make() -> nn.Module:
@@ -34,5 +34,7 @@ def inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 
 MODELS = {
-    "allegro": Small(make, inputs, "allegro", {r"transformer_blocks\.0\.attn[12]\.to_out\.0": 2}),
+    "allegro": Small(
+        make, inputs, "allegro", STEPS, {r"transformer_blocks\.0\.attn[12]\.to_out\.0": 2}
+    ),
 }

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from .small import Draw, Small
+from .small import STEPS, Draw, Small
 
 
 def make() -> nn.Module:
@@ -29,7 +29,7 @@ def inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 MODELS = {
     "audioldm2": Small(
-        make, inputs, "audioldm2",
+        make, inputs, "audioldm2", STEPS,
         {r".*attentions\.\d\.transformer_blocks\.0\.attn[12]\.to_out\.0": 24},
         lean={"BasicTransformerBlock": 12},
     ),

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from .small import Draw, Small
+from .small import SHARE, Draw, Small
 
 
 def make() -> nn.Module:
@@ -28,7 +28,7 @@ def inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 MODELS = {
     "auraflow": Small(
-        make, inputs, "auraflow",
+        make, inputs, "auraflow", SHARE,
         {
             r"joint_transformer_blocks\.0\.attn\.to_out\.0": 1,
             r"joint_transformer_blocks\.0\.attn\.to_add_out": 1,

@@ -8,7 +8,7 @@ import diffusers
 from torch import nn
 
 from .flux1 import COLUMNS, PROJECTIONS, SIZES, tokens
-from .small import Draw, Small
+from .small import STEPS, Draw, Small
 
 
 def bria() -> nn.Module:
@@ -27,6 +27,6 @@ def fibo_inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 
 MODELS = {
-    "bria": Small(bria, tokens, "bria", PROJECTIONS, COLUMNS),
-    "bria_fibo": Small(fibo, fibo_inputs, "bria", PROJECTIONS, COLUMNS),
+    "bria": Small(bria, tokens, "bria", STEPS, PROJECTIONS, COLUMNS),
+    "bria_fibo": Small(fibo, fibo_inputs, "bria", STEPS, PROJECTIONS, COLUMNS),
 }

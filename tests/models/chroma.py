@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .flux1 import COLUMNS, PROJECTIONS, SIZES, tokens
-from .small import Draw, Small
+from .small import SHARE, Draw, Small
 
 
 def make() -> nn.Module:
@@ -28,6 +28,6 @@ def inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 MODELS = {
     "chroma": Small(
-        make, inputs, "chroma", PROJECTIONS, COLUMNS, forgets="the mask of single blocks"
+        make, inputs, "chroma", SHARE, PROJECTIONS, COLUMNS, forgets="the mask of single blocks"
     )
 }

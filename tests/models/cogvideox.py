@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from .small import Draw, Small
+from .small import STEPS, Draw, Small
 
 
 def make() -> nn.Module:
@@ -27,5 +27,7 @@ def inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 
 MODELS = {
-    "cogvideox": Small(make, inputs, "cogvideox", {r"transformer_blocks\.0\.attn1\.to_out\.0": 1}),
+    "cogvideox": Small(
+        make, inputs, "cogvideox", STEPS, {r"transformer_blocks\.0\.attn1\.to_out\.0": 1}
+    ),
 }

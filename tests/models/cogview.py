@@ -8,7 +8,7 @@ import diffusers
 import torch
 from torch import nn
 
-from .small import Draw, Small
+from .small import STEPS, Draw, Small
 
 _CONFIG = dict(
     in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
@@ -38,6 +38,6 @@ def inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 
 MODELS = {
-    "cogview3plus": Small(cogview3plus, inputs, "cogview", _PROJECTIONS),
-    "cogview4": Small(cogview4, inputs, "cogview", _PROJECTIONS),
+    "cogview3plus": Small(cogview3plus, inputs, "cogview", STEPS, _PROJECTIONS),
+    "cogview4": Small(cogview4, inputs, "cogview", STEPS, _PROJECTIONS),
 }

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from .small import Draw, Small
+from .small import LOG_SIGMA, Draw, Small
 
 LAYERS = {r"transformer_blocks\.0\.attn[12]\.to_out\.0": 2}
 
@@ -42,9 +42,9 @@ def image_inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 
 MODELS = {
-    "cosmos": Small(make, inputs, "cosmos", LAYERS),
+    "cosmos": Small(make, inputs, "cosmos", LOG_SIGMA, LAYERS),
     "cosmos_image": Small(
-        with_image, image_inputs, "cosmos", LAYERS,
+        with_image, image_inputs, "cosmos", LOG_SIGMA, LAYERS,
         other={r".*attn2.*": "attention to the text + attention to the image"},
     ),
 }  # fmt: skip

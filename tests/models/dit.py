@@ -8,7 +8,7 @@ import diffusers
 import torch
 from torch import nn
 
-from .small import Draw, Small
+from .small import STEPS, Draw, Small
 
 
 def make() -> nn.Module:
@@ -26,4 +26,6 @@ def inputs(draw: Draw, batch: int) -> dict[str, Any]:
     )
 
 
-MODELS = {"dit": Small(make, inputs, "dit", {r"transformer_blocks\.\d\.attn1\.to_out\.0": 2})}
+MODELS = {
+    "dit": Small(make, inputs, "dit", STEPS, {r"transformer_blocks\.\d\.attn1\.to_out\.0": 2})
+}

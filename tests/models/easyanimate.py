@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from .small import Draw, Small
+from .small import STEPS, Draw, Small
 
 
 def make() -> nn.Module:
@@ -28,7 +28,7 @@ def inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 MODELS = {
     "easyanimate": Small(
-        make, inputs, "easyanimate",
+        make, inputs, "easyanimate", STEPS,
         {
             r"transformer_blocks\.[01]\.attn1\.to_out\.0": 2,
             r"transformer_blocks\.0\.attn1\.to_add_out": 1,

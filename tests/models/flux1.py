@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from .small import Draw, Small
+from .small import SHARE, Draw, Small
 
 SIZES = dict(
     patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16,
@@ -68,8 +68,10 @@ def control_inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 
 MODELS = {
-    "flux": Small(flux, inputs, "flux", PROJECTIONS, COLUMNS, lean=LEAN),
-    "flux_kontext": Small(flux, kontext_inputs, "flux", PROJECTIONS, COLUMNS, lean=LEAN),
-    "flux_fill": Small(fill, fill_inputs, "flux", PROJECTIONS, COLUMNS, lean=LEAN),
-    "flux_controlnet": Small(controlnet, control_inputs, "flux", PROJECTIONS, COLUMNS, lean=LEAN),
+    "flux": Small(flux, inputs, "flux", SHARE, PROJECTIONS, COLUMNS, lean=LEAN),
+    "flux_kontext": Small(flux, kontext_inputs, "flux", SHARE, PROJECTIONS, COLUMNS, lean=LEAN),
+    "flux_fill": Small(fill, fill_inputs, "flux", SHARE, PROJECTIONS, COLUMNS, lean=LEAN),
+    "flux_controlnet": Small(
+        controlnet, control_inputs, "flux", SHARE, PROJECTIONS, COLUMNS, lean=LEAN
+    ),
 }

@@ -8,7 +8,7 @@ import diffusers
 from torch import nn
 
 from .flux1 import SIZES, tokens
-from .small import Draw, Small
+from .small import SHARE, Draw, Small
 
 
 def make() -> nn.Module:
@@ -25,7 +25,7 @@ def inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 MODELS = {
     "flux2": Small(
-        make, inputs, "flux2",
+        make, inputs, "flux2", SHARE,
         {
             r"transformer_blocks\.0\.attn\.to_out\.0": 1,
             r"transformer_blocks\.0\.attn\.to_add_out": 1,

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from .small import Draw, Small
+from .small import STEPS, Draw, Small
 
 
 def make() -> nn.Module:
@@ -32,7 +32,7 @@ def inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 MODELS = {
     "hidream": Small(
-        make, inputs, "hidream",
+        make, inputs, "hidream", STEPS,
         {
             r"double_stream_blocks\.0\.block\.attn1\.to_out": 1,
             r"double_stream_blocks\.0\.block\.attn1\.to_out_t": 1,

@@ -8,7 +8,7 @@ import diffusers
 import torch
 from torch import nn
 
-from .small import Draw, Small
+from .small import STEPS, Draw, Small
 
 
 def make() -> nn.Module:
@@ -35,5 +35,7 @@ def inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 
 MODELS = {
-    "hunyuan_dit": Small(make, inputs, "hunyuan_dit", {r"blocks\.\d\.attn[12]\.to_out\.0": 8}),
+    "hunyuan_dit": Small(
+        make, inputs, "hunyuan_dit", STEPS, {r"blocks\.\d\.attn[12]\.to_out\.0": 8}
+    ),
 }

@@ -9,7 +9,7 @@ import diffusers
 import torch
 from torch import nn
 
-from .small import Draw, Small
+from .small import STEPS, Draw, Small
 
 HEADS, DIM = 2, 8
 REFINER = {r"context_embedder\.token_refiner\.refiner_blocks\.0\.attn\.to_out\.0": 1}
@@ -81,20 +81,20 @@ KIND = "HunyuanVideoTransformer3DModel"
 
 MODELS = {
     "hunyuan_video": Small(
-        make(KIND, **VIDEO), inputs, "hunyuan_video", REFINER | DUAL | SINGLE, COLUMNS
+        make(KIND, **VIDEO), inputs, "hunyuan_video", STEPS, REFINER | DUAL | SINGLE, COLUMNS
     ),
     "hunyuan_video_i2v": Small(
-        make(KIND, **VIDEO, image_condition_type="token_replace"), inputs, "hunyuan_video",
+        make(KIND, **VIDEO, image_condition_type="token_replace"), inputs, "hunyuan_video", STEPS,
         REFINER | DUAL | SINGLE, COLUMNS,
     ),
     "hunyuan_video_framepack": Small(
         make("HunyuanVideoFramepackTransformer3DModel", **VIDEO, **FRAMEPACK), framepack_inputs,
-        "hunyuan_video", REFINER | DUAL | SINGLE, COLUMNS, takes_sizes="the text's lengths",
+        "hunyuan_video", STEPS, REFINER | DUAL | SINGLE, COLUMNS, takes_sizes="the text's lengths",
     ),
     "hunyuan_video15": Small(
         make("HunyuanVideo15Transformer3DModel", num_layers=2, text_embed_2_dim=8,
              image_embed_dim=8, rope_axes_dim=(4, 2, 2)),
-        inputs15, "hunyuan_video15",
+        inputs15, "hunyuan_video15", STEPS,
         REFINER | {r"transformer_blocks\.[01]\.attn\.(to_out\.0|to_add_out)": 4},
         idle={r"transformer_blocks\.1\.attn\.to_add_out": "nothing reads the last block's text"},
         reads_numbers="whether the image is all zero",
@@ -102,7 +102,7 @@ MODELS = {
     "hunyuan_image": Small(
         make("HunyuanImageTransformer2DModel", num_single_layers=1, patch_size=(1, 1),
              rope_axes_dim=(4, 4)),
-        image_inputs, "hunyuan_image", REFINER | DUAL | SINGLE, COLUMNS,
+        image_inputs, "hunyuan_image", STEPS, REFINER | DUAL | SINGLE, COLUMNS,
         refuses="it hands its blocks keyword arguments, which checkpointing does not take",
     ),
 }  # fmt: skip

@@ -8,7 +8,7 @@ import diffusers
 import torch
 from torch import nn
 
-from .small import Draw, Small
+from .small import STEPS, Draw, Small
 
 
 def make() -> nn.Module:
@@ -31,7 +31,7 @@ def inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 MODELS = {
     "kandinsky5": Small(
-        make, inputs, "kandinsky5",
+        make, inputs, "kandinsky5", STEPS,
         {
             r"text_transformer_blocks\.0\.self_attention\.out_layer": 1,
             r"visual_transformer_blocks\.0\.(self|cross)_attention\.out_layer": 2,

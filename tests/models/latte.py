@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from .small import Draw, Small
+from .small import STEPS, Draw, Small
 
 
 def make() -> nn.Module:
@@ -29,7 +29,7 @@ def inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 MODELS = {
     "latte": Small(
-        make, inputs, "latte",
+        make, inputs, "latte", STEPS,
         {
             r"transformer_blocks\.0\.attn[12]\.to_out\.0": 2,
             r"temporal_transformer_blocks\.0\.attn1\.to_out\.0": 1,

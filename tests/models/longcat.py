@@ -6,7 +6,7 @@ import diffusers
 from torch import nn
 
 from .flux1 import COLUMNS, PROJECTIONS, SIZES, tokens
-from .small import Small
+from .small import SHARE, Small
 
 
 def make() -> nn.Module:
@@ -15,4 +15,4 @@ def make() -> nn.Module:
     )
 
 
-MODELS = {"longcat": Small(make, tokens, "longcat", PROJECTIONS, COLUMNS)}
+MODELS = {"longcat": Small(make, tokens, "longcat", SHARE, PROJECTIONS, COLUMNS)}

@@ -8,7 +8,7 @@ import diffusers
 import torch
 from torch import nn
 
-from .small import Draw, Small
+from .small import STEPS, Draw, Small
 
 
 def make() -> nn.Module:
@@ -65,9 +65,9 @@ LTX2 = {
 }
 
 MODELS = {
-    "ltx": Small(make, inputs, "ltx", {r"transformer_blocks\.0\.attn[12]\.to_out\.0": 2}),
-    "ltx2": Small(make2, inputs2, "ltx2", LTX2),
+    "ltx": Small(make, inputs, "ltx", STEPS, {r"transformer_blocks\.0\.attn[12]\.to_out\.0": 2}),
+    "ltx2": Small(make2, inputs2, "ltx2", STEPS, LTX2),
     "ltx2_gated": Small(
-        gated, inputs2, "ltx2", LTX2, other={".*": "attention * 2 sigmoid(gate), per head"}
+        gated, inputs2, "ltx2", STEPS, LTX2, other={".*": "attention * 2 sigmoid(gate), per head"}
     ),
 }  # fmt: skip

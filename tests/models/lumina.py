@@ -9,7 +9,7 @@ import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from torch import nn
 
-from .small import Draw, Small
+from .small import SHARE_LEFT, Draw, Small
 
 
 def lumina_next() -> nn.Module:
@@ -51,11 +51,11 @@ def inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 MODELS = {
     "lumina_next": Small(
-        lumina_next, next_inputs, "lumina", {r"layers\.[01]\.attn2\.to_out\.0": 2},
+        lumina_next, next_inputs, "lumina", SHARE_LEFT, {r"layers\.[01]\.attn2\.to_out\.0": 2},
         other={r"layers\.[01]\.attn2\.to_out\.0": "self-attention + tanh(gate) cross-attention"},
     ),
     "lumina2": Small(
-        lumina2, inputs, "lumina",
+        lumina2, inputs, "lumina", SHARE_LEFT,
         {r"(noise_refiner|context_refiner|layers)\.0\.attn\.to_out\.0": 3},
         reads_numbers="the lengths of texts, from their mask",
     ),

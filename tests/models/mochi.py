@@ -8,7 +8,7 @@ import diffusers
 import torch
 from torch import nn
 
-from .small import Draw, Small
+from .small import STEPS_LEFT, Draw, Small
 
 
 def make() -> nn.Module:
@@ -29,7 +29,7 @@ def inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 MODELS = {
     "mochi": Small(
-        make, inputs, "mochi",
+        make, inputs, "mochi", STEPS_LEFT,
         {
             r"transformer_blocks\.[01]\.attn1\.to_out\.0": 2,
             r"transformer_blocks\.0\.attn1\.to_add_out": 1,

@@ -8,7 +8,7 @@ import diffusers
 import torch
 from torch import nn
 
-from .small import Draw, Small
+from .small import SHARE_LEFT, Draw, Small
 
 
 def make() -> nn.Module:
@@ -35,7 +35,7 @@ def inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 MODELS = {
     "omnigen": Small(
-        make, inputs, "omnigen", {r"layers\.[01]\.self_attn\.to_out\.0": 2},
+        make, inputs, "omnigen", SHARE_LEFT, {r"layers\.[01]\.self_attn\.to_out\.0": 2},
         reads_numbers="the last position, to choose rotary factors",
     ),
 }  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from .small import Draw, Small
+from .small import STEPS, Draw, Small
 
 
 def make() -> nn.Module:
@@ -29,6 +29,6 @@ def inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 MODELS = {
     "pixart": Small(
-        make, inputs, "pixart", {r"transformer_blocks\.\d\.attn[12]\.to_out\.0": 4}
+        make, inputs, "pixart", STEPS, {r"transformer_blocks\.\d\.attn[12]\.to_out\.0": 4}
     ),
 }  # fmt: skip

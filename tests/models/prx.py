@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from .small import Draw, Small
+from .small import SHARE, Draw, Small
 
 
 def make() -> nn.Module:
@@ -25,4 +25,4 @@ def inputs(draw: Draw, batch: int) -> dict[str, Any]:
     )
 
 
-MODELS = {"prx": Small(make, inputs, "prx", {r"blocks\.[01]\.attention\.to_out\.0": 2})}
+MODELS = {"prx": Small(make, inputs, "prx", SHARE, {r"blocks\.[01]\.attention\.to_out\.0": 2})}

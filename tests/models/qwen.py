@@ -8,7 +8,7 @@ import diffusers
 import torch
 from torch import nn
 
-from .small import Draw, Small
+from .small import SHARE, Draw, Small
 
 _CONFIG = dict(
     in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
@@ -50,6 +50,6 @@ def edit_inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 
 MODELS = {
-    "qwen": Small(qwen, inputs, "qwen", _PROJECTIONS, idle=_IDLE),
-    "qwen_edit": Small(edit, edit_inputs, "qwen", _PROJECTIONS, idle=_IDLE),
+    "qwen": Small(qwen, inputs, "qwen", SHARE, _PROJECTIONS, idle=_IDLE),
+    "qwen_edit": Small(edit, edit_inputs, "qwen", SHARE, _PROJECTIONS, idle=_IDLE),
 }

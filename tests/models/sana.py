@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from .small import Draw, Small
+from .small import STEPS, Draw, Small
 
 
 def make() -> nn.Module:
@@ -28,7 +28,7 @@ def inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 MODELS = {
     "sana": Small(
-        make, inputs, "sana", {r"transformer_blocks\.[01]\.attn[12]\.to_out\.0": 4},
+        make, inputs, "sana", STEPS, {r"transformer_blocks\.[01]\.attn[12]\.to_out\.0": 4},
         other={r"transformer_blocks\.[01]\.attn1\.to_out\.0": "linear attention"},
     ),
 }  # fmt: skip

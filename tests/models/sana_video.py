@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from .small import Draw, Small
+from .small import STEPS, Draw, Small
 
 
 def make() -> nn.Module:
@@ -28,7 +28,7 @@ def inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 MODELS = {
     "sana_video": Small(
-        make, inputs, "sana_video", {r"transformer_blocks\.0\.attn[12]\.to_out\.0": 2},
+        make, inputs, "sana_video", STEPS, {r"transformer_blocks\.0\.attn[12]\.to_out\.0": 2},
         other={r".*attn1.*": "linear attention"},
     ),
 }  # fmt: skip

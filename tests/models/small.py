@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -12,12 +13,20 @@ from torch import Tensor, nn
 Draw = Callable[..., Tensor]  # draw(*shape): normal numbers
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
+# what pipelines give the forward as the timestep of a clean sample, and of pure noise
+STEPS = (0.0, 1000.0)
+SHARE = (0.0, 1.0)
+STEPS_LEFT = (1000.0, 0.0)
+SHARE_LEFT = (1.0, 0.0)
+LOG_SIGMA = (-math.inf, math.inf)
+
 
 class Small(NamedTuple):
     """A model with random weights that runs in milliseconds, and what is true of it.
 
     make: builds it. inputs(draw, batch): the arguments of its forward. family: its row in
-    `processors.FAMILIES`. projections: regular expression (whole name) -> how many of the adapted
+    `processors.FAMILIES`. timesteps: what its pipeline gives for a clean sample and for pure noise.
+    projections: regular expression (whole name) -> how many of the adapted
     layers match; every one matches one. columns: the same, for those that read more than attention.
     idle: the same -> why nothing reads the layer's output, so that its adapter cannot train.
     other: the same -> what its input is, where softmax attention does not return it as it is.
@@ -31,6 +40,7 @@ class Small(NamedTuple):
     make: Callable[[], nn.Module]
     inputs: Callable[[Draw, int], dict[str, Any]]
     family: str
+    timesteps: tuple[float, float]
     projections: Mapping[str, int]
     columns: Mapping[str, tuple[int, int]] = NOTHING
     idle: Mapping[str, str] = NOTHING

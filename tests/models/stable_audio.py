@@ -8,7 +8,7 @@ import diffusers
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import nn
 
-from .small import Draw, Small
+from .small import SHARE, Draw, Small
 
 
 def make() -> nn.Module:
@@ -31,6 +31,6 @@ def inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 MODELS = {
     "stable_audio": Small(
-        make, inputs, "stable_audio", {r"transformer_blocks\.0\.attn[12]\.to_out\.0": 2}
+        make, inputs, "stable_audio", SHARE, {r"transformer_blocks\.0\.attn[12]\.to_out\.0": 2}
     ),
 }

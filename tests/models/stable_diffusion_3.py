@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from .small import Draw, Small
+from .small import STEPS, Draw, Small
 
 _CONFIG = dict(
     sample_size=16, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8,
@@ -59,7 +59,7 @@ def image_control_inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 MODELS = {
     "sd3": Small(
-        sd3, inputs, "sd3",
+        sd3, inputs, "sd3", STEPS,
         {
             r"transformer_blocks\.[01]\.attn\.to_out\.0": 2,
             r"transformer_blocks\.0\.attn\.to_add_out": 1,
@@ -67,7 +67,7 @@ MODELS = {
         lean={"JointTransformerBlock": 2},
     ),
     "sd35": Small(
-        sd35, inputs, "sd3",
+        sd35, inputs, "sd3", STEPS,
         {
             r"transformer_blocks\.[01]\.attn\.to_out\.0": 2,
             r"transformer_blocks\.0\.attn\.to_add_out": 1,
@@ -76,7 +76,7 @@ MODELS = {
         lean={"JointTransformerBlock": 2},
     ),
     "sd3_controlnet": Small(
-        controlnet, control_inputs, "sd3",
+        controlnet, control_inputs, "sd3", STEPS,
         {
             r"transformer_blocks\.0\.attn\.to_out\.0": 1,
             r"transformer_blocks\.0\.attn\.to_add_out": 1,
@@ -85,7 +85,7 @@ MODELS = {
         lean={"JointTransformerBlock": 1},
     ),
     "sd35_controlnet": Small(
-        controlnet_of_the_image, image_control_inputs, "sd3",
+        controlnet_of_the_image, image_control_inputs, "sd3", STEPS,
         {r"transformer_blocks\.0\.attn\.to_out\.0": 1},
     ),
 }  # fmt: skip

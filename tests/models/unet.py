@@ -8,7 +8,7 @@ import diffusers
 import torch
 from torch import nn
 
-from .small import Draw, Small
+from .small import STEPS, Draw, Small
 
 _SMALL = dict(
     block_out_channels=(32, 64),
@@ -109,25 +109,27 @@ def _blocks(at_depth: int) -> dict[str, int]:
 
 MODELS = {
     "sd15": Small(
-        sd15, inputs, "unet_condition", _blocks(1), lean={"BasicTransformerBlock": 4}
+        sd15, inputs, "unet_condition", STEPS, _blocks(1), lean={"BasicTransformerBlock": 4}
     ),
-    "sd2": Small(sd2, inputs, "unet_condition", _blocks(1), lean={"BasicTransformerBlock": 4}),
+    "sd2": Small(
+        sd2, inputs, "unet_condition", STEPS, _blocks(1), lean={"BasicTransformerBlock": 4}
+    ),
     "sdxl": Small(
-        sdxl, sdxl_inputs, "unet_condition", _blocks(2), lean={"BasicTransformerBlock": 8}
+        sdxl, sdxl_inputs, "unet_condition", STEPS, _blocks(2), lean={"BasicTransformerBlock": 8}
     ),
     "kandinsky": Small(
-        kandinsky, inputs, "unet_condition",
+        kandinsky, inputs, "unet_condition", STEPS,
         {r"(down_blocks\.1|mid_block|up_blocks\.0)\.attentions\.\d\.to_out\.0": 4},
     ),
     "kandinsky3": Small(
-        kandinsky3, kandinsky3_inputs, "unet_condition",
+        kandinsky3, kandinsky3_inputs, "unet_condition", STEPS,
         {
             r"(down|up)_blocks\.\d\.attentions\.\d\.attention\.to_out\.0": 9,
             r"add_time_condition\.attention\.to_out\.0": 1,
         },
     ),
     "unet2d": Small(
-        unet2d, unet2d_inputs, "unet",
+        unet2d, unet2d_inputs, "unet", STEPS,
         {r"(down_blocks\.1|mid_block|up_blocks\.0)\.attentions\.\d\.to_out\.0": 4},
     ),
 }  # fmt: skip

@@ -8,7 +8,7 @@ import diffusers
 import torch
 from torch import nn
 
-from .small import Draw, Small
+from .small import LOG_SIGMA, STEPS, Draw, Small
 
 SMALL: dict[str, Any] = dict(
     block_out_channels=(8,), layers_per_block=1, cross_attention_dim=16,
@@ -82,22 +82,22 @@ OVER_FRAMES = {
 
 MODELS = {
     "unet_motion": Small(
-        motion, motion_inputs, "unet_motion",
+        motion, motion_inputs, "unet_motion", STEPS,
         SPATIAL
         | {r".*\.motion_modules\.\d\.transformer_blocks\.0\.attn[12]\.to_out\.0": 8},
         lean={"BasicTransformerBlock": 4},
     ),
     "unet_spatio_temporal": Small(
-        spatio_temporal, spatio_temporal_inputs, "unet_spatio_temporal",
+        spatio_temporal, spatio_temporal_inputs, "unet_spatio_temporal", LOG_SIGMA,
         SPATIAL
         | {r".*\.attentions\.\d\.temporal_transformer_blocks\.0\.attn[12]\.to_out\.0": 8},
         lean={"BasicTransformerBlock": 4},
     ),
     "unet_3d": Small(
-        unet3d, inputs, "unet_3d", SPATIAL | OVER_FRAMES, lean={"BasicTransformerBlock": 9}
+        unet3d, inputs, "unet_3d", STEPS, SPATIAL | OVER_FRAMES, lean={"BasicTransformerBlock": 9}
     ),
     "i2vgen": Small(
-        i2vgen, i2vgen_inputs, "unet_3d",
+        i2vgen, i2vgen_inputs, "unet_3d", STEPS,
         SPATIAL | OVER_FRAMES | {r"image_latents_temporal_encoder\.attn1\.to_out\.0": 1},
         lean={"BasicTransformerBlock": 9},
     ),

@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from .small import Draw, Small
+from .small import STEPS, Draw, Small
 
 SUM = {r"blocks\.0\.attn2\.to_out\.0": "attention to the text + attention to the image"}
 
@@ -55,20 +55,20 @@ ANIMATE: dict[str, Any] = dict(
 )  # fmt: skip
 
 MODELS = {
-    "wan": Small(make("WanTransformer3DModel"), inputs, "wan", BLOCKS),
+    "wan": Small(make("WanTransformer3DModel"), inputs, "wan", STEPS, BLOCKS),
     "wan_i2v": Small(
-        make("WanTransformer3DModel", **IMAGE), image_inputs, "wan", BLOCKS, other=SUM
+        make("WanTransformer3DModel", **IMAGE), image_inputs, "wan", STEPS, BLOCKS, other=SUM
     ),
     "wan_vace": Small(
         make("WanVACETransformer3DModel", vace_layers=[0], vace_in_channels=6), vace_inputs, "wan",
-        BLOCKS | {r"vace_blocks\.0\.attn[12]\.to_out\.0": 2},
+        STEPS, BLOCKS | {r"vace_blocks\.0\.attn[12]\.to_out\.0": 2},
     ),
-    "skyreels_v2": Small(make("SkyReelsV2Transformer3DModel"), inputs, "wan", BLOCKS),
+    "skyreels_v2": Small(make("SkyReelsV2Transformer3DModel"), inputs, "wan", STEPS, BLOCKS),
     "chronoedit": Small(
-        make("ChronoEditTransformer3DModel", **IMAGE), image_inputs, "wan", BLOCKS, other=SUM
+        make("ChronoEditTransformer3DModel", **IMAGE), image_inputs, "wan", STEPS, BLOCKS, other=SUM
     ),
     "wan_animate": Small(
-        make("WanAnimateTransformer3DModel", **IMAGE | ANIMATE), animate_inputs, "wan",
+        make("WanAnimateTransformer3DModel", **IMAGE | ANIMATE), animate_inputs, "wan", STEPS,
         BLOCKS | {r"face_adapter\.0\.to_out": 1},
         other=SUM | {r"face_adapter\.0\.to_out": "each frame's attention, put side by side"},
     ),

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from .small import Draw, Small
+from .small import SHARE_LEFT, Draw, Small
 
 
 def make() -> nn.Module:
@@ -27,7 +27,7 @@ def inputs(draw: Draw, batch: int) -> dict[str, Any]:
 
 MODELS = {
     "z_image": Small(
-        make, inputs, "z_image",
+        make, inputs, "z_image", SHARE_LEFT,
         {r"(noise_refiner|context_refiner|layers)\.0\.attention\.to_out\.0": 3},
     ),
 }  # fmt: skip

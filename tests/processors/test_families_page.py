@@ -10,7 +10,7 @@ import diffusers
 import pytest
 
 import a3fta_kernels as a3fta
-from a3fta_kernels.processors import FAMILIES
+from a3fta_kernels.processors import FAMILIES, clock
 
 from ..models.zoo import ZOO
 
@@ -22,6 +22,7 @@ class Row(NamedTuple):
     layers: str
     processors: str
     blocks: str
+    timestep: str
     limits: str
 
 
@@ -36,6 +37,15 @@ def named(cell: str) -> list[str]:
 
 
 ROWS = table()
+TIMESTEPS = {
+    clock.steps: "0 to 1000",
+    clock.share: "0 to 1",
+    clock.share_left: "1 to 0",
+    clock.steps_left: "1000 to 0",
+    clock.log_sigma: "ln(sigma) / 4",
+    clock.cosmos: "Cosmos 1: ln(sigma) / 4; 2, 2.5: 0 to 1",
+    clock.sana: "0 to 1000; Sprint: 0 to 1",
+}
 
 
 def test_every_family_has_a_row():
@@ -67,6 +77,7 @@ def test_row(family):
             limits.append("`lean` knows no module of it")
         if not getattr(model, "_supports_gradient_checkpointing", False):
             limits.append(f"no gradient checkpointing: `{kind}`")
+    assert row.timestep == TIMESTEPS[FAMILIES[family].timesteps]
     assert used == set(layers)
     assert reads_more == ("first columns" in row.layers)
     assert set(named(row.blocks)) == blocks
