@@ -19,7 +19,7 @@ SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format bench report fuzz aot gpu wheel clean FORCE
+.PHONY: help setup demo test lint format bench report fuzz docs aot gpu wheel clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -54,6 +54,9 @@ fuzz: setup ## property tests at length: 5000 op cases, 20000 adapter files, 50 
 	A3FTA_FUZZ_FILES=20000 $(PY) -m pytest tests/test_storage_fuzz.py --timeout 0
 	A3FTA_FUZZ_KILLS=50 $(PY) -m pytest tests/train/test_resume.py --timeout 0
 	A3FTA_COMPILE=1 $(PY) -m pytest tests/processors/test_families.py -k "graph or numbers"
+
+docs: setup ## the reference of all public names, in build/docs
+	$(PY) scripts/make_reference.py
 
 aot: setup ## compile the Triton configurations that the committed table does not know, and renew it
 	$(PY) -m benchmarks.aot

@@ -37,7 +37,7 @@ class Stacked(NamedTuple):
     b_up: Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bank:
     """Adapters of one activation, and which of them each named sample has."""
 

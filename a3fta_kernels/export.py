@@ -15,6 +15,7 @@ from .adapters.config import DTYPES
 from .checks import check_choice, describe
 from .projection import AdaptedProjectionMixin, span
 from .tree import adapted, check_known, check_unmerged, denoiser
+from .whereabouts import check_in_memory
 
 # layout: its file's name; "diffusers": the one that load_lora_weights looks for first
 LAYOUTS = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "kohya_lora.safetensors"}
@@ -80,6 +81,7 @@ def export_lora(
         )
     prefix = _prefix(root, layout)
     check_unmerged(layers, "export")
+    check_in_memory(root, "export")
     layers = {key: layer for key, layer in layers.items() if name in layer.adapters}
     for key, layer in layers.items():
         _check(key, layer, name)

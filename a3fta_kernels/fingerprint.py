@@ -19,6 +19,7 @@ from .adapter_file import AdapterFile, refuse
 from .attention_weights import stock_values
 from .checks import describe
 from .processors import family_of
+from .whereabouts import why_absent
 
 logger = logging.getLogger("a3fta_kernels")
 
@@ -48,7 +49,7 @@ def _base_weights(root: nn.Module, layers: Mapping[str, nn.Linear]) -> dict[str,
 def _readable(weight: Tensor) -> bool:
     """Whether the weight is at hand, in a plain floating dtype."""
     plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype in _SAMPLED_DTYPES
-    return plain and weight.device.type != "meta"
+    return plain and why_absent(weight) is None
 
 
 def _sampled(weight: Tensor) -> list[float | None]:

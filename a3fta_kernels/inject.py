@@ -44,6 +44,7 @@ from .tree import (
     check_one_batch,
     check_unmerged,
     denoiser,
+    parameter_count,
     plain_name,
     projections,
     records,
@@ -193,7 +194,7 @@ def _apply(root: nn.Module, plan: Plan) -> None:
         )
         fresh[name].train(layer.training)
         layer.adapters[plan.name] = fresh[name]
-        layer.choose(layer.weights | {plan.name: 1.0})
+        layer.choose({**layer.weights, plan.name: 1.0})
         layer.backend = plan.backend
         if name in plan.inputs:
             attention_layer, given = plan.inputs[name]
@@ -282,7 +283,7 @@ def _report(root: nn.Module, plan: Plan) -> InjectionReport:
         left_processors=dict(plan.left),
         unadapted=dict(plan.unadapted),
         parameters_added=sum(layer.parameters for layer in found.values()),
-        parameters_total=sum(p.numel() for p in root.parameters()) - adapters,
+        parameters_total=parameter_count(root) - adapters,
         attention=engines_in_use(root),
         notes=tuple(notes),
     )

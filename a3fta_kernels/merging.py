@@ -13,6 +13,7 @@ from .placements import split
 from .projection import AdaptedProjectionMixin, Merged, span
 from .stack import Weighted
 from .tree import adapted, check_one_batch, check_unmerged, denoiser, plain_name
+from .whereabouts import check_in_memory
 
 
 def merge(model: Any) -> None:
@@ -38,6 +39,7 @@ def merge(model: Any) -> None:
     layers = adapted(model)
     check_unmerged(layers, "merge them")
     check_one_batch(layers, "merge adapters")
+    check_in_memory(denoiser(model), "merge")
     if not any(layer.active() for layer in layers.values()):
         raise ValueError("model: expected active adapters to merge, got none; see set_adapters")
     wrapped = [n for n, _ in denoiser(model).named_modules() if n.endswith(".base_layer")]

@@ -34,7 +34,8 @@ def adapters_per_sample(model: Any, names: Sequence[str | None]) -> Iterator[Non
     The model's batch is len(names), or a multiple of it: guidance concatenates the batch with
     itself, and so are the names. `disabled` works inside, and what `set_adapters` chose acts again
     after the block. The stacked copy does not see the adapters change; with gradients on it is made
-    anew in every forward, and adapters train.
+    anew in every forward, and adapters train; what computes a forward again in its backward
+    (gradient checkpointing, `lean`) wants that backward inside too.
 
     Raises:
         TypeError, ValueError: names the model does not have (the message lists the known), no

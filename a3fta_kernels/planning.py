@@ -15,9 +15,10 @@ from .backends import BACKENDS, resolve
 from .checks import check_choice, describe
 from .forwards import check_forward
 from .processors import Family
-from .projection import AdaptedProjectionMixin, Columns, span
+from .projection import AdaptedProjectionMixin, Columns, span, why_not_adaptable
 from .timesteps import check_timed
 from .tree import check_one_batch, check_unmerged, inside, plain_name, projections
+from .whereabouts import check_whole
 
 # the way out where a model's structure does not tell
 IN_FULL = (
@@ -94,7 +95,8 @@ def plan_injection(root: nn.Module, config: AdapterConfig | None, name: str, bac
         names += _plan_site(plan, site, root)
     attention_weights.check_free(root, plan.attention)
     _check_patterns(plan, names)
-    for linear in plan.targets.values():
+    for target, linear in plan.targets.items():
+        check_whole(target, linear.weight)
         if not isinstance(linear, AdaptedProjectionMixin):
             check_forward(linear)
         if linear.weight.device.type != "meta":
@@ -122,6 +124,8 @@ def _plan_site(plan: Plan, site: processors.Site, root: nn.Module) -> list[str]:
             reasons.append(f"its projection is a {type(linear).__name__}")
         elif not _is_target(plan.config.targets, name):
             reasons.append("not in targets")
+        elif (unadaptable := why_not_adaptable(linear)) is not None:
+            reasons.append(unadaptable)
         elif any(linear is other for other in plan.targets.values()):
             reasons.append("its projection is shared with another layer")
         else:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -34,6 +35,10 @@ from .stack import Stack, Weighted, delta, for_samples, stacks
 logger = logging.getLogger("a3fta_kernels")
 
 _PLAIN_WEIGHTS = (Tensor, nn.Parameter, FakeTensor)
+# the attributes of an adapted layer beside its adapters
+_OWN = (
+    "acting", "enabled", "backend", "columns", "merged", "frozen", "banks", "source", "resting",
+)  # fmt: skip
 Columns = tuple[int, int] | None  # (start, length) of a layer's input; None: all of it
 _logged: set[tuple[str, str]] = set()
 
@@ -53,6 +58,15 @@ class Merged(NamedTuple):
     bias: Tensor | None
 
 
+class Acting(NamedTuple):
+    """An adapter that acts."""
+
+    name: str
+    adapter: BottleneckAdapter
+    weight: float
+    factor: Tensor  # the weight, in a tensor of no dimension
+
+
 # beside some linear class, which the type checker takes for nn.Linear
 if TYPE_CHECKING:
     _Linear = nn.Linear
@@ -64,8 +78,7 @@ class AdaptedProjectionMixin(_Linear):
     """What an adapted layer adds to the linear class it had before."""
 
     adapters: nn.ModuleDict
-    weights: dict[str, float]  # changed by `choose` alone
-    acting: list[tuple[BottleneckAdapter, Tensor]]  # the same, as compiled code reads it
+    acting: list[Acting]  # changed by `choose` alone
     enabled: bool
     backend: str
     columns: Columns  # what the adapters read and write
@@ -214,31 +227,34 @@ class AdaptedProjectionMixin(_Linear):
             return None
         return frozen
 
-    def choose(self, weights: dict[str, float]) -> None:
-        """Makes these adapters act, with these weights.
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The adapters that act, by name, and their mixing weights. Read only: see `choose`."""
+        return MappingProxyType({x.name: x.weight for x in self.acting})
 
-        Compiled code reads `acting`: a name or a number would be a constant of it, so that each
-        choice compiled anew; a place in a list and a tensor are not.
-        """
+    def choose(self, weights: Mapping[str, float]) -> None:
+        """Makes these adapters act, with these weights."""
         adapters: Any = self.adapters
-        self.weights = dict(weights)
         self.acting = []
         for name, weight in weights.items():
             like = adapters[name].w_down
             device = "cpu" if like.device.type == "meta" else like.device
             wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-            self.acting.append((adapters[name], torch.tensor(weight, dtype=wide, device=device)))
+            factor = torch.tensor(weight, dtype=wide, device=device)
+            self.acting.append(Acting(name, adapters[name], weight, factor))
         self.frozen = None
 
     def active(self) -> list[Weighted]:
-        """The adapters that act in the next forward, with their weights: numbers, or tensors of
-        one element where code is compiled."""
+        """The adapters that act in the next forward, with their weights.
+
+        Of compiled code a name or a number would be a constant, and each choice would compile
+        anew; a place in a list and a tensor are not.
+        """
         if not self.enabled or self.merged is not None:
             return []
         if torch.compiler.is_compiling():
-            return list(self.acting)
-        adapters: Any = self.adapters
-        return [(adapters[name], weight) for name, weight in self.weights.items()]
+            return [(x.adapter, x.factor) for x in self.acting]
+        return [(x.adapter, x.weight) for x in self.acting]
 
     def unfused_reason(self) -> str | None:
         """Why the fused op cannot be this layer now; None where it can."""
@@ -253,8 +269,13 @@ class AdaptedProjectionMixin(_Linear):
     def unreadable_reason(self) -> str | None:
         """Why this layer's weight is no plain tensor at hand; None where it is."""
         if type(self) is not AdaptedProjection:
-            return f"the layer is of class {stock_class(self).__name__}, not a plain Linear"
-        return unreadable_weight(self.weight)
+            stock = stock_class(self)
+            kind = type(self) if stock is nn.Linear else stock  # fully_shard makes subclasses
+            return f"the layer is of class {kind.__name__}, not a plain Linear"
+        reason = unreadable_weight(self.weight)
+        if reason is None and self.weight.shape != (self.out_features, self.in_features):
+            return f"its weight is not whole here, but of shape {tuple(self.weight.shape)}"
+        return reason
 
     def freeze(self) -> bool:
         """Computes V and the bias once; False where this layer has nothing to keep."""
@@ -322,6 +343,21 @@ def adapted_class(stock: Any) -> Any:
     return type(f"Adapted{stock.__name__}", (_AdaptedSubclass, stock), {"__module__": __name__})
 
 
+def why_not_adaptable(linear: nn.Linear) -> str | None:
+    """Why `adapt` cannot change this layer's class; None where it can."""
+    stock: Any = type(linear)
+    if isinstance(linear, AdaptedProjectionMixin):
+        return None
+    taken = [name for name in (*_OWN, "weights", "adapters") if hasattr(linear, name)]
+    if taken:
+        return f"its projection is a {stock.__name__}, which has a {taken[0]!r} of its own"
+    try:  # Python asks for the same layout, which a mixin in front of nn.Linear may change
+        object.__setattr__(object.__new__(stock), "__class__", adapted_class(stock))
+    except TypeError:
+        return f"its projection is a {stock.__name__}, whose class cannot be changed"
+    return None
+
+
 def stock_class(projection: AdaptedProjectionMixin) -> type:
     """The class the layer had before, and has after `restore`."""
     order = type(projection).__mro__
@@ -379,10 +415,7 @@ def restore(projection: AdaptedProjectionMixin) -> None:
     """Gives the layer its class back and removes everything that `adapt` added."""
     projection.__class__ = stock_class(projection)
     del projection._modules["adapters"]
-    for name in (
-        "weights", "acting", "enabled", "backend", "columns", "merged", "frozen", "banks", "source",
-        "resting",
-    ):  # fmt: skip
+    for name in _OWN:
         del projection.__dict__[name]
     rebind_forward(projection)
 

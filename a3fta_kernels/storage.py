@@ -35,6 +35,7 @@ from .tree import (
     holding,
     projections,
 )
+from .whereabouts import check_in_memory, fill, is_sharded, stock_type, whole, why_absent, writes
 
 __all__ = ["AdapterFileError", "load_adapter", "save_adapter"]
 
@@ -71,11 +72,15 @@ def save_adapter(
     Both files are replaced atomically, weights first: an interrupted save leaves an adapter that
     loads. Other files in the folder stay.
 
+    Of a model that FSDP2 shards every process has to call this: the shards are gathered, and the
+    process of rank 0 writes.
+
     Returns the folder.
 
     Raises:
-        TypeError, ValueError: no adapter of that name, merged layers, parameters on the meta
-            device, scales that differ between layers, training that is not JSON.
+        TypeError, ValueError: no adapter of that name, merged layers, parameters that are not at
+            hand (on the meta device, on disk, partitioned), scales that differ between layers,
+            training that is not JSON.
         OSError: from writing; the adapter that was there stays.
     """
     root = denoiser(model)
@@ -84,9 +89,13 @@ def save_adapter(
     if not layers:
         check_known("name", [name], adapted(root).values())
     check_unmerged(layers, "save")
+    check_in_memory(root, "save")
     told = about(root, training)
     states = {key: _state(key, _adapter(layer, name)) for key, layer in layers.items()}
     states |= _attention(trained_values(root, name))
+    tensors = {f"{k}.{p}": tensor for k, state in states.items() for p, tensor in state.items()}
+    sharded = any(is_sharded(tensor) for tensor in tensors.values())
+    tensors = {key: whole(tensor) for key, tensor in tensors.items()}
     config = _config([_adapter(layer, name) for layer in layers.values()])
     if layout == "peft" and config.placement != "pre":
         raise ValueError(
@@ -94,7 +103,8 @@ def save_adapter(
             f"PEFT does not have, got 'peft'"
         )
     target = Path(folder)
-    tensors = {f"{k}.{p}": tensor for k, state in states.items() for p, tensor in state.items()}
+    if sharded and not writes():
+        return target
     if layout == "peft":
         peft_file.write(target, tensors, config)
         return target
@@ -127,8 +137,8 @@ def load_adapter(
     A model without an adapter of that name gets one, as by `inject` with the stored config; an
     adapter that is there takes the file's weights if it is of the same kind: a hot swap, for which
     compiled code stays as it is. The parameters keep the dtype and device that they have on the
-    model. Everything is checked first: after an error
-    the model is as it was. Nothing is unpickled.
+    model. Everything is checked first: after an error the model is as it was. Nothing is
+    unpickled. An adapter that FSDP2 shards is loaded by every process for itself.
 
     Args:
         model: a diffusers model, PEFT-wrapped or not, or a pipeline, whose denoiser is taken.
@@ -152,7 +162,8 @@ def load_adapter(
     Raises:
         AdapterFileError: a missing, truncated, damaged, edited or foreign file, a format version
             this library does not know, another base, or an adapter of another kind under `name`.
-        TypeError, ValueError: bad arguments, merged layers, parameters on the meta device.
+        TypeError, ValueError: bad arguments, merged layers, parameters that are not at hand (on
+            the meta device, on disk, partitioned).
     """
     root = denoiser(model)
     check_name(name)
@@ -164,6 +175,7 @@ def load_adapter(
     layers = projections(root)
     backend = backend or next((layer.backend for layer in layers.values()), "auto")
     check_unmerged(layers, "load")
+    check_in_memory(root, "load")
     check_one_batch(layers, "load an adapter")
     file = _read(folder, revision, subfolder, token)
     config = _parse_config(file)
@@ -189,7 +201,7 @@ def load_adapter(
     with torch.no_grad():
         for key, state in states.items():
             for parameter, tensor in state.items():
-                tensor.copy_(values[f"{key}.{parameter}"])
+                fill(tensor, values[f"{key}.{parameter}"])
     unfreeze(root)
     return config
 
@@ -213,14 +225,17 @@ def _adapter(layer: AdaptedProjectionMixin, name: str) -> BottleneckAdapter:
 
 def _state(layer: str, adapter: BottleneckAdapter) -> dict[str, Tensor]:
     """The adapter's tensors, sharing its memory."""
-    state = dict(adapter.state_dict())
+    return _at_hand(layer, adapter.state_dict(keep_vars=True))
+
+
+def _at_hand(layer: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for parameter, tensor in state.items():
-        if tensor.device.type == "meta":
+        reason = why_absent(tensor)
+        if reason is not None:
             raise ValueError(
-                f"model: expected adapter parameters at hand, got {layer}'s {parameter} on the "
-                f"meta device; save and load before the model is offloaded"
+                f"model: expected adapter parameters at hand, got {layer}'s {parameter} {reason}"
             )
-    return state
+    return {parameter: tensor.detach() for parameter, tensor in state.items()}
 
 
 def _attention(values: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -229,7 +244,7 @@ def _attention(values: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     for name, tensor in values.items():
         layer, _, leaf = name.rpartition(".")
         found.setdefault(f"attention:{layer}", {})[leaf] = tensor
-    return found
+    return {key: _at_hand(key, state) for key, state in found.items()}
 
 
 def _config(adapters: list[BottleneckAdapter]) -> AdapterConfig:
@@ -292,7 +307,7 @@ def _check_kind(
 
 
 def _base(root: nn.Module, layers: Mapping[str, AdaptedProjectionMixin]) -> dict[str, Any]:
-    return {"model": type(root).__name__, "layers": _shapes(layers)}
+    return {"model": stock_type(root).__name__, "layers": _shapes(layers)}
 
 
 def _shapes(layers: Mapping[str, AdaptedProjectionMixin]) -> dict[str, str]:
@@ -311,10 +326,11 @@ def _shape(linear: nn.Linear, columns: Columns) -> str:
 def _check_base(file: AdapterFile, root: nn.Module) -> None:
     if set(file.base) != {"model", "layers"} or not isinstance(file.base["layers"], dict):
         refuse(file.path, "a base with model and layers", repr(file.base)[:80])
-    if file.base["model"] not in (None, type(root).__name__):
+    model = stock_type(root).__name__
+    if file.base["model"] not in (None, model):
         refuse(
             file.path,
-            f"an adapter for a {type(root).__name__}",
+            f"an adapter for a {model}",
             f"one for a {file.base['model']}",
         )
 

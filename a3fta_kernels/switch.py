@@ -21,6 +21,7 @@ from .tree import (
     denoiser,
     projections,
 )
+from .whereabouts import check_in_memory
 
 
 def set_adapters(
@@ -145,6 +146,7 @@ def freeze_for_inference(model: Any) -> int:
     adapters of different activations, and where the weight cannot be read, there is nothing.
     """
     layers = adapted(model)
+    check_in_memory(denoiser(model), "freeze_for_inference")
     return sum(layer.freeze() for layer in layers.values())
 
 

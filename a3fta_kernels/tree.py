@@ -10,6 +10,8 @@ from torch import nn
 from .checks import describe
 from .projection import AdaptedProjectionMixin
 
+_ENGINES = ("DeepSpeedEngine",)  # wrappers by name, of libraries that are not imported here
+
 # what `inject` notes on the model it was given: plain names and stock objects, so that a deep
 # copy of the model has a record of its own
 RECORD = "_a3fta"
@@ -17,7 +19,7 @@ RECORD = "_a3fta"
 
 def denoiser(model: Any) -> nn.Module:
     """The module that is adapted: of a pipeline its U-Net or transformer, of a wrapper (DDP,
-    torch.compile, PEFT) the model inside.
+    DeepSpeed, torch.compile, PEFT) the model inside.
     """
     if not isinstance(model, nn.Module):
         for name in ("unet", "transformer"):
@@ -30,7 +32,8 @@ def denoiser(model: Any) -> nn.Module:
         )
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         return denoiser(model._orig_mod)
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+    engine = any(cls.__name__ in _ENGINES for cls in type(model).__mro__)
+    if engine or isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return denoiser(model.module)
     get_base_model: Any = getattr(model, "get_base_model", None)
     if get_base_model is not None and hasattr(model, "peft_config"):
@@ -126,3 +129,13 @@ def records(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
         record = module.__dict__.get(RECORD)
         if record is not None:
             yield module, record
+
+
+def parameter_count(root: nn.Module) -> int:
+    """The model's parameters; of layers whose weight is packed (quantized), those it stands for."""
+    packed = {
+        id(m.weight): m.out_features * m.in_features - m.weight.numel()
+        for m in root.modules()
+        if isinstance(m, nn.Linear)
+    }
+    return sum(p.numel() + packed.get(id(p), 0) for p in root.parameters())

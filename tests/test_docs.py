@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,90 @@ import torch
 import a3fta_kernels as a3fta
 
 from . import docs, models
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pipelines = pytest.importorskip("tests.examples.pipelines")
+    folder = tmp_path_factory.mktemp("sd")
+    pipelines.write_sd(folder)
+    return folder / "pipeline"
+
+
+@pytest.fixture
+def pipeline(written: Path) -> Any:
+    """A tiny Stable Diffusion."""
+    diffusers = pytest.importorskip("diffusers")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(written)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def page(
+    pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., dict[str, Any]]:
+    """Runs docs/<name>.md, with `pipe` and what a loop has at hand."""
+    text = torch.randn(2, 7, 32)
+    latents = [torch.randn(2, 4, 16, 16) for _ in range(2)]
+
+    def run(name: str, **names: Any) -> dict[str, Any]:
+        given = dict(pipe=pipeline, text=text, noisy=latents[0], latents=latents[0])
+        given["batches"] = [(x, text) for x in latents]
+        return docs.run(f"docs/{name}.md", tmp_path, monkeypatch, given | names)
+
+    return run
+
+
+def saved(folder: Path, pipe: Any, seed: int) -> str:
+    """The folder of an adapter that changes the pipeline."""
+    a3fta.inject(pipe, a3fta.AdapterConfig(rank=4))
+    models.randomize(pipe.unet, std=0.5, seed=seed)
+    a3fta.save_adapter(pipe, folder)
+    a3fta.eject(pipe)
+    return str(folder)
+
+
+def test_train(page: Callable[..., dict[str, Any]], tmp_path: Path):
+    names = page("train")
+    assert len(names["losses"]) == 6 and all(loss > 0 for loss in names["losses"])
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "adapter_model.safetensors", "adapter_config.json"
+    }  # fmt: skip
+
+
+def test_sample(page: Callable[..., dict[str, Any]], pipeline: Any, tmp_path: Path):
+    names = page("sample", folder=saved(tmp_path / "adapter", pipeline, 2))
+    assert names["image"].tobytes() != names["stock"].tobytes()
+    assert not a3fta.projections(pipeline.unet)
+
+
+def test_combine(page: Callable[..., dict[str, Any]], pipeline: Any, tmp_path: Path):
+    folders = {
+        name: saved(tmp_path / name, pipeline, seed) for seed, name in enumerate(("anna", "ben"))
+    }
+    names = page("combine", **folders)
+    assert len(names["images"]) == 3
+    assert names["only_anna"].tobytes() != names["both"].tobytes()
+    assert not a3fta.projections(pipeline.unet)
+
+
+def test_export(
+    page: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    page("export")
+    assert {path.name for path in (tmp_path / "my-lora").iterdir()} == {
+        "pytorch_lora_weights.safetensors", "kohya_lora.safetensors"
+    }  # fmt: skip
+    assert "expected linear adapters to merge" in capsys.readouterr().out
+
+
+def test_every_page_with_code_is_run_somewhere():
+    tests = "".join(path.read_text() for path in (docs.ROOT / "tests").rglob("test_*.py"))
+    for path in (docs.ROOT / "docs").glob("*.md"):
+        name = f"docs/{path.name}"
+        if docs.blocks(name):
+            assert name in tests or f'page("{path.stem}"' in tests, name
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
@@ -22,8 +108,8 @@ def test_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert unet is pipe.unet and list(unet.peft_config) == ["style", "lora"]
     assert {p.shape for p in names["trained"]} >= {torch.Size([16, 64]), torch.Size([64, 16])}
     assert {n for p in a3fta.projections(unet).values() for n in p.adapters} == {"ours"}
-    written = {path.parent.name for path in tmp_path.rglob("adapter_model.safetensors")}
-    assert written == {"style", "style-peft", "style-peft-again"}
+    files = {path.parent.name for path in tmp_path.rglob("adapter_model.safetensors")}
+    assert files == {"style", "style-peft", "style-peft-again"}
 
 
 def test_an_error_names_the_page_and_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

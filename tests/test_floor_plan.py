@@ -37,7 +37,7 @@ LAYERS = [
     ["adapters.bottleneck"],
     ["adapters.*"],
     ["adapters"],
-    ["bank", "forwards", "stack"],
+    ["bank", "forwards", "stack", "whereabouts"],
     ["placements"],
     ["projection"],
     ["tree"],

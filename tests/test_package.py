@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -92,6 +94,37 @@ def test_sdist_and_the_wheel_from_it(tree, tmp_path):
     assert f"Version: {a3fta.__version__}" in metadata
     assert "License-Expression: MIT" in metadata
     assert "a3fta = a3fta_kernels.cli:main" in scripts
+    check_triton_alone(wheel, tmp_path / "installed")
+
+
+ALONE = """
+import torch, a3fta_kernels as a3fta
+status = a3fta.backends()
+assert "not built" in status["native"].reason, status["native"]
+tensors = [torch.randn(s, requires_grad=True) for s in ((2, 5, 16), (4, 16), (16, 4))]
+weight = torch.randn(12, 16)
+results = []
+for backend in ("reference", "triton"):
+    y = a3fta.ops.adapter_linear(*tensors, weight, backend=backend)
+    results.append([y, *torch.autograd.grad(y.square().sum(), tensors)])
+for a, b in zip(*results):
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+print(a3fta.__file__)
+"""
+
+
+def check_triton_alone(wheel: Path, folder: Path) -> None:
+    """A wheel without the library, in a process of its own: kernels in Triton's interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE], cwd=folder, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(folder), "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_relative_to(folder)
 
 
 def test_a_wheel_with_the_library_is_abi3(tree):
@@ -126,6 +159,20 @@ def test_the_requirements_leave_torch_alone():
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def test_the_table_of_versions():
+    """docs/versions.md has the ranges of pyproject.toml, and what was tested lies in them."""
+    from packaging.specifiers import SpecifierSet
+
+    extras = [r for extra in PROJECT["project"]["optional-dependencies"].values() for r in extra]
+    asked = {*PROJECT["project"]["dependencies"], *extras}
+    page = (ROOT / "docs" / "versions.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([a-z]+) \| `(.*?)` \| (.*?) \| .* \|$", page, re.MULTILINE)
+    assert len(rows) > 10
+    for name, accepted, tested in rows:
+        assert f"{name}{accepted}" in asked, name
+        assert tested.startswith("none: ") or tested in SpecifierSet(accepted), name
 
 
 def test_the_code_of_the_readme_runs(monkeypatch, tmp_path):

@@ -205,6 +205,25 @@ def test_gradients_reach_the_adapters_that_were_named():
     assert {"a.w_down", "a.b_up", "c.s"} <= seen
 
 
+def test_a_backward_that_computes_again_belongs_inside():
+    """The lean levels have the gradients of the stock model inside, and refuse outside."""
+    model = served("sd15")
+    inputs = models.inputs("sd15", batch=2, dtype=torch.float64)
+    weights = [p for k, p in model.named_parameters() if ".adapters.a." in k]
+    found = []
+    for level in ("off", "block"):
+        a3fta.lean(model, level)
+        with a3fta.adapters_per_sample(model, ["a", None]):
+            loss = model(**inputs).sample.square().sum()
+            found.append(torch.autograd.grad(loss, weights))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    with a3fta.adapters_per_sample(model, ["a", None]):
+        loss = model(**inputs).sample.square().sum()
+    with pytest.raises(RuntimeError, match="lean: expected the model as it was in the forward"):
+        loss.backward()
+
+
 @torch.no_grad()
 def test_the_stacked_copy_is_used_without_gradients():
     model = served("unet2d")

@@ -6,6 +6,7 @@ from .bottleneck import BottleneckAdapter
 from .config import AdapterConfig
 from .film import FilmAdapter
 from .gated import GatedAdapter
+from .half_open import HalfOpenAdapter
 from .rescaled import RescaledAdapter
 from .scaled import ScaledAdapter
 from .time_scaled import TimeScaledAdapter
@@ -13,6 +14,7 @@ from .time_scaled import TimeScaledAdapter
 DESIGNS: dict[str, type[BottleneckAdapter]] = {
     "bottleneck": BottleneckAdapter,
     "gated": GatedAdapter,
+    "half_open": HalfOpenAdapter,
     "scaled": ScaledAdapter,
     "rescaled": RescaledAdapter,
     "film": FilmAdapter,
@@ -25,6 +27,7 @@ __all__ = [
     "BottleneckAdapter",
     "FilmAdapter",
     "GatedAdapter",
+    "HalfOpenAdapter",
     "RescaledAdapter",
     "ScaledAdapter",
     "TimeScaledAdapter",

@@ -32,8 +32,8 @@ class AdapterConfig:
         rank: R, the width of the bottleneck.
         activation: identity, relu, gelu, gelu_tanh or silu.
         scale: factor on the adapter's output.
-        design: a name from `adapters.DESIGNS`: bottleneck; gated, scaled, rescaled (learned
-            factors); film, time_scaled (time-aware).
+        design: a name from `adapters.DESIGNS`: bottleneck; gated, half_open, scaled,
+            rescaled (learned factors); film, time_scaled (time-aware).
         bias: whether the adapter has b_down and b_up.
         dropout: probability, in training, of masking a rank of the bottleneck for a sample.
         targets: which attention layers get an adapter: None (all), a regular expression searched

@@ -26,6 +26,7 @@ from ..memory.account import mib, parse_size
 from ..memory.saved import ledger
 from ..ops.validate import KEEPS
 from ..tree import denoiser, plain_name
+from ..whereabouts import is_wrapped
 from .budget import Choose, fit
 from .report import LeanReport
 from .rules import RULES, Rule, rule_for, why_not
@@ -80,6 +81,11 @@ def lean(
     if norms != "input" and level == "off":
         raise ValueError(f"norms: expected 'input' beside level 'off', got {norms!r}")
     root = denoiser(model)
+    if any(is_wrapped(module) for module in root.modules()):
+        raise ValueError(
+            "model: expected one whose classes are its own, got one that fully_shard wrapped; "
+            "lean first, then shard"
+        )
     patterns = _check_levels(levels, root)
     limit = _check_budget(level, budget, inputs)
     if level != "off" and all(p.requires_grad for p in root.parameters()):

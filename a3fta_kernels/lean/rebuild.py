@@ -96,7 +96,8 @@ def _condition(modules: Sequence[nn.Module]) -> list[Any]:
                 if p is not None:
                     found.append((id(p), None if p.is_inference() else p._version))
             if isinstance(module, AdaptedProjectionMixin):
-                found.append((module.enabled, module.merged is None, tuple(module.weights.items())))
+                state = (module.enabled, module.merged is None, module.banks)
+                found.append((*state, tuple(module.weights.items())))
     return found
 
 

@@ -8,6 +8,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from .. import ops
+from ..forwards import has_hooks
 from .swapping import LeanModule, trains
 
 
@@ -21,7 +22,8 @@ class LeanResnetBlock2D(LeanModule, ResnetBlock2D):
     """
 
     def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or trains(self.norm1, self.norm2):
+        norms = self.norm1, self.norm2
+        if args or kwargs or trains(*norms) or any(has_hooks(norm) for norm in norms):
             return ResnetBlock2D.forward(self, input_tensor, temb, *args, **kwargs)
         x = input_tensor
         h = self._norm_silu(self.norm1, x)
@@ -58,4 +60,6 @@ def why_not(block: Any) -> str | None:
     for norm in (block.norm1, block.norm2):
         if not isinstance(norm, nn.GroupNorm):
             return f"its norm is a {type(norm).__name__}"
+        if has_hooks(norm):
+            return "its norms carry hooks"
     return "its norms train" if trains(block.norm1, block.norm2) else None

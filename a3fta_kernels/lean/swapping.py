@@ -35,7 +35,17 @@ class Settings:
 
 
 class LeanModule(nn.Module):
-    """Base of the lean classes: `class LeanX(LeanModule, X)`, with a forward of its own."""
+    """Base of the lean classes: `class LeanX(LeanModule, X)`, with a forward of its own.
+
+    Their `__name__` is X's, by which diffusers (`compile_repeated_blocks`) and accelerate (the
+    blocks that FSDP wraps) look for blocks; pickle goes by `__qualname__`.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        first, *others = cls.__bases__
+        if others and issubclass(first, LeanModule):  # else what others make of ours
+            cls.__name__ = others[-1].__name__
 
     @property
     def settings(self) -> Settings:

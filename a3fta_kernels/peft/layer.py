@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ class A3FTALinear(AdaptedProjectionMixin, _Around, BaseTunerLayer):
         return self.a3fta_adapters
 
     @property
-    def weights(self) -> dict[str, float]:  # type: ignore[override]
+    def weights(self) -> dict[str, float]:
         return {n: self.scaling[n] for n in self.active_adapters if n in self.a3fta_adapters}
 
     @property
@@ -79,7 +79,7 @@ class A3FTALinear(AdaptedProjectionMixin, _Around, BaseTunerLayer):
     def merged(self) -> Merged | None:  # type: ignore[override]
         return None if self._merged is None else self._merged[0]
 
-    def choose(self, weights: dict[str, float]) -> None:
+    def choose(self, weights: Mapping[str, float]) -> None:
         """PEFT does."""
 
     def active(self) -> list[Weighted]:

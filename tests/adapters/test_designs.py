@@ -31,6 +31,7 @@ native = pytest.mark.skipif("native" not in BACKENDS, reason="the library is not
 FACTORS = {
     "bottleneck": lambda adapter: torch.ones(1).to(adapter.w_up),
     "gated": lambda adapter: torch.tanh(adapter.gate),
+    "half_open": lambda adapter: torch.sigmoid(adapter.gate),
     "scaled": lambda adapter: adapter.s,
     "rescaled": lambda adapter: adapter.s,
     "film": lambda adapter: torch.ones(1).to(adapter.w_up),
@@ -45,6 +46,7 @@ TIMED = {
 EXTRA = {
     "bottleneck": {},
     "gated": {"gate": (1,)},
+    "half_open": {"gate": (1,)},
     "scaled": {"s": (16,)},
     "rescaled": {"s": (1,)},
     "film": {"w_time": (6, 64)},
@@ -385,6 +387,7 @@ def test_the_ledger_counts_it(design):
     more = {
         "bottleneck": 0,
         "gated": products + 4 * len(adapters),
+        "half_open": products + 4 * len(adapters),
         "scaled": products,
         "rescaled": products,
         "film": 4 * timestep.WIDTH + sum(8 * a.rank for a in adapters),

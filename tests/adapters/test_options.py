@@ -96,7 +96,7 @@ def test_with_and_without_a_norm_side_by_side(backend):
     layer = layer_with(backend, layer_norm=True)
     add(layer, "b", weight=0.3)
     assert_follows(layer, rows())
-    layer.weights = {"b": 0.3, "a": 1.0}
+    layer.choose({"b": 0.3, "a": 1.0})
     assert_follows(layer, rows())
 
 

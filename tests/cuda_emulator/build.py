@@ -59,13 +59,13 @@ def build_library(folder: Path) -> Path:
 
 def build_program(folder: Path, sanitizers: str) -> Path:
     """sanitize.cpp and the kernels under the given sanitizers, as a program of their own."""
-    flags = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    flags = ["-O1", "-g1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     sources = [k for k in kernels() if k != HOPPER]
     sources += [HERE / "sanitize.cpp", HERE / "planted.cpp"]
     objects = compile_objects(folder, sources, flags, [])
     kind = "THREAD" if sanitizers == "thread" else "ADDRESS"
     define = f"-DEMULATOR_{kind}_SANITIZER"
-    objects += compile_objects(folder, emulator(), ["-O1", "-g", define], [])
+    objects += compile_objects(folder, emulator(), ["-O1", "-g1", define], [])
     target = folder / "sanitize"
     subprocess.run([COMPILER, *flags, *objects, "-o", str(target)], check=True)
     return target
@@ -73,12 +73,12 @@ def build_program(folder: Path, sanitizers: str) -> Path:
 
 def build_hopper_program(folder: Path, sanitizers: str) -> Path:
     """The same for sanitize_hopper.cpp."""
-    flags = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    flags = ["-O1", "-g1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     sources = [HOPPER, CSRC / "cuda" / "chip.cu", HERE / "sanitize_hopper.cpp"]
     objects = compile_objects(folder, sources, flags, [])
     kind = "THREAD" if sanitizers == "thread" else "ADDRESS"
     define = f"-DEMULATOR_{kind}_SANITIZER"
-    objects += compile_objects(folder, emulator(), ["-O1", "-g", define], [])
+    objects += compile_objects(folder, emulator(), ["-O1", "-g1", define], [])
     target = folder / "sanitize_hopper"
     subprocess.run([COMPILER, *flags, *objects, "-o", str(target)], check=True)
     return target

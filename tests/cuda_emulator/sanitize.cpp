@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/adapter.h"
+#include "../../csrc/cuda/adapter_bank.h"
 #include "../../csrc/cuda/adapter_cluster.h"
 #include "../../csrc/cuda/adapter_linear.h"
 #include "../../csrc/cuda/geglu.h"
@@ -207,6 +208,31 @@ void run_one_pass(const Case& c) {
   b.expect_finite("one-pass da_sum", g.da_sum, c.rank);
 }
 
+// Three samples: with the bank's last adapter, without one, with its first.
+void run_bank(DType dtype, int64_t tokens, int64_t channels, int64_t rank, bool aligned) {
+  Buffers b(dtype, aligned);
+  const float scale[] = {0.5f, 2.0f};
+  const int32_t index[] = {1, -1, 0};
+  AdapterBank a{};
+  a.samples = 3;
+  a.adapters = 2;
+  a.rank = rank;
+  a.h = b.input(3 * tokens, channels);
+  a.w_down = b.vector(2 * rank * channels).data;
+  a.w_up = b.vector(2 * channels * rank).data;
+  a.b_down = b.vector(2 * rank).data;
+  a.b_up = b.vector(2 * channels).data;
+  a.scale = scale;
+  a.index = index;
+  a.activation = 2;
+  for (const Matrix& residual : {a.h, b.input(3 * tokens, channels)}) {
+    a.residual = residual;
+    a.y = {b.output(1, 3 * tokens * channels).data, 3 * tokens, channels, channels};
+    adapter_bank(dtype, a, nullptr);
+    b.expect_finite("bank y", a.y);
+  }
+}
+
 void run_elementwise(DType dtype, int64_t m, int64_t width, bool aligned) {
   Buffers b(dtype, aligned);
   Geglu g{};
@@ -357,6 +383,10 @@ int main(int argc, char** argv) {
       run({dtype, 3, 23, 40, 8, 24, 0, 0, aligned});
       run({dtype, 2, 33, 67, 70, 131, 5, 9, aligned});
       run({dtype, 1, 64, 64, 64, 128, 8, 64, aligned});
+      run_bank(dtype, 1, 1, 1, aligned);
+      run_bank(dtype, 23, 40, 8, aligned);
+      run_bank(dtype, 67, 131, 70, aligned);
+      run_bank(dtype, 33, 264, 64, aligned);
       run_elementwise(dtype, 1, 1, aligned);
       run_elementwise(dtype, 23, 40, aligned);
       run_elementwise(dtype, 9, 131, aligned);

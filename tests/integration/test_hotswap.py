@@ -159,9 +159,12 @@ def test_the_weights_follow_the_model():
     block = block_of(b=a3fta.AdapterConfig(rank=4)).double()
     a3fta.set_adapters(block, "b", 0.1)
     layer = next(iter(a3fta.projections(block).values()))
-    ((adapter, weight),) = layer.acting
+    ((adapter, weight),) = [(x.adapter, x.factor) for x in layer.acting]
     assert adapter is layer.adapters["b"] and weight.dtype == torch.float64 and weight == 0.1
     a3fta.eject(block, "default")
-    assert [a for a, _ in layer.acting] == [layer.adapters["b"]]
+    assert [x.adapter for x in layer.acting] == [layer.adapters["b"]]
+    with pytest.raises(TypeError):  # it would not reach compiled code
+        layer.weights["b"] = 0.5
+    assert layer.weights == {"b": 0.1}
     a3fta.set_adapters(block, [])
     assert layer.acting == []

@@ -88,7 +88,7 @@ def test_beside_each_other(first):
     with torch.no_grad():  # of cross-attention alone, where the stock processor calls the layer
         for name, layer in a3fta.projections(unet).items():
             if ".attn1." in name:
-                layer.weights["default"] = 0.0
+                layer.choose({"default": 0.0})
     changed = run(unet)
     assert not torch.allclose(changed, expected, rtol=1e-2, atol=1e-2)
     with a3fta.disabled(unet):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,17 @@ from torch import nn
 
 import a3fta_kernels as a3fta
 
-from .common import RUNS, adapted_unet, forward, inputs, randomize, set_backend, stock_unet
+from .common import (
+    RUNS,
+    adapted_unet,
+    adapter_grads,
+    forward,
+    inputs,
+    loss,
+    randomize,
+    set_backend,
+    stock_unet,
+)
 
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(),
@@ -145,3 +156,93 @@ def test_pipeline_sequential_offload():
     for _ in range(2):
         torch.testing.assert_close(sample(pipe), expected, rtol=1e-2, atol=1e-2)
         assert {p.device.type for p in pipe.unet.parameters()} == {"meta"}
+
+
+GROUPS = {
+    "blocks": dict(offload_type="block_level", num_blocks_per_group=1),
+    "leaves": dict(offload_type="leaf_level"),
+}
+
+
+@pytest.fixture(params=GROUPS)
+def group(request: pytest.FixtureRequest, device: torch.device) -> dict[str, Any]:
+    return {"onload_device": device, **GROUPS[request.param]}
+
+
+def test_group_offload(group: dict[str, Any]):
+    """diffusers' groups take adapters along, whichever came first, and eject leaves the groups."""
+    batch = inputs(stock_unet())
+    stock = forward(stock_unet(), batch)
+    device = group["onload_device"]
+    for order in ("inject first", "offload first"):
+        model = adapted_unet() if order == "inject first" else stock_unet()
+        model.enable_group_offload(**group)
+        if order == "offload first":
+            a3fta.inject(model, a3fta.AdapterConfig(rank=4))
+            randomize(model)
+        for _ in range(2):
+            found = forward(model, {k: v.to(device) for k, v in batch.items()})
+            assert_close(found, expected_output())
+            assert {p.device.type for p in model.parameters()} == {"cpu"}
+        a3fta.eject(model)
+        assert_close(forward(model, {k: v.to(device) for k, v in batch.items()}), stock)
+
+
+@pytest.mark.parametrize("level", ["exact", "block"])
+def test_lean_group_offload(group: dict[str, Any], level: str):
+    """Weights that only their own module's hook brings are read by that module alone."""
+    if group["onload_device"].type != "cpu":
+        pytest.skip("group offload on a GPU is for inference: the backward misses the weights")
+    model = adapted_unet().train()
+    batch = inputs(model)
+    loss(model, batch).backward()
+    expected = adapter_grads(model)
+    model.zero_grad(set_to_none=True)
+    model.enable_group_offload(**group)
+    report = a3fta.lean(model, level)
+    hooked = group["offload_type"] == "leaf_level"
+    reasons = {reason.partition(" (")[0] for reason in report.left.values()}
+    wanted = {"its norms carry hooks"} if hooked else set()
+    if hooked and level == "block":
+        wanted.add("a module inside carries hooks")
+    assert reasons == wanted
+    loss(model, batch).backward()
+    for name, grad in adapter_grads(model).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("when", ["lean first", "offload first"])
+def test_lean_reads_no_norm_past_its_hook(when: str, tmp_path: Path):
+    """Leaves on disk are noise between forwards: past the hooks, the output would be too."""
+    model = adapted_unet()
+    batch = inputs(model)
+    expected = expected_output()
+    options = dict(onload_device="cpu", offload_to_disk_path=str(tmp_path), **GROUPS["leaves"])
+    if when == "lean first":
+        a3fta.lean(model, "exact")
+    model.enable_group_offload(**options)
+    if when == "offload first":
+        a3fta.lean(model, "exact")
+    for _ in range(2):
+        assert_close(forward(model, batch), expected)
+
+
+def test_weights_on_disk_are_not_read(tmp_path: Path):
+    """Between forwards noise is in their place: nobody saves, folds or overwrites it."""
+    model = adapted_unet(activation="identity", bias=False)
+    a3fta.save_adapter(model, tmp_path / "before")
+    batch = inputs(model)
+    expected = forward(model, batch)
+    options = dict(onload_device="cpu", offload_to_disk_path=str(tmp_path), **GROUPS["blocks"])
+    model.enable_group_offload(**options)
+    for action, call in {
+        "save": lambda: a3fta.save_adapter(model, tmp_path / "after"),
+        "load": lambda: a3fta.load_adapter(model, tmp_path / "before"),
+        "merge": lambda: a3fta.merge(model),
+        "export": lambda: a3fta.export_lora(model, tmp_path / "lora"),
+        "freeze_for_inference": lambda: a3fta.freeze_for_inference(model),
+    }.items():
+        with pytest.raises(ValueError, match=rf"in memory to {action}, got .* to disk; {action}"):
+            call()
+    assert not (tmp_path / "after").exists() and not (tmp_path / "lora").exists()
+    assert_close(forward(model, batch), expected)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import pytest
 import torch
 
 from a3fta_kernels.memory import methods, models, step_peak
+from a3fta_kernels.memory import plan as plans
 from a3fta_kernels.memory.account import parse_size
 from a3fta_kernels.memory.levels import LEVELS
 from a3fta_kernels.memory.plan import Job, Row, make_plan, run, runs
@@ -42,6 +44,14 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     small.build("sd15").save_config(path)
     return str(path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def counted_once():
+    """Plans of one model count the same steps again and again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plans, "run", functools.cache(run))
+        yield
 
 
 @pytest.fixture(scope="module")

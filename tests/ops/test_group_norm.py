@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from a3fta_kernels import ops
+from a3fta_kernels.backends import triton_interpreted
 
 from ..oracle import run_id, runs
 from .norm_protocol import NormCase, check, saved_tensors
@@ -74,7 +75,7 @@ def test_a_mean_far_beyond_the_deviation(mean, layout, run):
     # float64's own truth is no better; the 16-bit types hold few digits beside a large mean
     if run[2] != torch.float32:
         mean /= 10
-    check(NormCase((2, 8, 40, 40), 4, "silu", mean=mean, layout=layout), run)
+    check(NormCase((1, 4, 40, 40), 2, "silu", mean=mean, layout=layout), run)
 
 
 @RUNS
@@ -152,7 +153,7 @@ def test_the_same_bits_every_time(layout, run):
     inputs = NormCase((1, 20, 70, 70), 2, "silu", layout=layout).inputs(dtype, device)
     first = ops.group_norm(**inputs, backend=backend)
     (grad,) = torch.autograd.grad(first.square().sum(), inputs["x"])
-    for _ in range(3):
+    for _ in range(1 if triton_interpreted() else 3):  # in the interpreter seconds each
         y = ops.group_norm(**inputs, backend=backend)
         (dx,) = torch.autograd.grad(y.square().sum(), inputs["x"])
         assert torch.equal(y, first) and torch.equal(dx, grad)

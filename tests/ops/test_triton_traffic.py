@@ -7,6 +7,7 @@ what programs ask for: a second read of the same rows by the same program comes 
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from a3fta_kernels.backends import triton_interpreted
 from a3fta_kernels.ops.adapter import contract as adapter_contract
+from a3fta_kernels.ops.adapter_bank import contract as bank_contract
+from a3fta_kernels.ops.adapter_bank.reference import adapter_bank as bank_reference
 from a3fta_kernels.ops.adapter_linear import choice
 from a3fta_kernels.ops.adapter_linear import contract as linear_contract
 from benchmarks import floors
@@ -229,6 +232,34 @@ def test_adapter_forward(traffic):
     run = run_adapter(traffic, M, C, R)
     assert run.forward.elements("load", run.h) == 2 * M * C
     assert run.forward.once("store", run.y)
+
+
+@pytest.mark.parametrize("chunks", [0, 4])
+def test_a_bank_is_one_launch_over_all_samples(chunks, traffic, monkeypatch):
+    """h once where it stays on chip, else twice; y once; of the bank what the samples have, once
+    per block of rows. Without an adapter a sample is copied."""
+    bank = importlib.import_module("a3fta_kernels.ops.adapter_bank.triton")
+    blocks = dict(BLOCK_M=32, BLOCK_C=64, BLOCK_R=32, CHUNKS=chunks)
+    chosen = [triton_support.config(8, 1, **blocks)]
+    monkeypatch.setattr(bank.launch_bank, "configs", lambda *_: chosen)
+    samples = M // 50  # of 50 rows: two blocks each
+    h, w_down, w_up, b_up = draw(M, C), draw(3, R, C), draw(3, C, R), draw(3, C)
+    index, scale = torch.tensor([2, -1, 0]), torch.tensor([0.5, 1.0, 2.0])
+    with traffic:
+        y = bank_contract.forward(h, w_down, w_up, index, None, b_up, scale, "gelu", "triton")
+        found = fresh(traffic)
+    assert found.kernels == ["bank"] and found.once("store", y)
+    reads = 1 if chunks else 2
+    assert found.elements("load", h) == (2 * reads + 1) * M // samples * C
+    for weight in (w_down, w_up):
+        read = [found.elements("load", one) for one in weight]
+        assert read == [2 * R * C, 0, 2 * R * C]
+    eager = bank_reference(
+        h.view(samples, 50, C), w_down, w_up, index, None, b_up, scale=scale, activation="gelu"
+    )
+    torch.testing.assert_close(
+        y.view_as(eager), eager, rtol=0.02, atol=0.02 * float(eager.abs().max())
+    )
 
 
 def test_adapter_backward(traffic):

@@ -134,6 +134,8 @@ def bank_kernel(
 
 
 _TILES = ((64, 64, 4, 3), (32, 64, 4, 4))
+# for more than 64 ranks: the sums of 64 rows fill the registers of 4 warps
+_TILES_WIDE = ((32, 64, 4, 4), (64, 64, 8, 3))
 _TILES_FP32 = ((32, 32, 8, 2), (16, 32, 4, 2))
 # chunks of 64 columns that stay on chip: the U-Nets' widths of 320, 640 and 1280
 _HELD = (5, 10, 20)
@@ -142,7 +144,8 @@ _HELD = (5, 10, 20)
 def bank_configs(itemsize: int, block_r: int, capability: int) -> list[Config]:
     """Those that read h twice, then those that hold rows of the listed widths."""
     found = []
-    for block_m, block_c, num_warps, num_stages in _TILES_FP32 if itemsize == 4 else _TILES:
+    tiles = _TILES if block_r <= 64 else _TILES_WIDE
+    for block_m, block_c, num_warps, num_stages in _TILES_FP32 if itemsize == 4 else tiles:
         shared = num_stages * itemsize * block_c * (block_m + block_r)
         if shared <= shared_limit(capability):
             blocks = dict(BLOCK_M=block_m, BLOCK_C=block_c, BLOCK_R=block_r, CHUNKS=0)
