@@ -76,7 +76,7 @@ def test_a_memory_that_fits_nothing_is_told_what_would(folder, capsys):
     [
         (["--model", "sd7"], "expected one of sd15"),
         (["--model", "sd15", "--resolution", "500"], "a multiple of 64"),
-        (["--model", "{plain}", "--method", "a3fta"], "attention layers of a known family"),
+        (["--model", "{plain}", "--method", "a3fta"], "a model with attention layers"),
     ],
 )
 def test_what_cannot_be_is_told_in_a_line(command, options, says, capsys, tmp_path):
