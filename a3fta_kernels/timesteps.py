@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters.timestep import Moment, at, begin, moment_of, now
+from .adapters import BottleneckAdapter
+from .adapters.timestep import Moment, at, begin, end, moment_of, now
 
 # what denoisers call the argument
 _NAMES = ("timestep", "timesteps", "t")
@@ -43,7 +44,9 @@ def follow(model: nn.Module, clock: Callable[[Tensor, nn.Module], Tensor]) -> No
 
 
 def unfollow(model: nn.Module) -> None:
-    """Removes what `follow` added; nothing where it was not called."""
+    """Removes what `follow` added, unless an adapter is left that needs it."""
+    if any(isinstance(m, BottleneckAdapter) and m.timed for m in model.modules()):
+        return
     for key, hook in list(model._forward_pre_hooks.items()):
         if isinstance(hook, _Begin):
             hook.release()
@@ -73,12 +76,12 @@ class _Begin:
         if given is None and len(args) > self.place:
             given = args[self.place]
         if given is None:
-            begin(None)
+            begin(None, self)
             return
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x is not given]
         device = tensors[0].device if tensors else None
         t = torch.as_tensor(given, device=device).to(torch.float32)
-        begin(moment_of(self.clock(t, model)))
+        begin(moment_of(self.clock(t, model)), self)
 
     def release(self) -> None:
         for function, module in self._functions():
@@ -92,7 +95,7 @@ class _Begin:
 
 
 def _end(model: nn.Module, args: tuple, output: Any) -> None:
-    begin(None)
+    end()
 
 
 class _Carrying:

@@ -334,6 +334,33 @@ def test_a_forward_that_fails_ends():
     assert now() is None
 
 
+def test_a_forward_inside_a_forward():
+    model, inner = adapted("unet2d"), adapted("unet2d")
+    with torch.no_grad():
+        expected = call(model, "unet2d", 600.0)
+        found = []
+        model.mid_block.register_forward_pre_hook(
+            lambda *_: found.append(call(inner, "unet2d", 20.0))
+        )
+        assert torch.equal(call(model, "unet2d", 600.0), expected)
+        assert now() is None and len(found) == 1
+
+
+def test_a_forward_that_was_cut_off_is_not_around_the_next():
+    model = adapted("unet2d")
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.mid_block.register_forward_pre_hook(interrupt)
+    with torch.no_grad():
+        with pytest.raises(KeyboardInterrupt):
+            call(model, "unet2d", 600.0)
+        hook.remove()
+        call(model, "unet2d", 20.0)
+    assert now() is None
+
+
 def test_a_model_without_timesteps_is_refused():
     model = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=2)
     before = models.snapshot(model)

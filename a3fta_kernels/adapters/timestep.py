@@ -11,7 +11,7 @@ import contextlib
 import math
 import threading
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,10 +21,15 @@ _LONGEST = 10_000  # longest wavelength over 2 pi, as in the denoisers' own embe
 
 
 class Moment(NamedTuple):
-    """t (n,) on a scale of 0 to 1000, and its embedding (n, WIDTH); n is 1, or one per sample."""
+    """t (n,) on a scale of 0 to 1000, and its embedding (n, WIDTH); n is 1, or one per sample.
+
+    whose: which model's forward it is of. outer: of the forward around that one.
+    """
 
     t: Tensor
     embedding: Tensor
+    whose: Any = None
+    outer: Moment | None = None
 
 
 class _Cell:
@@ -45,20 +50,30 @@ def now() -> Moment | None:
     return _thread.cell.moment
 
 
-def begin(moment: Moment | None) -> None:
-    """A forward begins with this timestep; with None it ends."""
-    _thread.cell.moment = moment
+def begin(moment: Moment | None, whose: Any = None) -> None:
+    """A forward begins with this timestep, None where it has none."""
+    outer = now()
+    # an earlier one of the same model is no forward around this: it was cut off
+    while outer is not None and outer.whose is whose:
+        outer = outer.outer
+    _thread.cell.moment = None if moment is None else moment._replace(whose=whose, outer=outer)
+
+
+def end() -> None:
+    """The forward ends that began last."""
+    moment = now()
+    _thread.cell.moment = None if moment is None else moment.outer
 
 
 @contextlib.contextmanager
 def at(moment: Moment | None) -> Iterator[None]:
     """Inside, the timestep is this one: for what a backward computes again."""
     before = now()
-    begin(moment)
+    _thread.cell.moment = moment
     try:
         yield
     finally:
-        begin(before)
+        _thread.cell.moment = before
 
 
 def moment_of(t: Tensor) -> Moment:

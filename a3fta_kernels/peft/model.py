@@ -85,8 +85,13 @@ class A3FTAModel(BaseTuner):
     ) -> Any:  # fmt: skip
         if merge:
             self._check_all_merge(adapter_names, safe_merge)
+        found = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         unfollow(self.model)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        return found
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        unfollow(self.model)
 
     def _check_all_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Raises for the layer that would, before the first one is merged."""

@@ -48,8 +48,16 @@ def test_begin_at_and_end():
             assert now() is None
             raise KeyError
         assert now() is second
-    assert now() is first is required()
-    begin(None)
+    assert now().t is first.t and now() is required()
+    begin(second, whose="another")
+    assert now().t is second.t
+    end()
+    assert now().t is first.t
+    end()
+    assert now() is None
+    begin(first, whose="cut off")
+    begin(second, whose="cut off")
+    end()
     assert now() is None
 
 

@@ -295,6 +295,26 @@ def test_time_aware(name: str):
         ))  # fmt: skip
 
 
+def test_time_aware_beside_inject():
+    """Whoever goes first leaves the other its timestep."""
+    model = stock("sd15")
+    model.add_adapter(A3FTAConfig(rank=2, design="film", **BACKEND), adapter_name="theirs")
+    a3fta.inject(model, a3fta.AdapterConfig(rank=2, design="film"), "ours")
+    a3fta.eject(model)
+    output(model)
+    model = stock("sd15")
+    a3fta.inject(model, a3fta.AdapterConfig(rank=2, design="film"))
+    model = peft.get_peft_model(model, A3FTAConfig(rank=2, design="film", **BACKEND)).unload()
+    output(model)
+    assert len(model._forward_pre_hooks) == 1
+    a3fta.eject(model)
+    assert not model._forward_pre_hooks and not model._forward_hooks
+    wrapped = peft.get_peft_model(model, A3FTAConfig(rank=2, design="film", **BACKEND), "a")
+    wrapped.add_adapter("b", A3FTAConfig(rank=2, **BACKEND))
+    wrapped.delete_adapter("a")
+    assert not model._forward_pre_hooks and not model._forward_hooks
+
+
 def test_half_precision_bases_train_in_float32():
     model = stock("sd15", torch.bfloat16)
     model.add_adapter(A3FTAConfig(rank=4), adapter_name="a")
