@@ -8,7 +8,16 @@ import threading
 import pytest
 import torch
 
-from a3fta_kernels.adapters.timestep import WIDTH, at, begin, for_samples, moment_of, now, required
+from a3fta_kernels.adapters.timestep import (
+    WIDTH,
+    at,
+    begin,
+    end,
+    for_samples,
+    moment_of,
+    now,
+    required,
+)
 
 
 def test_the_embedding_is_of_cosines_and_sines():
