@@ -35,7 +35,7 @@ def test_every_cell_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {"__name__": "notebook"}
     for number, code in enumerate(CODE):
-        few = code.replace("STEPS, EVERY = 240, 20", "STEPS, EVERY = 6, 3")
+        few = code.replace("STEPS, EVERY = 160, 20", "STEPS, EVERY = 6, 3")
         few = few.replace("steps=20", "steps=2")
         exec(compile(few, f"cell {number}", "exec"), names)
     pyplot.close("all")
