@@ -21,9 +21,7 @@ from .tree import (
     denoiser,
     projections,
 )
-from .whereabouts import check_in_memory
-
-_SWITCH = "switch attention that trains"
+from .whereabouts import check_in_memory, check_unstreamed
 
 
 def set_adapters(
@@ -46,7 +44,7 @@ def set_adapters(
     factors = _weights(weights, len(chosen))
     check_unmerged(layers, "choose adapters")
     check_one_batch(layers, "choose adapters")
-    attention_weights.check_switchable(denoiser(model), _SWITCH)
+    _check_switchable(model)
     for layer in layers.values():
         pairs = zip(chosen, factors, strict=True)
         layer.choose({n: w for n, w in pairs if n in layer.adapters})
@@ -66,10 +64,18 @@ def disable_adapters(model: Any) -> None:
 def _enable(model: Any, value: bool) -> None:
     layers = adapted(model)
     check_unmerged(layers, "switch them on or off")
-    attention_weights.check_switchable(denoiser(model), _SWITCH)
+    _check_switchable(model)
     for layer in layers.values():
         layer.enabled = value
     attention_weights.sync(denoiser(model))
+
+
+def _check_switchable(model: Any) -> None:
+    """Raises ValueError where attention that trains cannot be exchanged for the stock weights."""
+    root, action = denoiser(model), "switch attention that trains"
+    attention_weights.check_switchable(root, action)
+    if any(attention_weights.owned(root)):
+        check_unstreamed(root, action)
 
 
 @contextlib.contextmanager
@@ -91,7 +97,7 @@ def disabled(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        attention_weights.check_switchable(denoiser(model), _SWITCH)
+        _check_switchable(model)
         # one that was ejected meanwhile is a stock layer again
         for name, layer in projections(model).items():
             if name in before:

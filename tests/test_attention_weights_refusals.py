@@ -131,6 +131,20 @@ def test_an_adapter_alone_is_switched_and_ejected_on_disk(tmp_path: Path):
     assert not a3fta.projections(model)
 
 
+def test_copies_that_a_stream_sends_are_not_exchanged():
+    """They are in pinned memory, which takes an accelerator: here the mark of it alone."""
+    model = injected()
+    model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), "leaf_level")
+    with a3fta.disabled(model):
+        pass
+    layer = attentions(model)[-1].to_q
+    layer._diffusers_hook.get_hook("group_offloading").group.stream = object()
+    for name in ("set_adapters", "disable_adapters", "disabled"):
+        with left_alone(model), pytest.raises(ValueError, match=r"to_q, of which enable_group_off"):
+            SWITCHES[name](model)
+    a3fta.eject(model)  # which overwrites the copies themselves
+
+
 def test_set_trainable_without_one_of_its_parameters():
     model = injected()
     a3fta.inject(model, AdapterConfig(rank=2), name="second")
