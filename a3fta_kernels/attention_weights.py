@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .ops.validate import FLOATS
 from .tree import plain_name, projections, records
+from .whereabouts import check_in_memory
 
 _KEY = "attention"  # in a record: adapter name -> Trained
 
@@ -35,7 +36,7 @@ def find(name: str, attention: nn.Module, outputs: dict[str, nn.Module]) -> dict
 
     What PEFT or a processor added is not the layer's own. ValueError where one cannot train.
     """
-    if getattr(attention, "fused_projections", False):
+    if _is_fused(attention):
         raise ValueError(
             f"train: expected q, k and v apart to train attention, got {name} with diffusers' "
             f"fused copy of them; call unfuse_qkv_projections first"
@@ -51,6 +52,15 @@ def find(name: str, attention: nn.Module, outputs: dict[str, nn.Module]) -> dict
         for leaf, parameter in linear.named_parameters(recurse=False):
             found[f"{plain_name(key)}.{leaf}"] = parameter
     return found
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Whether diffusers' fused copy of q, k and v computes in their place."""
+    if not getattr(module, "fused_projections", False):
+        return False
+    # `Attention` keeps the mark after unfuse_qkv_projections; there the processor tells
+    processor = type(getattr(module, "processor", None)).__name__
+    return hasattr(module, "unfuse_projections") or "Fused" in processor
 
 
 def _linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -90,6 +100,53 @@ def check_free(root: nn.Module, wanted: Iterable[str]) -> None:
             )
 
 
+def check_untied(root: nn.Module, wanted: dict[str, nn.Parameter]) -> None:
+    """ValueError where one of these parameters has a second name: it would train there too."""
+    names = {id(parameter): name for name, parameter in wanted.items()}
+    for key, parameter in root.named_parameters(remove_duplicate=False):
+        name, other = names.get(id(parameter)), plain_name(key)
+        if name is not None and name != other:
+            raise ValueError(
+                f"model: expected attention weights that no other layer shares to train them, got "
+                f"{name}, which is {other} too; give one of them a copy, or train adapters alone"
+            )
+
+
+def check_apart(root: nn.Module, action: str) -> None:
+    """ValueError where diffusers' fused copy computes in the place of attention that trains."""
+    for holder, name, own in owned(root):
+        for path, module in holder.named_modules():
+            inside = f"{plain_name(path)}."
+            if _is_fused(module) and any(key.startswith(inside) for key in own.stock):
+                raise ValueError(
+                    f"model: expected q, k and v apart to {action}, got {_prefix(root, holder)}"
+                    f"{inside[:-1]}, which trains with adapter {name!r}, with diffusers' fused "
+                    f"copy of them; call unfuse_qkv_projections first"
+                )
+
+
+def check_switchable(root: nn.Module, action: str, name: str | None = None) -> None:
+    """ValueError where attention that trains, with that adapter or any, cannot be exchanged."""
+    found = [(holder, own) for holder, owner, own in owned(root) if name in (None, owner)]
+    if not found:
+        return
+    check_in_memory(root, action)
+    check_apart(root, action)
+    for holder, own in found:
+        for key, parameter in parameters(holder, own).items():
+            memory = parameter.data
+            if (
+                type(memory) is not Tensor
+                or memory.device.type == "meta"
+                or memory.shape != own.stock[key].shape
+            ):
+                raise ValueError(
+                    f"model: expected whole weights at hand to {action}, got "
+                    f"{_prefix(root, holder)}{key} as a {type(memory).__name__} of shape "
+                    f"{tuple(memory.shape)} on {memory.device} (sharded or offloaded?)"
+                )
+
+
 def begin(record: dict[str, Any], name: str, parameters: dict[str, nn.Parameter]) -> None:
     """Keeps the stock values, and lets the parameters train."""
     stock = {k: p.detach().to("cpu", copy=True) for k, p in parameters.items()}
@@ -106,7 +163,14 @@ def owned(root: nn.Module) -> Iterator[tuple[nn.Module, str, Trained]]:
 
 
 def parameters(holder: nn.Module, own: Trained) -> dict[str, nn.Parameter]:
+    """Those of the record, by its names; ValueError where the model has one no more."""
     found = {plain_name(name): p for name, p in holder.named_parameters()}
+    gone = next((key for key in own.stock if key not in found), None)
+    if gone is not None:
+        raise ValueError(
+            f"model: expected the parameters of attention that train, got no {gone} any more "
+            f"(parametrized, tied, or removed since inject?)"
+        )
     return {key: found[key] for key in own.stock}
 
 
@@ -133,7 +197,7 @@ def sync(root: nn.Module) -> None:
     """Gives the model the trained weights where their adapter acts, and the stock ones elsewhere.
 
     Memory is exchanged, not overwritten: a graph from before, whose backward comes once the
-    weights are back, is not disturbed.
+    weights are back, is not disturbed. `check_switchable` belongs before whatever led here.
     """
     found = list(owned(root))
     layers = projections(root) if found else {}
@@ -151,11 +215,6 @@ def sync(root: nn.Module) -> None:
 
 
 def _exchange(own: Trained, key: str, parameter: nn.Parameter, acts: bool) -> None:
-    if type(parameter.data) is not Tensor or parameter.shape != own.stock[key].shape:
-        raise RuntimeError(
-            f"model: expected whole weights to switch trained attention, got {key} as a "
-            f"{type(parameter.data).__name__} of shape {tuple(parameter.shape)} (sharded?)"
-        )
     if acts:
         parameter.data = own.away.pop(key).to(parameter)
     else:
@@ -167,9 +226,10 @@ def _exchange(own: Trained, key: str, parameter: nn.Parameter, acts: bool) -> No
 def set_trains(root: nn.Module, chosen: Iterable[str]) -> None:
     """Which adapters' attention trains; it only does while it is in the model."""
     chosen = set(chosen)
-    for holder, name, own in owned(root):
+    found = [(name, own, parameters(holder, own)) for holder, name, own in owned(root)]
+    for name, own, here in found:
         own.trains = name in chosen
-        for parameter in parameters(holder, own).values():
+        for parameter in here.values():
             parameter.requires_grad_(own.trains and not own.away)
 
 

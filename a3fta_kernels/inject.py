@@ -91,7 +91,8 @@ def inject(
             has its own, those): in the dtype that they have, so float32 is advised. They are part
             of this adapter: saved and loaded with it, and where it does not act (`disabled`,
             `set_adapters` without it) the model has the stock weights. Their stock values are
-            kept on the CPU, as many bytes as they have; every switch copies these to the device.
+            kept on the CPU, as many bytes as they have; every switch copies these to the device,
+            and a graph made on one side of it has its backward there (see `disabled`).
             Mixing weights of `set_adapters` are the adapter's alone. A layer that reads more than
             attention (Flux' single blocks) stays frozen.
 
@@ -101,7 +102,8 @@ def inject(
 
     Raises:
         TypeError, ValueError: bad arguments, an adapter of that name, no attention, a target or
-            pattern that matches nothing, merged adapters. The model is unchanged then.
+            pattern that matches nothing, merged adapters, attention to train that is tied to
+            other layers, fused, on disk or not plain. The model is unchanged then.
         BackendUnavailableError: the named backend cannot run here.
     """
     root = denoiser(model)
@@ -144,7 +146,8 @@ def eject(model: Any, name: str | None = None) -> None:
     """Removes one adapter, or with None all. After the last one the model is the stock model
     again, bit for bit: classes, state-dict names, processors, requires_grad.
 
-    Raises ValueError for a name the model does not have, and for merged adapters.
+    Raises ValueError for a name the model does not have, for merged adapters, and where attention
+    that trained cannot be put back (on disk, sharded, parametrized). Nothing is changed then.
     """
     root = denoiser(model)
     layers = adapted(root)
@@ -154,6 +157,7 @@ def eject(model: Any, name: str | None = None) -> None:
         check_known("name", [name], layers.values())
     check_unmerged(layers, "eject")
     check_one_batch(layers, "eject")
+    attention_weights.check_switchable(root, "eject", name)
     for layer in layers.values():
         check_restorable(layer)
     if name is None or all(list(layer.adapters) == [name] for layer in layers.values()):

@@ -18,7 +18,7 @@ from .processors import Family
 from .projection import AdaptedProjectionMixin, Columns, span, why_not_adaptable
 from .timesteps import check_timed
 from .tree import check_one_batch, check_unmerged, inside, plain_name, projections
-from .whereabouts import check_whole
+from .whereabouts import check_in_memory, check_whole
 
 # the way out where a model's structure does not tell
 IN_FULL = (
@@ -94,6 +94,9 @@ def plan_injection(root: nn.Module, config: AdapterConfig | None, name: str, bac
     for site in sites:
         names += _plan_site(plan, site, root)
     attention_weights.check_free(root, plan.attention)
+    if plan.attention:
+        attention_weights.check_untied(root, plan.attention)
+        check_in_memory(root, "inject")
     _check_patterns(plan, names)
     for target, linear in plan.targets.items():
         check_whole(target, linear.weight)

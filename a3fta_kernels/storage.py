@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import adapter_file, hub, peft_file
 from .adapter_file import AdapterFile, AdapterFileError, refuse
 from .adapters import AdapterConfig, BottleneckAdapter
-from .attention_weights import trained_values
+from .attention_weights import check_apart, trained_values
 from .backends import BACKENDS
 from .checks import check_choice, describe
 from .fingerprint import about, check_samples, samples
@@ -90,6 +90,7 @@ def save_adapter(
         check_known("name", [name], adapted(root).values())
     check_unmerged(layers, "save")
     check_in_memory(root, "save")
+    check_apart(root, "save them")
     told = about(root, training)
     states = {key: _state(key, _adapter(layer, name)) for key, layer in layers.items()}
     states |= _attention(trained_values(root, name))
@@ -97,11 +98,13 @@ def save_adapter(
     sharded = any(is_sharded(tensor) for tensor in tensors.values())
     tensors = {key: whole(tensor) for key, tensor in tensors.items()}
     config = _config([_adapter(layer, name) for layer in layers.values()])
-    if layout == "peft" and config.placement != "pre":
-        raise ValueError(
-            f"layout: expected 'a3fta' for an adapter with placement={config.placement!r}, which "
-            f"PEFT does not have, got 'peft'"
-        )
+    for field, plain in {"placement": "pre", "train": "adapter"}.items():
+        value = getattr(config, field)
+        if layout == "peft" and value != plain:
+            raise ValueError(
+                f"layout: expected 'a3fta' for an adapter with {field}={value!r}, which PEFT does "
+                f"not have, got 'peft'"
+            )
     target = Path(folder)
     if sharded and not writes():
         return target
@@ -176,6 +179,7 @@ def load_adapter(
     backend = backend or next((layer.backend for layer in layers.values()), "auto")
     check_unmerged(layers, "load")
     check_in_memory(root, "load")
+    check_apart(root, "load them")
     check_one_batch(layers, "load an adapter")
     file = _read(folder, revision, subfolder, token)
     config = _parse_config(file)

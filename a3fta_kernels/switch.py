@@ -21,7 +21,7 @@ from .tree import (
     denoiser,
     projections,
 )
-from .whereabouts import check_in_memory
+from .whereabouts import check_in_memory, check_unstreamed
 
 
 def set_adapters(
@@ -35,7 +35,8 @@ def set_adapters(
 
     Raises:
         TypeError, ValueError: a name the model does not have (the message lists the known), a
-            weight that is no finite number, or merged layers. Nothing is changed then.
+            weight that is no finite number, merged layers, or attention that trains and cannot
+            be exchanged (on disk, sharded, parametrized). Nothing is changed then.
     """
     layers = adapted(model)
     chosen = _names(names)
@@ -43,6 +44,7 @@ def set_adapters(
     factors = _weights(weights, len(chosen))
     check_unmerged(layers, "choose adapters")
     check_one_batch(layers, "choose adapters")
+    _check_switchable(model)
     for layer in layers.values():
         pairs = zip(chosen, factors, strict=True)
         layer.choose({n: w for n, w in pairs if n in layer.adapters})
@@ -62,9 +64,18 @@ def disable_adapters(model: Any) -> None:
 def _enable(model: Any, value: bool) -> None:
     layers = adapted(model)
     check_unmerged(layers, "switch them on or off")
+    _check_switchable(model)
     for layer in layers.values():
         layer.enabled = value
     attention_weights.sync(denoiser(model))
+
+
+def _check_switchable(model: Any) -> None:
+    """Raises ValueError where attention that trains cannot be exchanged for the stock weights."""
+    root, action = denoiser(model), "switch attention that trains"
+    attention_weights.check_switchable(root, action)
+    if any(attention_weights.owned(root)):
+        check_unstreamed(root, action)
 
 
 @contextlib.contextmanager
@@ -72,7 +83,9 @@ def disabled(model: Any) -> Iterator[None]:
     """Adapters off inside the block: the teacher, where a loss compares with the stock model.
 
     Attention that trains beside an adapter has its stock weights inside, which are copied to the
-    device each time; a graph from before may have its backward after the block, not inside.
+    device each time. There a graph from before must have its backward after the block, and a
+    graph made inside must have it inside. A backward reads the weights that the model has by then;
+    on the other side gradients with respect to inputs are wrong, and autograd does not notice.
 
     Takes effect for the forwards inside; with gradient checkpointing their backward belongs
     inside too, because it runs the forward again.
@@ -84,6 +97,7 @@ def disabled(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
+        _check_switchable(model)
         # one that was ejected meanwhile is a stock layer again
         for name, layer in projections(model).items():
             if name in before:
@@ -95,12 +109,17 @@ def trainable_parameters(model: Any) -> Iterator[nn.Parameter]:
     """The parameters that train, for an optimizer or for clipping: those of the adapters, then
     those of attention that trains beside them; a new iterator at every call.
 
-    Warns where adapters were frozen by someone else: PEFT's `add_adapter` does that, and
-    `set_trainable` undoes it.
+    Warns where adapters were frozen by someone else (PEFT's `add_adapter` does that, and
+    `set_trainable` undoes it), and where attention is left out because its adapter does not act.
+
+    Raises ValueError where diffusers' `fuse_qkv_projections` put a copy in the place of attention
+    that trains.
     """
     layers = adapted(model)
+    attention_weights.check_apart(denoiser(model), "train them")
     training: list[nn.Parameter] = []
     frozen: dict[str, None] = {}
+    away: list[str] = []
     for layer in layers.values():
         for name, adapter in layer.adapters.items():
             parameters = list(adapter.parameters())
@@ -110,12 +129,20 @@ def trainable_parameters(model: Any) -> Iterator[nn.Parameter]:
     for holder, name, own in attention_weights.owned(denoiser(model)):
         attention = list(attention_weights.parameters(holder, own).values())
         training += [p for p in attention if p.requires_grad]
-        if own.trains and not own.away and not all(p.requires_grad for p in attention):
+        if own.trains and own.away:
+            away.append(name)
+        elif own.trains and not all(p.requires_grad for p in attention):
             frozen[name] = None
     if frozen:
         warnings.warn(
             f"the adapters {', '.join(frozen)} are frozen and will not train; call "
             f"set_trainable(model) (PEFT's add_adapter freezes all other parameters)",
+            stacklevel=2,
+        )
+    if away:
+        warnings.warn(
+            f"the attention that trains beside the adapters {', '.join(away)} is left out, because "
+            f"they do not act; enable the adapters first (enable_adapters, set_adapters)",
             stacklevel=2,
         )
     return iter(training)
@@ -130,11 +157,11 @@ def set_trainable(model: Any, names: str | Sequence[str] | None = None) -> None:
     layers = adapted(model)
     chosen = adapter_names(layers.values()) if names is None else _names(names)
     check_known("names", chosen, layers.values())
+    attention_weights.set_trains(denoiser(model), chosen)
     for layer in layers.values():
         for name, adapter in layer.adapters.items():
             adapter.requires_grad_(name in chosen)
         layer.resting = tuple(n for n in layer.adapters if n not in chosen)
-    attention_weights.set_trains(denoiser(model), chosen)
 
 
 def freeze_for_inference(model: Any) -> int:

@@ -10,6 +10,7 @@ group offloading to disk leaves uninitialised ones.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -80,11 +81,30 @@ def why_absent(parameter: Tensor) -> str | None:
 
 def check_in_memory(root: nn.Module, action: str) -> None:
     """Raises ValueError where weights lie in files between forwards, and noise in their place."""
-    for name, module in root.named_modules():
-        registry: Any = module.__dict__.get("_diffusers_hook")
-        hook = None if registry is None else registry.get_hook("group_offloading")
-        if getattr(getattr(hook, "group", None), "offload_to_disk_path", None) is not None:
+    for name, group in _offload_groups(root):
+        if getattr(group, "offload_to_disk_path", None) is not None:
             raise ValueError(
                 f"model: expected weights in memory to {action}, got {name or 'a model'} that "
                 f"enable_group_offload(offload_to_disk_path=...) moved to disk; {action} first"
             )
+
+
+def check_unstreamed(root: nn.Module, action: str) -> None:
+    """Raises ValueError where other memory in a parameter's place would not come to the device."""
+    for name, group in _offload_groups(root):
+        if getattr(group, "stream", None) is not None:
+            raise ValueError(
+                f"model: expected weights without copies elsewhere to {action}, got "
+                f"{name or 'a model'}, of which enable_group_offload(use_stream=True) sends copies "
+                f"of its own to the device; offload without a stream"
+            )
+
+
+def _offload_groups(root: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What diffusers' group offloading moves together, by the name of a module in it."""
+    for name, module in root.named_modules():
+        registry: Any = module.__dict__.get("_diffusers_hook")
+        hook = None if registry is None else registry.get_hook("group_offloading")
+        group = getattr(hook, "group", None)
+        if group is not None:
+            yield name, group

@@ -235,11 +235,14 @@ def test_copies_and_merging():
     assert torch.equal(output(model), stock)
 
 
-def test_no_lora_file(tmp_path):
+def test_no_file_of_an_adapter_alone(tmp_path):
     model = build()
     a3fta.inject(model, AdapterConfig(rank=4, activation="identity", bias=False), train=BOTH)
     with pytest.raises(ValueError, match="expected an adapter alone to write as a LoRA"):
         a3fta.export_lora(model, tmp_path)
+    with pytest.raises(ValueError, match=r"layout: expected 'a3fta' .* train='adapter.attention'"):
+        a3fta.save_adapter(model, tmp_path / "peft", layout="peft")
+    assert not (tmp_path / "peft").exists()
 
 
 @pytest.mark.parametrize("level", ["exact", "recompute", "block"])
