@@ -299,6 +299,10 @@ class AdaptedProjectionMixin(_Linear):
         self.frozen = Frozen(first, v, v_bias)
         return True
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy is outside the block of adapters_per_sample, which would never end for it
+        return {**self.__dict__, "banks": None}
+
     def train(self, mode: bool = True) -> AdaptedProjectionMixin:
         if mode:
             self.frozen = None
@@ -332,7 +336,7 @@ class _AdaptedSubclass(AdaptedProjectionMixin):
     """An adapted layer of another linear class, made on demand: pickles by its stock class."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _blank, (stock_class(self),), self.__dict__
+        return _blank, (stock_class(self),), self.__getstate__()
 
 
 @functools.cache
