@@ -49,7 +49,7 @@ class Bank:
     batch: Batch
 
     def __call__(self, h: Tensor, backend: str) -> Tensor:
-        """h (n, ..., C), each sample with its adapter, n a multiple of B."""
+        """h (n, ..., C), each sample with its adapter; n as in `places`."""
         trains = torch.is_grad_enabled() and any(
             p.requires_grad for adapter in self.adapters for p in adapter.parameters()
         )
@@ -100,10 +100,11 @@ class Bank:
 
 
 def check_batch(samples: int, named: int) -> None:
-    if samples % named:
+    if samples not in (named, 2 * named, 3 * named):
         raise ValueError(
-            f"model: expected a batch of {named} samples, as many as have names, or a multiple of "
-            f"that (guidance doubles a batch), got {samples}"
+            f"model: expected a batch of {named} samples, as many as have names, or two or three "
+            f"times that (guidance), got {samples}; names are of images: with "
+            f"num_images_per_prompt=n each is given n times in a row"
         )
 
 

@@ -31,17 +31,23 @@ def adapters_per_sample(model: Any, names: Sequence[str | None]) -> Iterator[Non
     those of the sample it is in (`ops.adapter_bank`). Adapters may differ in rank, design, bias and
     activation (one pass per activation), and in the layers they have.
 
-    The model's batch is len(names), or a multiple of it: guidance concatenates the batch with
-    itself, and so are the names. `disabled` works inside, and what `set_adapters` chose acts again
-    after the block. The stacked copy does not see the adapters change; with gradients on it is made
-    anew in every forward, and adapters train; what computes a forward again in its backward
-    (gradient checkpointing, `lean`) wants that backward inside too.
+    A name is an image's, not a prompt's, in the order of the batch. Of num_images_per_prompt=2 a
+    pipeline makes p1, p1, p2, p2: give each name twice in a row, ["anna", "anna", "ben", "ben"].
+    With a name per prompt images would get the adapter of another prompt, which cannot always be
+    told from guidance. The model's batch is len(names), or two or three times that: guidance
+    concatenates whole batches, and so are the names (three: with PAG, InstructPix2Pix).
+
+    `disabled` works inside, and what `set_adapters` chose acts again after the block. The block is
+    the model's, not the thread's: calls from other threads are inside as well. A copy of the model
+    made inside is outside. The stacked copy does not see the adapters change; with gradients on it
+    is made anew in every forward, and adapters train. Call backward inside: what computes a
+    forward again there (gradient checkpointing, `lean`) would do so without the block.
 
     Raises:
         TypeError, ValueError: names the model does not have (the message lists the known), no
-            names, merged layers, another such block, dropout in training, time-aware designs, or
-            attention that trains beside an adapter. Nothing is changed then. In a forward: a
-            batch that is no multiple of len(names).
+            names, merged layers, another such block, dropout in training, adapters that depend on
+            the timestep, or attention that trains beside an adapter. Nothing is changed then. In
+            a forward: a batch that is not one, two or three times len(names).
     """
     root = denoiser(model)
     layers = adapted(root)
@@ -78,9 +84,27 @@ class _Note:
         self.named = named
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        samples: Tensor | Sequence[Any] = args[0] if args else kwargs[self.first]
+        samples: Any = args[0] if args else kwargs.get(self.first)
+        if samples is None:  # a wrapper's forward(*args, **kwargs): latents, or the text
+            wide = (x for x in kwargs.values() if isinstance(x, Tensor) and x.dim() > 2)
+            samples = next(wide, None)
+        if samples is None:
+            raise ValueError(
+                f"model: expected its batch as the first argument, or a tensor of three dimensions "
+                f"or more among the others, got {', '.join(kwargs) or 'none'}"
+            )
         check_batch(len(samples), self.named)
         self.batch.samples = len(samples)
+
+    def __reduce__(self) -> Any:
+        return _Idle, ()
+
+
+class _Idle:
+    """What a copy of the model has in place of the note: it is outside the block."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        pass
 
 
 def _names(names: Any) -> list[str | None]:
@@ -113,7 +137,10 @@ def _why_not(adapter: BottleneckAdapter) -> str | None:
     """What the adapter would have to be for the op to compute it; None where it is."""
     config = adapter.config
     if adapter.timed:
-        return f"adapters that are the same at all timesteps (design={config.design!r})"
+        timed = ["design"] if type(adapter).timed else []
+        timed += [f for f in ("time_window", "time_rank") if getattr(config, f) is not None]
+        given = ", ".join(f"{f}={getattr(config, f)!r}" for f in timed)
+        return f"adapters that are the same at all timesteps ({given})"
     if config.placement != "pre":
         return f"adapters in front of the projection (placement={config.placement!r})"
     if config.layer_norm:

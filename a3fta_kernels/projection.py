@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from . import ops, placements
 from .adapters import BottleneckAdapter
@@ -29,12 +28,11 @@ from .ops.adapter_linear import api as adapter_linear_api
 from .ops.adapter_linear import contract as adapter_linear_contract
 from .ops.cross_attention_adapter import api as cross_attention_api
 from .ops.rule import autocast_dtype
-from .ops.validate import FLOATS
 from .stack import Stack, Weighted, delta, for_samples, stacks
+from .whereabouts import unreadable_weight
 
 logger = logging.getLogger("a3fta_kernels")
 
-_PLAIN_WEIGHTS = (Tensor, nn.Parameter, FakeTensor)
 # the attributes of an adapted layer beside its adapters
 _OWN = (
     "acting", "enabled", "backend", "columns", "merged", "frozen", "banks", "source", "resting",
@@ -299,6 +297,10 @@ class AdaptedProjectionMixin(_Linear):
         self.frozen = Frozen(first, v, v_bias)
         return True
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy is outside the block of adapters_per_sample, which would never end for it
+        return {**self.__dict__, "banks": None}
+
     def train(self, mode: bool = True) -> AdaptedProjectionMixin:
         if mode:
             self.frozen = None
@@ -332,7 +334,7 @@ class _AdaptedSubclass(AdaptedProjectionMixin):
     """An adapted layer of another linear class, made on demand: pickles by its stock class."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _blank, (stock_class(self),), self.__dict__
+        return _blank, (stock_class(self),), self.__getstate__()
 
 
 @functools.cache
@@ -362,17 +364,6 @@ def stock_class(projection: AdaptedProjectionMixin) -> type:
     """The class the layer had before, and has after `restore`."""
     order = type(projection).__mro__
     return order[order.index(AdaptedProjectionMixin) + 1]
-
-
-def unreadable_weight(weight: Tensor) -> str | None:
-    """Why this weight is no plain tensor at hand; None where it is."""
-    if type(weight) not in _PLAIN_WEIGHTS:
-        return f"its weight is a {type(weight).__name__}, not a plain tensor"
-    if weight.device.type == "meta":
-        return "its weight is on the meta device"
-    if weight.dtype not in FLOATS:
-        return f"its weight is stored as {weight.dtype}"
-    return None
 
 
 def _blank(stock: type) -> nn.Module:

@@ -41,7 +41,7 @@ __all__ = ["AdapterFileError", "load_adapter", "save_adapter"]
 
 LAYOUTS = ("a3fta", "peft")
 # where an adapter's tensors have their rank
-_RANK_AXES = {"w_down": 0, "b_down": 0, "w_up": 1}
+_RANK_AXES = {"w_down": 0, "b_down": 0, "w_up": 1, "w_time": 0}
 
 
 def save_adapter(
@@ -155,6 +155,7 @@ def load_adapter(
             fine-tune of the same architecture). Names and shapes must fit all the same.
         pad_rank: an adapter that is there takes one of smaller rank too, padded with zeros, which
             change nothing. Inject one of the largest rank first, compile, and swap them all in.
+            Not with time_rank, where the rank itself decides what acts at a timestep.
         backend: as in `inject`, for layers that are injected; None: what the model's adapted
             layers use already, else auto.
         revision, token: of the repository on the Hub.
@@ -195,7 +196,7 @@ def load_adapter(
     else:
         targets, states = _planned(file, root, config, name, backend)
     check_samples(file, root, targets, allow_other_base)
-    values = _converted(file, states, pad_rank and bool(existing))
+    values = _converted(file, states, pad_rank and bool(existing), config.time_rank)
 
     if not existing:
         inject(root, config, name, backend=backend)
@@ -358,7 +359,7 @@ def _presence(shapes: Mapping[str, Any], key: str) -> str:
 
 
 def _converted(
-    file: AdapterFile, states: dict[str, dict[str, Tensor]], pad_rank: bool
+    file: AdapterFile, states: dict[str, dict[str, Tensor]], pad_rank: bool, time_rank: int | None
 ) -> dict[str, Tensor]:
     """The file's tensors in the parameters' dtypes; names, shapes and range are checked."""
     wanted = {f"{key}.{p}": tensor for key, state in states.items() for p, tensor in state.items()}
@@ -370,10 +371,12 @@ def _converted(
         tensors[key] = file.tensors[key]
         if pad_rank:
             tensors[key] = _padded(key, tensors[key], wanted[key])
-        if tensors[key].shape != wanted[key].shape:
+        stays = time_rank is not None and tensors[key] is not file.tensors[key]
+        if stays or tensors[key].shape != wanted[key].shape:
+            why = f", as with {time_rank=} the rank decides what acts at a timestep"
             refuse(
                 file.path,
-                f"{key} of shape {tuple(wanted[key].shape)}",
+                f"{key} of shape {tuple(wanted[key].shape)}{why if stays else ''}",
                 f"shape {tuple(file.tensors[key].shape)}",
             )
     values = {}
@@ -387,11 +390,14 @@ def _converted(
 
 def _padded(key: str, tensor: Tensor, wanted: Tensor) -> Tensor:
     """With zeros up to the wanted rank, where its own is smaller."""
-    axis = _RANK_AXES.get(key.rpartition(".")[2])
+    leaf = key.rpartition(".")[2]
+    axis = _RANK_AXES.get(leaf)
     if axis is None or tensor.dim() != wanted.dim():
         return tensor
-    missing = wanted.shape[axis] - tensor.shape[axis]
-    if missing <= 0:
+    halves = 2 if leaf == "w_time" else 1  # film's, for gamma and for beta
+    missing = (wanted.shape[axis] - tensor.shape[axis]) // halves
+    if missing <= 0 or tensor.shape[axis] % halves:
         return tensor
-    shape = [*tensor.shape[:axis], missing, *tensor.shape[axis + 1 :]]
-    return torch.cat((tensor, tensor.new_zeros(shape)), dim=axis)
+    zeros = tensor.new_zeros([*tensor.shape[:axis], missing, *tensor.shape[axis + 1 :]])
+    parts = [x for half in tensor.chunk(halves, axis) for x in (half, zeros)]
+    return torch.cat(parts, dim=axis)

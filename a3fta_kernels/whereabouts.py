@@ -14,6 +14,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .ops.validate import FLOATS
+
+_PLAIN_WEIGHTS = (Tensor, nn.Parameter, FakeTensor)
 
 
 def is_sharded(x: Tensor) -> bool:
@@ -76,6 +81,17 @@ def why_absent(parameter: Tensor) -> str | None:
             "partitioned by DeepSpeed's ZeRO-3; save and load inside `with deepspeed.zero."
             "GatheredParameters(list(a3fta_kernels.trainable_parameters(model)), modifier_rank=0)`"
         )
+    return None
+
+
+def unreadable_weight(weight: Tensor) -> str | None:
+    """Why this weight is no plain tensor at hand; None where it is."""
+    if type(weight) not in _PLAIN_WEIGHTS:
+        return f"its weight is a {type(weight).__name__}, not a plain tensor"
+    if weight.device.type == "meta":
+        return "its weight is on the meta device"
+    if weight.dtype not in FLOATS:
+        return f"its weight is stored as {weight.dtype}"
     return None
 
 

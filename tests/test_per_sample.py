@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import a3fta_kernels as a3fta
 from a3fta_kernels.bank import Batch, banks_of
-from a3fta_kernels.projection import adapt
+from a3fta_kernels.projection import adapt, adapted_class
 
 from . import models
 from .integration.common import RUNS, set_backend
@@ -206,7 +206,8 @@ def test_gradients_reach_the_adapters_that_were_named():
 
 
 def test_a_backward_that_computes_again_belongs_inside():
-    """The lean levels have the gradients of the stock model inside, and refuse outside."""
+    """The lean levels have the gradients of the stock model inside; outside, level block, whose
+    backward runs adapters again, refuses, and recompute, which runs none, has them too."""
     model = served("sd15")
     inputs = models.inputs("sd15", batch=2, dtype=torch.float64)
     weights = [p for k, p in model.named_parameters() if ".adapters.a." in k]
@@ -216,8 +217,14 @@ def test_a_backward_that_computes_again_belongs_inside():
         with a3fta.adapters_per_sample(model, ["a", None]):
             loss = model(**inputs).sample.square().sum()
             found.append(torch.autograd.grad(loss, weights))
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    a3fta.lean(model, "recompute")
+    with a3fta.adapters_per_sample(model, ["a", None]):
+        loss = model(**inputs).sample.square().sum()
+    found.append(torch.autograd.grad(loss, weights))
+    for one, *others in zip(*found, strict=True):
+        for other in others:
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    a3fta.lean(model, "block")
     with a3fta.adapters_per_sample(model, ["a", None]):
         loss = model(**inputs).sample.square().sum()
     with pytest.raises(RuntimeError, match="lean: expected the model as it was in the forward"):
@@ -251,9 +258,51 @@ def test_beside_freeze_moves_and_copies():
     assert torch.equal(model(**inputs).sample, kept)
     assert frozen == sum(x.frozen is not None for x in a3fta.projections(model).values())
     with a3fta.adapters_per_sample(model, ["a", "b"]):
-        twin = copy.deepcopy(model).double()
-        y = twin(**models.inputs("sd15", batch=2, dtype=torch.float64)).sample
+        model.double()
+        y = model(**models.inputs("sd15", batch=2, dtype=torch.float64)).sample
         torch.testing.assert_close(y.float(), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_copy_made_inside_is_outside():
+    """Of a batch of any size, with what `set_adapters` chose; also of a layer of another class."""
+    model = served("unet2d")
+    layers = list(a3fta.projections(model).values())
+    layers[0].__class__ = adapted_class(type("Other", (nn.Linear,), {}))
+    inputs = models.inputs("unet2d", batch=3, dtype=torch.float64)
+    expected = model(**inputs).sample
+    with a3fta.adapters_per_sample(model, ["a", "b"]):
+        twin = copy.deepcopy(model)
+        assert all(layer.banks is not None for layer in layers)
+        torch.testing.assert_close(twin(**inputs).sample, expected, rtol=1e-12, atol=1e-12)
+    a3fta.set_adapters(twin, "b")
+    with a3fta.adapters_per_sample(twin, ["a", "b", None]):
+        assert not torch.allclose(twin(**inputs).sample, expected)
+
+
+@torch.no_grad()
+def test_a_wrapper_that_passes_its_arguments_on():
+    """Its first parameter names no argument: the batch is that of the latents."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.model(*args, **kwargs)
+
+    model = served("unet2d")
+    inputs = models.inputs("unet2d", batch=2, dtype=torch.float64)
+    with a3fta.adapters_per_sample(model, ["a", "c"]):
+        expected = model(**inputs).sample
+    wrapper = Wrapper(model)
+    with a3fta.adapters_per_sample(wrapper, ["a", "c"]):
+        y = wrapper(timestep=torch.tensor([7]), sample=inputs["sample"]).sample
+        torch.testing.assert_close(y, model(inputs["sample"], 7).sample, rtol=0, atol=0)
+        torch.testing.assert_close(wrapper(**inputs).sample, expected, rtol=0, atol=0)
+        with pytest.raises(ValueError, match=r"expected its batch as the first .* got timestep$"):
+            wrapper(timestep=torch.tensor([7]))
 
 
 @torch.no_grad()
@@ -287,11 +336,12 @@ def test_bad_names(names, error, message):
 
 def test_bad_batches():
     model = served("unet2d")
-    inputs = models.inputs("unet2d", batch=3, dtype=torch.float64)
-    message = "model: expected a batch of 2 samples, as many as have names, or a multiple .* got 3"
+    message = "model: expected a batch of 2 samples, as many as have names, or two or three .* got "
     with a3fta.adapters_per_sample(model, ["a", None]):
-        with pytest.raises(ValueError, match=message):
-            model(**inputs)
+        for batch in (1, 3, 8):  # 8: two images of each of two prompts, and guidance
+            inputs = models.inputs("unet2d", batch=batch, dtype=torch.float64)
+            with pytest.raises(ValueError, match=f"{message}{batch}; names are of images"):
+                model(**inputs)
         layer = next(iter(a3fta.projections(model).values()))
         with pytest.raises(ValueError, match=message):
             layer(torch.zeros(3, 5, layer.in_features, dtype=torch.float64))
@@ -330,7 +380,8 @@ def test_dropout_in_training_is_refused_by_name():
     ("options", "message"),
     [
         ({"design": "film"}, "the same at all timesteps .design='film'., got 'timed' at mid_block"),
-        ({"time_window": (0, 500)}, "the same at all timesteps .*, got 'timed' at mid_block"),
+        ({"time_window": (0, 500)}, r"all timesteps .time_window=\(0.0, 500.0\).,.* at mid_block"),
+        ({"design": "film", "time_rank": 1}, "all timesteps .design='film', time_rank=1., got"),
         ({"layer_norm": True}, "that read h as it is .layer_norm=True., got 'timed' at mid_block"),
         ({"train": "adapter+attention"}, "adapters alone, got 'timed', with which attention's own"),
     ],

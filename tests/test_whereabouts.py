@@ -17,6 +17,22 @@ from a3fta_kernels import whereabouts
 from . import models
 
 
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [
+        (nn.Parameter(torch.zeros(2)), None),
+        (torch.zeros(2, dtype=torch.bfloat16), None),
+        (nn.Buffer(torch.zeros(2)), None),
+        (torch.zeros(2).as_subclass(type("Packed", (torch.Tensor,), {})), "a Packed, not a plain"),
+        (torch.zeros(2, device="meta"), "on the meta device"),
+        (torch.zeros(2, dtype=torch.int8), "stored as torch.int8"),
+    ],
+)
+def test_a_weight_that_is_no_plain_tensor_at_hand(weight, reason):
+    found = whereabouts.unreadable_weight(weight)
+    assert found is None if reason is None else reason in found
+
+
 @pytest.fixture
 def one_process(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)

@@ -13,14 +13,9 @@ from torch import Tensor, nn
 from ..adapters import BottleneckAdapter
 from ..forwards import has_hooks
 from ..merging import check_linear, copied, folded, put
-from ..projection import (
-    AdaptedProjectionMixin,
-    Columns,
-    Merged,
-    span,
-    unreadable_weight,
-)
+from ..projection import AdaptedProjectionMixin, Columns, Merged, span
 from ..stack import Weighted
+from ..whereabouts import unreadable_weight
 
 
 class _Around(nn.Module):

@@ -106,6 +106,25 @@ def test_a_rank_that_does_not_fit_is_refused(tmp_path: Path):
         a3fta.load_adapter(small, tmp_path / "small", pad_rank=1)
 
 
+def test_padding_of_adapters_that_depend_on_the_timestep(tmp_path: Path):
+    """film's gamma and beta are padded each; with time_rank padding would choose other ranks."""
+    large, small = (adapted_unet(design="film", rank=rank) for rank in (4, 2))
+    a3fta.save_adapter(small, tmp_path / "film")
+    a3fta.load_adapter(large, tmp_path / "film", pad_rank=True)
+    sample, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
+    with torch.no_grad():
+        expected = small(sample, 400, text).sample
+        torch.testing.assert_close(large(sample, 400, text).sample, expected)
+
+    large, small = (adapted_unet(time_rank=1, rank=rank) for rank in (4, 2))
+    a3fta.save_adapter(small, tmp_path / "shrinking")
+    a3fta.load_adapter(small, tmp_path / "shrinking", pad_rank=True)
+    before = {k: v.clone() for k, v in large.state_dict().items()}
+    with pytest.raises(a3fta.AdapterFileError, match="with time_rank=1 the rank decides"):
+        a3fta.load_adapter(large, tmp_path / "shrinking", pad_rank=True)
+    assert all(torch.equal(v, before[k]) for k, v in large.state_dict().items())
+
+
 def test_every_batch_of_users_is_one_compilation():
     """Other adapters, other numbers of them, other ranks among them, a place without one."""
     ranks = {"b": 4, "c": 2}
