@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,6 +58,16 @@ def saved(folder: Path, pipe: Any, seed: int) -> str:
     return str(folder)
 
 
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """accelerate's state is the process's: that of a page's precision would stay for all tests."""
+    state = pytest.importorskip("accelerate").state.AcceleratorState
+    state._reset_state(reset_partial_state=True)
+    yield
+    state._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
 def test_train(page: Callable[..., dict[str, Any]], tmp_path: Path):
     names = page("train")
     assert len(names["losses"]) == 6 and all(loss > 0 for loss in names["losses"])
