@@ -46,6 +46,7 @@ COMPILED = ["flux2"]
 if "A3FTA_COMPILE" in os.environ:
     COMPILED = [name for name in ZOO if name not in READS_NUMBERS]
 every_model = pytest.mark.parametrize("name", ZOO)
+every_family = pytest.mark.parametrize("name", FIRST.values())
 
 
 def adapted(name: str, backend: str = "auto") -> nn.Module:
@@ -176,13 +177,13 @@ def test_there_and_back(name):
         assert torch.equal(small.run(model), expected)
 
 
-@every_model
+@every_family
 def test_backends_agree(name):
     found = [gradients(name, adapted(name, backend)) for backend in ("auto", "reference")]
     assert_close(*found, tolerance=1e-3)
 
 
-@every_model
+@every_family
 def test_file(name, tmp_path):
     model, other = adapted(name), ZOO[name].build()
     a3fta.save_adapter(model, tmp_path)
@@ -224,7 +225,7 @@ def by_hand(layer: nn.Module, h: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("options", [{"activation": "identity"}, {"design": "gated"}], ids=str)
-@pytest.mark.parametrize("name", FIRST.values())
+@every_family
 def test_other_designs(name, options):
     """One step of training, then what every adapted layer computes; linear ones merge."""
     small, model = ZOO[name], ZOO[name].build()
