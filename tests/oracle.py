@@ -13,11 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from a3fta_kernels import ops
-from a3fta_kernels.backends import why_not
+from a3fta_kernels.backends import triton_interpreted, why_not
 from a3fta_kernels.ops.adapter.reference import adapter as reference_adapter
 from a3fta_kernels.ops.adapter_bank.reference import adapter_bank as reference_adapter_bank
 from a3fta_kernels.ops.adapter_linear.reference import adapter_linear as reference_adapter_linear
@@ -39,6 +40,11 @@ def runs() -> list[tuple[str, str, torch.dtype]]:
         for dtype in DTYPES
         if why_not(backend, torch.device(device), dtype) is None
     ]
+
+
+IN_ORDER = pytest.mark.skipif(
+    triton_interpreted(), reason="the interpreter runs programs in one order: the same bits always"
+)
 
 
 def run_id(run: tuple[str, str, torch.dtype]) -> str:

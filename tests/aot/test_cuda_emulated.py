@@ -15,6 +15,7 @@ import pytest
 from ..cuda_emulator.build import COMPILER, build_library
 
 pytestmark = [
+    pytest.mark.xdist_group("emulated"),
     pytest.mark.skipif(COMPILER is None, reason="g++ not found: no emulated kernels"),
     pytest.mark.skipif(sys.platform != "linux", reason="the emulator needs ucontext on Linux"),
     pytest.mark.timeout(600),

@@ -12,7 +12,10 @@ import pytest
 
 from ..cuda_emulator.build import COMPILER, HERE
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ not found: no plan to look at")
+pytestmark = [
+    pytest.mark.xdist_group("plan"),
+    pytest.mark.skipif(COMPILER is None, reason="g++ not found: no plan to look at"),
+]
 MULTIPROCESSORS = 132
 
 # rows, channels in, columns out, of design.md's workloads, self-attention layers; for each the

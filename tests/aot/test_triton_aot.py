@@ -89,6 +89,16 @@ def test_what_descriptors_save(direction):
     assert max(registers("concat_gemm_tma_kernel", "M128 N256")) < 200
 
 
+def test_no_kernel_reads_a_global_that_is_nan():
+    """Triton compares a kernel's globals at each launch, and NaN never equals itself."""
+    for _, kernel in KERNELS.values():
+        names = {n.id for n in ast.walk(ast.parse(kernel.src)) if isinstance(n, ast.Name)}
+        for name in names & kernel.fn.__globals__.keys():
+            value = kernel.fn.__globals__[name]
+            value = getattr(value, "value", value)
+            assert not isinstance(value, float) or value == value, f"{kernel.__name__}: {name}"
+
+
 def test_every_kernel_is_registered():
     """A jit function is either in its module's AOT_KERNELS or called by another one."""
     called = {

@@ -12,7 +12,7 @@ from a3fta_kernels import BackendUnavailableError, ops
 from a3fta_kernels.backends import triton_interpreted
 from a3fta_kernels.ops.cross_attention_adapter import api, layout
 
-from ..oracle import Case, check, run_id, runs
+from ..oracle import IN_ORDER, Case, check, run_id, runs
 
 # the kernels compute fp32 in the interpreter alone: there it shows errors that bf16 would hide
 TAKEN = (*layout.DTYPES, torch.float32) if triton_interpreted() else layout.DTYPES
@@ -112,6 +112,7 @@ def test_only_what_is_asked_for(run):
         assert all(alone[k].grad is None for k in tensors if k != name)
 
 
+@IN_ORDER
 @KERNELS
 def test_twice_the_same_bits(run):
     """Sums over rows are added in a fixed order: no atomics."""

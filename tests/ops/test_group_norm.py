@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from a3fta_kernels import ops
-from a3fta_kernels.backends import triton_interpreted
 
-from ..oracle import run_id, runs
+from ..oracle import IN_ORDER, run_id, runs
 from .norm_protocol import NormCase, check, saved_tensors
 
 RUNS = pytest.mark.parametrize("run", runs(), ids=run_id)
@@ -87,8 +86,8 @@ def test_a_constant_has_no_variance(layout, run):
         x = x.to(memory_format=torch.channels_last)
     bias = torch.randn(6, device=device, dtype=dtype)
     y = ops.group_norm(x, 3, bias=bias, backend=backend)
-    # what a rounding of the mean makes at most, times 1 / sqrt(eps)
-    bound = 3.7 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps * 320
+    # what the roundings of a sum by blocks make of the mean, times 1 / sqrt(eps)
+    bound = 4 * 3.7 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps * 320
     error = (y.double() - bias.double().view(1, 6, 1, 1)).abs().max()
     assert error <= bound + torch.finfo(dtype).eps * bias.abs().max()
 
@@ -104,7 +103,8 @@ def test_what_is_kept(layout, run):
     kept = saved_tensors(lambda: ops.group_norm(**inputs, backend=backend))
     names = [given_.get(t.untyped_storage().data_ptr(), "") for t in kept]
     fresh = [t for t, name in zip(kept, names, strict=True) if not name]
-    assert "x" in names
+    # PyTorch's CUDA kernel keeps a copy of an x that is channels last
+    assert "x" in names or (backend, device, layout) == ("reference", "cuda", "last")
     if backend == "reference":
         assert sum(t.nbytes for t in fresh) >= inputs["x"].nbytes
         return
@@ -146,6 +146,7 @@ def test_non_finite_values_stay_in_their_group(value, layout, run):
     assert y.isfinite().all() and torch.equal(~dx.isfinite(), expected)
 
 
+@IN_ORDER
 @EVERY_RUN
 @pytest.mark.parametrize("layout", ["plain", "last"])
 def test_the_same_bits_every_time(layout, run):
@@ -153,7 +154,7 @@ def test_the_same_bits_every_time(layout, run):
     inputs = NormCase((1, 20, 70, 70), 2, "silu", layout=layout).inputs(dtype, device)
     first = ops.group_norm(**inputs, backend=backend)
     (grad,) = torch.autograd.grad(first.square().sum(), inputs["x"])
-    for _ in range(1 if triton_interpreted() else 3):  # in the interpreter seconds each
+    for _ in range(3):
         y = ops.group_norm(**inputs, backend=backend)
         (dx,) = torch.autograd.grad(y.square().sum(), inputs["x"])
         assert torch.equal(y, first) and torch.equal(dx, grad)

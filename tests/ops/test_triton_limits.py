@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ..oracle import Case, check, run_id, runs, with_paths
+from ..oracle import IN_ORDER, Case, check, run_id, runs, with_paths
 
 RUNS = [run for run in runs() if run[0] == "triton"]
 
@@ -31,6 +31,7 @@ def test_matches_the_oracle(case, run, poisoned):
         check(one, run)
 
 
+@IN_ORDER
 @pytest.mark.parametrize("run", RUNS, ids=run_id)
 def test_twice_the_same_bits(run):
     """Sums over rows are added in a fixed order: no atomics."""

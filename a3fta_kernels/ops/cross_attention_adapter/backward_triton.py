@@ -109,7 +109,6 @@ def query_grad_kernel(
             dp = append(dp, outer(dh, v, tl.zeros((BLOCK_M, v[0].shape[0]), dtype=tl.float32)))
 
         q = load_rows(q_ptr + c, offs_m, mask_m, stride_qm, D, BLOCK_D, COUNT_D, TAIL_D)
-        keys = ()
         s = ()
         for i in tl.static_range(COUNT_N + (TAIL_N > 0)):
             k = load_keys(
@@ -120,7 +119,6 @@ def query_grad_kernel(
                 q, k, mask_head, offs_m, mask_m, offs_n, N, stride_mask_m, stride_mask_n, SCALE,
                 PER_QUERY,
             )  # fmt: skip
-            keys = append(keys, k)
             s = append(s, one)
         p, top, norm = softmax(s)
         p = cast(p, tl.float32, norm[:, None])
@@ -130,7 +128,7 @@ def query_grad_kernel(
         dq = zeros(BLOCK_M, BLOCK_D, COUNT_D, TAIL_D)
         for i in tl.static_range(len(p)):
             ds = (p[i] * (dp[i] - delta[:, None])).to(dtype)
-            if COUNT_N > 1:  # too many to keep
+            if len(p) > 1:  # else the only block is still at hand
                 k = load_keys(
                     k_ptr + c,
                     N,
@@ -144,8 +142,6 @@ def query_grad_kernel(
                     COUNT_D,
                     TAIL_D,
                 )
-            else:
-                k = keys[i]
             dq = times(ds, k, dq)
         dq = cast(dq, dtype, SCALE)
         store_rows(dq_ptr + c, dq, offs_m, mask_m, C, D, BLOCK_D)

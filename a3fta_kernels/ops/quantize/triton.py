@@ -20,7 +20,6 @@ SMALLEST_HALF: tl.constexpr = tl.constexpr(layout.SMALLEST_HALF)
 LARGEST_FP16: tl.constexpr = tl.constexpr(65504.0)
 LARGEST_FP32: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 INFINITY: tl.constexpr = tl.constexpr(float("inf"))
-NAN: tl.constexpr = tl.constexpr(float("nan"))
 # 1.5 * 2^23: added and taken away, it leaves the nearest integer
 ROUNDING: tl.constexpr = tl.constexpr(12582912.0)
 
@@ -68,8 +67,8 @@ def quantize_kernel(x_ptr, codes_ptr, ranges_ptr, n, BLOCK_B: tl.constexpr):
     tl.store(codes_ptr + offs, codes.to(tl.int32).to(tl.int8), mask=mask)
     inside = offs_b * BLOCK < n
     range_ptrs = ranges_ptr + 2 * offs_b
-    tl.store(range_ptrs, tl.where(lost, NAN, mid).to(tl.bfloat16), mask=inside)
-    tl.store(range_ptrs + 1, tl.where(lost, NAN, half).to(tl.bfloat16), mask=inside)
+    tl.store(range_ptrs, tl.where(lost, float("nan"), mid).to(tl.bfloat16), mask=inside)
+    tl.store(range_ptrs + 1, tl.where(lost, float("nan"), half).to(tl.bfloat16), mask=inside)
 
 
 @triton.jit
