@@ -282,9 +282,11 @@ class Launcher:
         key: tuple,
         suits: Callable[[dict[str, int]], bool],
     ) -> None:
-        def run(choice: Config) -> None:
+        def prepared(choice: Config) -> Callable[[], Any]:
             grid, arguments = plan(choice.meta)
-            self.kernel[grid](**arguments, **choice.meta, **choice.options)
+            return functools.partial(
+                self.kernel[grid], **arguments, **choice.meta, **choice.options
+            )
 
         full = (like.device, like.dtype, rank, *key)
         choice = self._chosen.get(full)
@@ -292,20 +294,21 @@ class Launcher:
             candidates = self.candidates(like, rank, suits)
             choice = candidates[0]
             if like.is_cuda and not torch.cuda.is_current_stream_capturing():
-                choice = self._chosen[full] = fastest(run, candidates)
-        run(choice)
+                choice = self._chosen[full] = fastest(prepared, candidates)
+        prepared(choice)()
 
 
-def fastest(run: Callable[[Config], None], candidates: list[Config]) -> Config:
-    """Times each candidate; one that the chip has no room for is passed over."""
+def fastest(prepared: Callable[[Config], Callable[[], Any]], candidates: list[Config]) -> Config:
+    """Times each candidate; one that the chip has no room for is passed over.
+
+    A call is prepared outside the clock, which may tick while the GPU waits for Python.
+    """
     if len(candidates) == 1:
         return candidates[0]
     times = {}
     for candidate in candidates:
         try:
-            times[candidate] = triton.testing.do_bench(
-                functools.partial(run, candidate), warmup=5, rep=20
-            )
+            times[candidate] = triton.testing.do_bench(prepared(candidate), warmup=5, rep=20)
         except OutOfResources:
             continue
     return min(times, key=times.__getitem__, default=candidates[0])

@@ -183,8 +183,8 @@ def concat_gemm_tma_configs(itemsize: int, block_r: int, capability: int) -> lis
 
 
 _TMA = (
+    (128, 128, 64, 4, 3),
     (128, 128, 64, 8, 3),
-    (128, 128, 64, 8, 4),
     (128, 256, 64, 8, 3),
     (128, 64, 64, 4, 4),
     (64, 128, 64, 4, 4),

@@ -16,31 +16,28 @@ from ..triton_support import (
     Launcher,
     chip,
     config,
-    dense,
     dot,
-    modulated,
     rank_block,
     rows_bucket,
-    rows_per_sample,
     shared_limit,
 )
-from .activations import activation_code
+from .rule import AdapterGrads
+from .skinny_triton import Up
+from .sum_triton import totals
 
 # a larger rank is cut into blocks by the grid
 RANK_LIMIT = 128
 
 
-@triton.jit(do_not_specialize=["M", "rows_per_sample", "rows_per_split"])
+@triton.jit(do_not_specialize=["M", "rows_per_split"])
 def weight_grad_kernel(
-    x_ptr, s_ptr, gamma_ptr, beta_ptr, out_ptr, x_sum_ptr,
-    M, N, R, rows_per_sample, rows_per_split, stride_xm, stride_on, stride_or,
-    FROM_A: tl.constexpr, ACT: tl.constexpr,
+    x_ptr, s_ptr, out_ptr, x_sum_ptr,
+    M, N, R, rows_per_split, stride_xm, stride_on, stride_or,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums over rows_per_split rows: out (splits, N, R) = X.T @ S, x_sum (splits, N).
+    """Partial sums over rows_per_split rows: out (splits, N, R) = x.T @ s, x_sum (splits, N).
 
-    x (M, N); s (M, R) holds S, or with FROM_A the pre-activation a that S = z is made from.
-    Programs: (N blocks, R blocks, splits).
+    x (M, N); s (M, R). Programs: (N blocks, R blocks, splits).
     """
     split = tl.program_id(2)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -60,12 +57,6 @@ def weight_grad_kernel(
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
         s_ptrs = s_ptr + rows * R + offs_r[None, :]
         s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-        if FROM_A:
-            z = modulated(
-                s.to(tl.float32), gamma_ptr, beta_ptr, offs_m, mask_m, offs_r, mask_r,
-                rows_per_sample, R, ACT,
-            )  # fmt: skip
-            s = z.to(s.dtype)
         acc = dot(tl.trans(x), s, acc)
         if x_sum_ptr is not None:
             x_sum += tl.sum(x.to(tl.float32), axis=0)
@@ -82,8 +73,7 @@ def weight_grad_configs(itemsize: int, block_r: int, capability: int) -> list[Co
     if itemsize == 4:
         block_r = min(block_r, 64)
     for block_m, block_n, num_warps, num_stages in _GRAD_FP32 if itemsize == 4 else _GRAD:
-        # beside the staged tiles, z passes through shared memory once in fp32
-        shared = num_stages * itemsize * block_m * (block_n + block_r) + 4 * block_m * block_r
+        shared = num_stages * itemsize * block_m * (block_n + block_r)
         accumulator = block_n * block_r // (32 * num_warps)
         if shared <= shared_limit(capability) and accumulator <= 32:
             found.append(
@@ -92,7 +82,7 @@ def weight_grad_configs(itemsize: int, block_r: int, capability: int) -> list[Co
     return found
 
 
-_GRAD = ((64, 128, 8, 3), (32, 64, 4, 4), (64, 64, 8, 3), (32, 32, 4, 3))
+_GRAD = ((64, 64, 4, 4), (64, 128, 8, 3), (32, 64, 4, 4), (64, 64, 8, 3))
 _GRAD_FP32 = ((16, 64, 8, 2), (16, 32, 4, 2))
 
 launch_weight_grad = Launcher(weight_grad_kernel, weight_grad_configs)
@@ -101,34 +91,44 @@ AOT_KERNELS = (
     AotKernel(
         launch_weight_grad,
         pointers={"out_ptr": "fp32", "x_sum_ptr": "fp32"},
-        variants={
-            "from a": {"ACT": 2, "FROM_A": True},
-            "given": {"ACT": 0, "FROM_A": False, "gamma_ptr": None, "beta_ptr": None,
-                      "x_sum_ptr": None, "stride_or": 1},
-        },
+        variants={"x_sum": {"stride_on": 1}, "": {"x_sum_ptr": None, "stride_or": 1}},
     ),
 )  # fmt: skip
 
 
+def weight_grads(dh: Tensor | None, h: Tensor, dy: Tensor, up: Up) -> AdapterGrads:
+    """All gradients, from those of the rows: dh, and `up` with z and its sums."""
+    assert up.z is not None
+    dw_down, _ = weight_grad(h, up.da, transposed=True)
+    g_up, dy_sum = weight_grad(dy, up.z, need_sum=True)
+    dw_down, g_up, dy_sum, da_sum, dgamma, dbeta = totals(
+        dw_down, g_up, dy_sum, up.da_sum, up.dgamma, up.dbeta
+    )
+    return AdapterGrads(
+        dh,
+        *(None if x is None else x[0] for x in (dw_down, g_up, da_sum, dy_sum)),
+        dgamma,
+        dbeta,
+    )
+
+
 def weight_grad(
-    x: Tensor,
-    s: Tensor,
-    *,
-    transposed: bool = False,
-    from_a: bool = False,
-    gamma: Tensor | None = None,
-    beta: Tensor | None = None,
-    activation: str = "identity",
+    x: Tensor, s: Tensor, *, transposed: bool = False, need_sum: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """X.T @ S (N, R), or its transpose, in fp32; with `from_a` S = z of a = s, and sum(X) (N,)."""
+    """x.T @ s (1, parts, N, R), or its transpose, in fp32, still to be summed over its parts; with
+    `need_sum` the sums of x (1, parts, N).
+    """
     m, n = x.shape
     rank = s.shape[1]
     shape = (rank, n) if transposed else (n, rank)
-    if m == 0:
-        x_sum = x.new_zeros(n, dtype=torch.float32) if from_a else None
-        return x.new_zeros(shape, dtype=torch.float32), x_sum
-    block_r = rank_block(rank, RANK_LIMIT)
     partial: dict[str, Tensor] = {}
+
+    def allot(splits: int) -> None:
+        partial["out"] = x.new_empty((1, splits, *shape), dtype=torch.float32)
+        if need_sum:
+            partial["x_sum"] = x.new_empty((1, splits, n), dtype=torch.float32)
+
+    block_r = rank_block(rank, RANK_LIMIT)
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
         blocks = triton.cdiv(n, meta["BLOCK_N"]) * triton.cdiv(rank, meta["BLOCK_R"])
@@ -137,21 +137,16 @@ def weight_grad(
         rows = triton.cdiv(triton.cdiv(m, wanted), meta["BLOCK_M"]) * meta["BLOCK_M"]
         rows = max(rows, min(4 * meta["BLOCK_M"], m))
         splits = triton.cdiv(m, rows)
-        partial["out"] = x.new_empty((splits, *shape), dtype=torch.float32)
-        if from_a:
-            partial["x_sum"] = x.new_empty((splits, n), dtype=torch.float32)
+        allot(splits)
         grid = (triton.cdiv(n, meta["BLOCK_N"]), triton.cdiv(rank, meta["BLOCK_R"]), splits)
         return grid, dict(
-            x_ptr=x, s_ptr=s, gamma_ptr=dense(gamma), beta_ptr=dense(beta),
-            out_ptr=partial["out"], x_sum_ptr=partial.get("x_sum"), M=m, N=n, R=rank,
-            rows_per_sample=rows_per_sample(m, gamma, beta), rows_per_split=rows,
-            stride_xm=x.stride(0), stride_on=1 if transposed else rank,
-            stride_or=n if transposed else 1, FROM_A=from_a, ACT=activation_code(activation),
+            x_ptr=x, s_ptr=s, out_ptr=partial["out"], x_sum_ptr=partial.get("x_sum"),
+            M=m, N=n, R=rank, rows_per_split=rows, stride_xm=x.stride(0),
+            stride_on=1 if transposed else rank, stride_or=n if transposed else 1,
         )  # fmt: skip
 
-    launch_weight_grad(plan, x, block_r, rows_bucket(m), n, from_a)
-    return _total(partial["out"]), _total(partial["x_sum"]) if from_a else None
-
-
-def _total(partial: Tensor) -> Tensor:
-    return partial[0] if partial.shape[0] == 1 else partial.sum(0)
+    if m == 0:
+        allot(0)
+    else:
+        launch_weight_grad(plan, x, block_r, rows_bucket(m), n, need_sum)
+    return partial["out"], partial.get("x_sum")

@@ -4,9 +4,8 @@
     rows_forward   a = x @ w_down.T + b_down, z = act(a) [modulated], y = residual + bias + z @ V.T
     rows_backward  da = (dy @ V) * (1 + gamma) * act'(a), dh = dy + da @ w_down, sums of da and dz
 
-`adapter` is the case V = w_up, residual = h; there rows_forward has configurations that read h
-once and keep it on chip. A rank above `RANK_LIMIT` is cut into blocks by the
-grid; then y and dh take a second kernel (gemm_triton).
+`adapter` is the case V = w_up, residual = h, whose second read comes out of the cache. A rank above
+`RANK_LIMIT` is cut into blocks by the grid; then y and dh take a second kernel (gemm_triton).
 """
 
 from __future__ import annotations
@@ -40,13 +39,15 @@ RANK_LIMIT = 128
 
 
 @triton.jit
-def up_tile(y, z, v_ptr, bias_ptr, y_ptr, rows, mask_m, offs_n, offs_r, mask_r, N, R, stride_ym):
-    """Stores y + z @ v.T + bias at the columns offs_n."""
+def up_tile(
+    y, z, v_ptr, bias_ptr, scale, y_ptr, rows, mask_m, offs_n, offs_r, mask_r, N, R, stride_ym
+):  # fmt: skip
+    """Stores y + z @ v.T + scale * bias at the columns offs_n."""
     mask_n = offs_n < N
     v_ptrs = v_ptr + offs_n.to(tl.int64)[None, :] * R + offs_r[:, None]
     y = dot(z, tl.load(v_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0), y)
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :] * scale
     y_ptrs = y_ptr + rows * stride_ym + offs_n[None, :]
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
@@ -56,14 +57,11 @@ def rows_forward_kernel(
     x_ptr, w_down_ptr, v_ptr, b_down_ptr, bias_ptr, gamma_ptr, beta_ptr, residual_ptr,
     a_ptr, z_ptr, y_ptr,
     M, C, N, R, rows_per_sample, stride_xm, stride_residual_m, stride_ym,
-    ACT: tl.constexpr, CHUNKS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """x (M, C), w_down (R, C), v (N, R), residual and y (M, N), a and z (M, R).
 
     One program per (BLOCK_M rows, BLOCK_R ranks); y only where one block holds all ranks.
-    With CHUNKS, the number of BLOCK_C columns in C, the residual is x itself and the rows stay
-    on chip between the two products: x is read once.
     """
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -75,24 +73,11 @@ def rows_forward_kernel(
     x_ptrs = x_ptr + rows * stride_xm + offs_c[None, :]
     w_ptrs = w_down_ptr + offs_r[None, :] * C + offs_c[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    held = ()
-    if CHUNKS > 0:
-        # all loads first: they wait for memory together
-        for i in tl.static_range(CHUNKS):
-            mask_c = offs_c < C - i * BLOCK_C
-            mask_x = mask_m[:, None] & mask_c[None, :]
-            x = tl.load(x_ptrs + i * BLOCK_C, mask=mask_x, other=0.0)
-            held += (x,)  # type: ignore[assignment]
-        for i in tl.static_range(CHUNKS):
-            mask_c = offs_c < C - i * BLOCK_C
-            mask_w = mask_c[:, None] & mask_r[None, :]
-            acc = dot(held[i], tl.load(w_ptrs + i * BLOCK_C, mask=mask_w, other=0.0), acc)
-    else:
-        for c in range(0, C, BLOCK_C):
-            mask_c = offs_c < C - c
-            x = tl.load(x_ptrs + c, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
-            w = tl.load(w_ptrs + c, mask=mask_c[:, None] & mask_r[None, :], other=0.0)
-            acc = dot(x, w, acc)
+    for c in range(0, C, BLOCK_C):
+        mask_c = offs_c < C - c
+        x = tl.load(x_ptrs + c, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
+        w = tl.load(w_ptrs + c, mask=mask_c[:, None] & mask_r[None, :], other=0.0)
+        acc = dot(x, w, acc)
     if b_down_ptr is not None:
         acc += tl.load(b_down_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)[None, :]
 
@@ -104,34 +89,27 @@ def rows_forward_kernel(
     if z_ptr is not None:
         tl.store(z_ptr + rows * R + offs_r[None, :], z, mask=mask)
     if y_ptr is not None:
-        if CHUNKS > 0:
-            for i in tl.static_range(CHUNKS):
-                up_tile(
-                    held[i].to(tl.float32), z, v_ptr, bias_ptr, y_ptr, rows, mask_m,
-                    i * BLOCK_C + offs_c, offs_r, mask_r, N, R, stride_ym,
-                )  # fmt: skip
-        else:
-            for n in range(0, N, BLOCK_C):
-                offs_n = n + offs_c
-                y = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
-                if residual_ptr is not None:
-                    residual_ptrs = residual_ptr + rows * stride_residual_m + offs_n[None, :]
-                    mask_y = mask_m[:, None] & (offs_n < N)[None, :]
-                    y += tl.load(residual_ptrs, mask=mask_y, other=0.0).to(tl.float32)
-                up_tile(
-                    y, z, v_ptr, bias_ptr, y_ptr, rows, mask_m, offs_n, offs_r, mask_r, N, R,
-                    stride_ym,
-                )  # fmt: skip
+        for n in range(0, N, BLOCK_C):
+            offs_n = n + offs_c
+            y = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
+            if residual_ptr is not None:
+                residual_ptrs = residual_ptr + rows * stride_residual_m + offs_n[None, :]
+                mask_y = mask_m[:, None] & (offs_n < N)[None, :]
+                y += tl.load(residual_ptrs, mask=mask_y, other=0.0).to(tl.float32)
+            up_tile(
+                y, z, v_ptr, bias_ptr, 1.0, y_ptr, rows, mask_m, offs_n, offs_r, mask_r, N, R,
+                stride_ym,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows_per_sample", "tiles_per_sample"])
 def rows_backward_kernel(
-    dy_ptr, v_ptr, a_ptr, w_down_ptr, gamma_ptr,
-    da_ptr, da_sum_ptr, dgamma_ptr, dbeta_ptr, dh_ptr,
+    dy_ptr, v_ptr, a_ptr, w_down_ptr, gamma_ptr, beta_ptr,
+    da_ptr, z_ptr, da_sum_ptr, dgamma_ptr, dbeta_ptr, dh_ptr,
     rows_per_sample, tiles_per_sample, N, R, stride_dym, stride_dhm,
     ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """dy (M, N), v (N, R), a and da (M, R); dh (M, N) takes w_down (R, N).
+    """dy (M, N), v (N, R), a, da and z (M, R); dh (M, N) takes w_down (R, N).
 
     One program per (BLOCK_M rows of one sample, BLOCK_R ranks): its row of the partial sums
     da_sum, dgamma, dbeta (programs, R) then belongs to one sample. dh only where one block holds
@@ -158,6 +136,11 @@ def rows_backward_kernel(
 
     mask = mask_m[:, None] & mask_r[None, :]
     a = tl.load(a_ptr + rows * R + offs_r[None, :], mask=mask, other=0.0).to(tl.float32)
+    if z_ptr is not None:
+        z = modulated(
+            a, gamma_ptr, beta_ptr, offs_m, mask_m, offs_r, mask_r, rows_per_sample, R, ACT
+        )
+        tl.store(z_ptr + rows * R + offs_r[None, :], z.to(a_ptr.dtype.element_ty), mask=mask)
     sums = pid.to(tl.int64) * R + offs_r
     if dgamma_ptr is not None:
         tl.store(dgamma_ptr + sums, tl.sum(dz * activate(a, ACT), axis=0), mask=mask_r)
@@ -194,26 +177,10 @@ def rows_configs(itemsize: int, block_r: int, capability: int) -> list[Config]:
     return found
 
 
-_ROWS = ((64, 64, 4, 3), (128, 64, 8, 3), (32, 64, 4, 4), (16, 64, 4, 3), (64, 32, 8, 3))
+_ROWS = ((64, 128, 8, 3), (32, 128, 4, 3), (64, 64, 4, 3), (32, 64, 4, 4))
 _ROWS_FP32 = ((32, 32, 8, 2), (16, 32, 4, 2))
-# chunks of 64 columns that stay on chip: the U-Nets' widths of 320, 640 and 1280
-_HELD = (5, 10, 20)
 
-
-def rows_forward_configs(itemsize: int, block_r: int, capability: int) -> list[Config]:
-    """Those of rows_configs with CHUNKS = 0, then those that hold rows of the listed widths."""
-    plain = rows_configs(itemsize, block_r, capability)
-    found = [c._replace(blocks=(*c.blocks, ("CHUNKS", 0))) for c in plain]
-    if itemsize == 2 and block_r <= 64:
-        for chunks in _HELD:
-            # the products of 64 rows read them out of shared memory on these chips alone
-            tall = chunks <= 10 and capability in (90, 100, 103)
-            block_m = 64 if tall else 32
-            found.append(config(8, 1, BLOCK_M=block_m, BLOCK_C=64, BLOCK_R=block_r, CHUNKS=chunks))
-    return found
-
-
-launch_rows_forward = Launcher(rows_forward_kernel, rows_forward_configs)
+launch_rows_forward = Launcher(rows_forward_kernel, rows_configs)
 launch_rows_backward = Launcher(rows_backward_kernel, rows_configs)
 
 AOT_KERNELS = (
@@ -224,12 +191,14 @@ AOT_KERNELS = (
             "y": {"ACT": 2, "z_ptr": None},
             "z": {"ACT": 2, "y_ptr": None, "v_ptr": None, "bias_ptr": None, "residual_ptr": None},
         },
-        suits=lambda variant, choice: variant == "y" or choice.meta["CHUNKS"] == 0,
     ),
     AotKernel(
         launch_rows_backward,
         pointers={"da_sum_ptr": "fp32", "dgamma_ptr": "fp32", "dbeta_ptr": "fp32"},
-        variants={"dh": {"ACT": 2}, "da": {"ACT": 2, "dh_ptr": None, "w_down_ptr": None}},
+        variants={
+            "dh": {"ACT": 2},
+            "da": {"ACT": 2, "dh_ptr": None, "w_down_ptr": None, "z_ptr": None, "beta_ptr": None},
+        },
     ),
 )
 
@@ -256,14 +225,12 @@ def rows_forward(
         return a, out
     block_r = rank_block(rank, RANK_LIMIT)
 
-    own = residual is x
-
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
         grid = (triton.cdiv(m, meta["BLOCK_M"]), triton.cdiv(rank, block_r))
         return grid, dict(
             x_ptr=x, w_down_ptr=w_down, v_ptr=v, b_down_ptr=dense(b_down), bias_ptr=dense(bias),
             gamma_ptr=dense(gamma), beta_ptr=dense(beta), a_ptr=a,
-            residual_ptr=None if meta["CHUNKS"] else residual,
+            residual_ptr=residual,
             z_ptr=out if v is None else None, y_ptr=None if v is None else out,
             M=m, C=c, N=n, R=rank,
             rows_per_sample=rows_per_sample(m, gamma, beta), stride_xm=x.stride(0),
@@ -271,21 +238,21 @@ def rows_forward(
             ACT=activation_code(activation),
         )  # fmt: skip
 
-    def suits(meta: dict[str, int]) -> bool:
-        return meta["CHUNKS"] in (0, triton.cdiv(c, meta["BLOCK_C"]) if own else 0)
-
-    launch_rows_forward(plan, x, block_r, rows_bucket(m), c, n, own, suits=suits)
+    launch_rows_forward(plan, x, block_r, rows_bucket(m), c, n, residual is x)
     return a, out
 
 
 class Up(NamedTuple):
-    """What rows_backward makes, all but da where asked for. Sums are in fp32."""
+    """What rows_backward makes, all but da where asked for. Sums over rows are in fp32, and in
+    parts that sum_triton adds.
+    """
 
     da: Tensor  # (M, R)
     dh: Tensor | None  # (M, N)
-    da_sum: Tensor | None = None  # (R,)
-    dgamma: Tensor | None = None  # (B, R)
-    dbeta: Tensor | None = None  # (B, R)
+    z: Tensor | None = None  # (M, R)
+    da_sum: Tensor | None = None  # (1, parts, R)
+    dgamma: Tensor | None = None  # (B, parts, R)
+    dbeta: Tensor | None = None  # (B, parts, R)
 
 
 def rows_backward(
@@ -299,11 +266,14 @@ def rows_backward(
     need_sums: bool,
     w_down: Tensor | None = None,
 ) -> Up:
-    """da and the sums over rows; with w_down (R, N), of rank at most RANK_LIMIT, also dh."""
+    """da; with `need_sums` z, made anew from a, and sums over rows, in parts; with w_down (R, N),
+    of rank at most RANK_LIMIT, dh.
+    """
     m, n = dy.shape
     rank = a.shape[1]
     samples = next((x.shape[0] for x in (gamma, beta) if x is not None), 1)
     da = dy.new_empty(m, rank)
+    z = dy.new_empty(m, rank) if need_sums else None
     dh = None if w_down is None else dy.new_empty(m, n)
     need = {
         "da_sum": need_sums,
@@ -325,7 +295,8 @@ def rows_backward(
         allot(tiles)
         grid = (samples * tiles, triton.cdiv(rank, block_r))
         return grid, dict(
-            dy_ptr=dy, v_ptr=v, a_ptr=a, w_down_ptr=w_down, gamma_ptr=dense(gamma), da_ptr=da,
+            dy_ptr=dy, v_ptr=v, a_ptr=a, w_down_ptr=w_down, gamma_ptr=dense(gamma),
+            beta_ptr=dense(beta) if need_sums else None, da_ptr=da, z_ptr=z,
             da_sum_ptr=partial["da_sum"], dgamma_ptr=partial["dgamma"],
             dbeta_ptr=partial["dbeta"], dh_ptr=dh, rows_per_sample=length, tiles_per_sample=tiles,
             N=n, R=rank, stride_dym=dy.stride(0), stride_dhm=n, ACT=activation_code(activation),
@@ -334,12 +305,6 @@ def rows_backward(
     if m == 0:
         allot(0)
     else:
-        launch_rows_backward(plan, dy, block_r, rows_bucket(m), n, samples, dh is None)
+        launch_rows_backward(plan, dy, block_r, rows_bucket(m), n, samples, dh is None, need_sums)
     da_sum, dgamma, dbeta = (partial[name] for name in need)
-    return Up(
-        da,
-        dh,
-        None if da_sum is None else da_sum.sum((0, 1)),
-        None if dgamma is None else dgamma.sum(1),
-        None if dbeta is None else dbeta.sum(1),
-    )
+    return Up(da, dh, z, None if da_sum is None else da_sum.flatten(0, 1)[None], dgamma, dbeta)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 from dataclasses import replace
 
@@ -269,12 +270,15 @@ class TestLauncher:
         monkeypatch.setattr(triton.testing, "do_bench", bench)
         ran = []
 
+        def prepared(choice):
+            return functools.partial(run, choice)
+
         def run(choice):
             if times[choice] is None:
                 raise triton.runtime.errors.OutOfResources(2, 1, "shared memory")
             ran.append(choice)
 
-        return triton_support.fastest(run, list(times)), ran
+        return triton_support.fastest(prepared, list(times)), ran
 
     def test_the_fastest_wins(self, monkeypatch):
         chosen, ran = self.choose(monkeypatch, {self.A: 3.0, self.B: 1.0, self.C: 2.0})

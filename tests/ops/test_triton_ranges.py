@@ -113,41 +113,6 @@ def test_around_the_edges_of_tiles(m, c, n, run, poisoned):
     check(Case((m,), c, 17), run)
 
 
-@pytest.mark.parametrize("run", HALF, ids=run_id)
-@pytest.mark.parametrize(
-    "m, c", [(1, 257), (31, 320), (32, 320), (33, 319), (65, 640), (33, 577), (9, 1280), (64, 1217)]
-)
-def test_rows_that_stay_on_chip(m, c, run, monkeypatch, poisoned):
-    """Each width that a configuration holds, full and partly filled, with all that y takes."""
-    skinny = pytest.importorskip("a3fta_kernels.ops.skinny_triton")
-    launch, listed = skinny.launch_rows_forward, skinny.rows_forward_configs
-    held = []
-
-    def configs(itemsize, block_r, capability):
-        return [x for x in listed(itemsize, block_r, capability) if x.meta["CHUNKS"]]
-
-    def candidates(*arguments):
-        held.append(type(launch).candidates(launch, *arguments))
-        return held[-1]
-
-    monkeypatch.setattr(launch, "configs", configs)
-    monkeypatch.setattr(launch, "candidates", candidates)
-    monkeypatch.setattr(launch, "_chosen", {})
-    check(Case((m,), c, 12, layout="sliced"), run)
-    check(Case((1, m), c, 64, modulation="gamma beta", biases=False, scale="tensor"), run)
-    assert all(len(x) == 1 for x in held) and len(held) == 2
-
-
-def test_other_widths_and_residuals_keep_the_two_loops():
-    """Only `adapter`, whose residual is its input, and only a width that the chip holds."""
-    skinny = pytest.importorskip("a3fta_kernels.ops.skinny_triton")
-    for itemsize, rank, capability in ((2, 64, 90), (2, 128, 90), (4, 64, 80), (2, 16, 120)):
-        found = skinny.rows_forward_configs(itemsize, rank, capability)
-        assert found[0].meta["CHUNKS"] == 0
-        held = {x.meta["CHUNKS"] for x in found} - {0}
-        assert held == ({5, 10, 20} if itemsize == 2 and rank <= 64 else set())
-
-
 @EACH
 def test_on_both_sides_of_every_choice(run, monkeypatch):
     """Path auto where the rule changes its mind, on a machine so slow that it does among few

@@ -32,6 +32,7 @@ from ..rule import (
     acc_dtype,
     autocast_dtype,
     cast,
+    cast_together,
     is_plain,
     loader,
     refuse_second_derivative,
@@ -66,6 +67,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y (M, C) and a (M, R); casts the adapter to h's dtype."""
     dtype = h.dtype
+    if scale_tensor is None and scale == 1.0:
+        w_down, w_up, b_down, b_up = cast_together((w_down, w_up, b_down, b_up), dtype)
     return backend_module(backend).forward(
         rows(h),
         w_down.to(dtype).contiguous(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..gemm_triton import concat_gemm
-from ..grad_triton import weight_grad
+from ..grad_triton import weight_grads
 from ..rule import AdapterGrads
 from ..skinny_triton import RANK_LIMIT, rows_backward, rows_forward
 
@@ -52,6 +52,4 @@ def backward(
     dh = concat_gemm(None, None, up.da, w_down, residual=dy) if need_dh and not whole else up.dh
     if not need_dw:
         return AdapterGrads(dh, None, None, None, None, None, None)
-    dw_down, _ = weight_grad(h, up.da, transposed=True)
-    g_up, dy_sum = weight_grad(dy, a, from_a=True, gamma=gamma, beta=beta, activation=activation)
-    return AdapterGrads(dh, dw_down, g_up, up.da_sum, dy_sum, up.dgamma, up.dbeta)
+    return weight_grads(dh, h, dy, up)

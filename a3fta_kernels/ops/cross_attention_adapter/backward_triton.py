@@ -54,7 +54,9 @@ from .tiles_triton import (
 )
 
 
-@triton.jit(do_not_specialize=["M"])
+# a constant H of 1 would unroll the loop over heads: of that straight line Triton 3.6 makes code
+# that is wrong on two warp groups
+@triton.jit(do_not_specialize=["M", "H"])
 def query_grad_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, dh_ptr, da_ptr, w_down_ptr, dq_ptr, stats_ptr,
     M, N, H, R, stride_qb, stride_qm, stride_kb, stride_kn,
@@ -235,7 +237,9 @@ def query_grad_configs(
         sizes = [(64, 4, 2), (32, 4, 2), (16, 4, 2)]
     elif head_dim > 128:
         sizes = [(16, 4, 1), (16, 8, 1)]
-    elif capability in (90, 100, 103) or head_dim > 96:
+    elif capability == 90:  # by one warp group: of two Triton 3.6 makes wrong code
+        sizes = [(64, 4, 2), (16, 4, 2)]
+    elif capability in (100, 103) or head_dim > 96:
         sizes = [(64, 8, 2), (16, 4, 2)]
     else:  # without wgmma a product's operands stand in registers too
         sizes = [(16, 4, 2)]
@@ -244,9 +248,12 @@ def query_grad_configs(
 
 
 def key_grad_configs(head_dim: int, itemsize: int, block_r: int, capability: int) -> list[Config]:
+    # one warp group on sm_90, as above
     if head_dim <= HEAD_BLOCK:
-        sizes = [(64, 64, 8, 1), (32, 32, 4, 1)]
-    elif head_dim <= 96 and capability in (90, 100, 103):
+        sizes = [(64, 64, 4 if capability == 90 else 8, 1), (32, 32, 4, 1)]
+    elif head_dim <= 96 and capability == 90:
+        sizes = [(32, 64, 4, 1)]
+    elif head_dim <= 96 and capability in (100, 103):
         sizes = [(64, 64, 8, 1)]
     elif 96 < head_dim <= 128:
         sizes = [(32, 32, 8, 1)]

@@ -1,0 +1,114 @@
+# mypy: allow-untyped-defs
+"""The Triton kernel that adds partial sums, of several tensors in one launch and a fixed order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_support import AotKernel, Config, Launcher, config
+
+AT_ONCE = 4  # tensors of one launch
+
+
+@triton.jit
+def sum_parts(
+    pid, x_ptr, y_ptr, samples, parts, size, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    """y (samples, size) = x (samples, parts, size) summed over parts, if this block is of x.
+
+    Returns pid as counted from the blocks after x's.
+    """
+    if x_ptr is None:
+        return pid
+    tiles = tl.cdiv(size, BLOCK_S)
+    if (pid >= 0) & (pid < samples * tiles):
+        sample = (pid // tiles).to(tl.int64)
+        offs_s = (pid % tiles) * BLOCK_S + tl.arange(0, BLOCK_S)
+        mask_s = offs_s < size
+        x_ptrs = x_ptr + sample * parts * size + offs_s[None, :]
+        acc = tl.zeros((BLOCK_P, BLOCK_S), dtype=tl.float32)
+        for p in range(0, parts, BLOCK_P):
+            offs_p = p + tl.arange(0, BLOCK_P)
+            mask = (offs_p < parts)[:, None] & mask_s[None, :]
+            acc += tl.load(x_ptrs + offs_p.to(tl.int64)[:, None] * size, mask=mask, other=0.0)
+        tl.store(y_ptr + sample * size + offs_s, tl.sum(acc, axis=0), mask=mask_s)
+    return pid - samples * tiles
+
+
+@triton.jit
+def sum_kernel(
+    x0_ptr, x1_ptr, x2_ptr, x3_ptr, y0_ptr, y1_ptr, y2_ptr, y3_ptr,
+    samples0, samples1, samples2, samples3, parts0, parts1, parts2, parts3,
+    size0, size1, size2, size3,
+    BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Each program adds BLOCK_S columns of one sample of one tensor; tensors may be None."""
+    pid = tl.program_id(0)
+    pid = sum_parts(pid, x0_ptr, y0_ptr, samples0, parts0, size0, BLOCK_P, BLOCK_S)
+    pid = sum_parts(pid, x1_ptr, y1_ptr, samples1, parts1, size1, BLOCK_P, BLOCK_S)
+    pid = sum_parts(pid, x2_ptr, y2_ptr, samples2, parts2, size2, BLOCK_P, BLOCK_S)
+    sum_parts(pid, x3_ptr, y3_ptr, samples3, parts3, size3, BLOCK_P, BLOCK_S)
+
+
+def sum_configs(itemsize: int, rank: int, capability: int) -> list[Config]:
+    return [config(4, 3, BLOCK_P=64, BLOCK_S=32)]
+
+
+launch_sum = Launcher(sum_kernel, sum_configs)
+
+AOT_KERNELS = (
+    AotKernel(
+        launch_sum,
+        pointers={f"{x}{i}_ptr": "fp32" for x in "xy" for i in range(AT_ONCE)},
+        dtypes=("fp32",),
+        ranks=(16,),
+        products=False,
+    ),
+)
+
+
+def totals(*partial: Tensor | None) -> list[Tensor | None]:
+    """Of each (samples, parts, ...) in fp32 the sum over its parts (samples, ...); None stays."""
+    found = list(partial)
+    several = []
+    for i, x in enumerate(partial):
+        if x is None:
+            continue
+        if x.shape[1] > 1 and x.numel() > 0:
+            several.append(i)
+        else:  # nothing to add: the only part, or zeros
+            found[i] = x[:, 0] if x.shape[1] == 1 else x.sum(1)
+    for first in range(0, len(several), AT_ONCE):
+        chosen = several[first : first + AT_ONCE]
+        for i, y in zip(chosen, _launch([partial[i] for i in chosen]), strict=True):
+            found[i] = y
+    return found
+
+
+def _launch(partial: list[Any]) -> list[Tensor]:
+    made = [x.new_empty(x.shape[0], *x.shape[2:]) for x in partial]
+    sizes = [y[0].numel() for y in made]
+    unused = [None] * (AT_ONCE - len(partial))
+    arguments: dict[str, Any] = {}
+    for name, values in (
+        ("x{}_ptr", [*partial, *unused]),
+        ("y{}_ptr", [*made, *unused]),
+        ("samples{}", [*(x.shape[0] for x in partial), *unused]),
+        ("parts{}", [*(x.shape[1] for x in partial), *unused]),
+        ("size{}", [*sizes, *unused]),
+    ):
+        arguments |= {name.format(i): value for i, value in enumerate(values)}
+
+    def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
+        blocks = (
+            y.shape[0] * triton.cdiv(size, meta["BLOCK_S"])
+            for y, size in zip(made, sizes, strict=True)
+        )
+        return (sum(blocks),), arguments
+
+    launch_sum(plan, partial[0], 16)
+    return made
