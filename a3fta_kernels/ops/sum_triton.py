@@ -22,21 +22,22 @@ def sum_parts(
 
     Returns pid as counted from the blocks after x's.
     """
-    if x_ptr is None:
-        return pid
-    tiles = tl.cdiv(size, BLOCK_S)
-    if (pid >= 0) & (pid < samples * tiles):
-        sample = (pid // tiles).to(tl.int64)
-        offs_s = (pid % tiles) * BLOCK_S + tl.arange(0, BLOCK_S)
-        mask_s = offs_s < size
-        x_ptrs = x_ptr + sample * parts * size + offs_s[None, :]
-        acc = tl.zeros((BLOCK_P, BLOCK_S), dtype=tl.float32)
-        for p in range(0, parts, BLOCK_P):
-            offs_p = p + tl.arange(0, BLOCK_P)
-            mask = (offs_p < parts)[:, None] & mask_s[None, :]
-            acc += tl.load(x_ptrs + offs_p.to(tl.int64)[:, None] * size, mask=mask, other=0.0)
-        tl.store(y_ptr + sample * size + offs_s, tl.sum(acc, axis=0), mask=mask_s)
-    return pid - samples * tiles
+    blocks = 0
+    if x_ptr is not None:
+        tiles = tl.cdiv(size, BLOCK_S)
+        blocks = samples * tiles
+        if (pid >= 0) & (pid < blocks):
+            sample = (pid // tiles).to(tl.int64)
+            offs_s = (pid % tiles) * BLOCK_S + tl.arange(0, BLOCK_S)
+            mask_s = offs_s < size
+            x_ptrs = x_ptr + sample * parts * size + offs_s[None, :]
+            acc = tl.zeros((BLOCK_P, BLOCK_S), dtype=tl.float32)
+            for p in range(0, parts, BLOCK_P):
+                offs_p = p + tl.arange(0, BLOCK_P)
+                mask = (offs_p < parts)[:, None] & mask_s[None, :]
+                acc += tl.load(x_ptrs + offs_p.to(tl.int64)[:, None] * size, mask=mask, other=0.0)
+            tl.store(y_ptr + sample * size + offs_s, tl.sum(acc, axis=0), mask=mask_s)
+    return pid - blocks
 
 
 @triton.jit
@@ -64,6 +65,14 @@ AOT_KERNELS = (
     AotKernel(
         launch_sum,
         pointers={f"{x}{i}_ptr": "fp32" for x in "xy" for i in range(AT_ONCE)},
+        variants={
+            "four": {},
+            "two": {
+                name: None
+                for i in (2, 3)
+                for name in (f"x{i}_ptr", f"y{i}_ptr", f"samples{i}", f"parts{i}", f"size{i}")
+            },
+        },
         dtypes=("fp32",),
         ranks=(16,),
         products=False,

@@ -47,6 +47,7 @@ from .tiles_triton import (
     outer,
     softmax,
     store_rows,
+    tall_blocks,
     text_arguments,
     times,
     variants,
@@ -54,9 +55,7 @@ from .tiles_triton import (
 )
 
 
-# a constant H of 1 would unroll the loop over heads: of that straight line Triton 3.6 makes code
-# that is wrong on two warp groups
-@triton.jit(do_not_specialize=["M", "H"])
+@triton.jit(do_not_specialize=["M"])
 def query_grad_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, dh_ptr, da_ptr, w_down_ptr, dq_ptr, stats_ptr,
     M, N, H, R, stride_qb, stride_qm, stride_kb, stride_kn,
@@ -237,29 +236,30 @@ def query_grad_configs(
         sizes = [(64, 4, 2), (32, 4, 2), (16, 4, 2)]
     elif head_dim > 128:
         sizes = [(16, 4, 1), (16, 8, 1)]
-    elif capability == 90:  # by one warp group: of two Triton 3.6 makes wrong code
-        sizes = [(64, 4, 2), (16, 4, 2)]
-    elif capability in (100, 103) or head_dim > 96:
+    elif capability in (90, 100, 103) or head_dim > 96:
         sizes = [(64, 8, 2), (16, 4, 2)]
     else:  # without wgmma a product's operands stand in registers too
         sizes = [(16, 4, 2)]
     # a mask by query is one more tile
-    return [config(w, s, BLOCK_M=m, BLOCK_R=block_r) for m, w, s in sizes if m < 64 or not by_query]
+    tall = not by_query and tall_blocks(head_dim, capability)
+    return [config(w, s, BLOCK_M=m, BLOCK_R=block_r) for m, w, s in sizes if m < 64 or tall]
 
 
 def key_grad_configs(head_dim: int, itemsize: int, block_r: int, capability: int) -> list[Config]:
-    # one warp group on sm_90, as above
     if head_dim <= HEAD_BLOCK:
-        sizes = [(64, 64, 4 if capability == 90 else 8, 1), (32, 32, 4, 1)]
-    elif head_dim <= 96 and capability == 90:
-        sizes = [(32, 64, 4, 1)]
+        sizes = [(64, 64, 8, 1), (32, 32, 4, 1)]
     elif head_dim <= 96 and capability in (100, 103):
         sizes = [(64, 64, 8, 1)]
-    elif 96 < head_dim <= 128:
+    elif 96 < head_dim <= 128 or (head_dim <= 96 and capability == 90):
         sizes = [(32, 32, 8, 1)]
     else:
         sizes = [(16, 16, 4, 1)]
-    return [config(w, s, BLOCK_M=m, BLOCK_N=n, BLOCK_R=block_r) for m, n, w, s in sizes]
+    tall = tall_blocks(head_dim, capability)
+    return [
+        config(w, s, BLOCK_M=m, BLOCK_N=n, BLOCK_R=block_r)
+        for m, n, w, s in sizes
+        if m < 64 or tall
+    ]
 
 
 @functools.cache

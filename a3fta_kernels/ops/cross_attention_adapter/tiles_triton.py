@@ -58,6 +58,15 @@ def head_meta(head_dim: int) -> dict[str, int]:
     return dict(BLOCK_D=cut.block, COUNT_D=cut.full, TAIL_D=cut.tail)
 
 
+def tall_blocks(head_dim: int, capability: int) -> bool:
+    """Whether kernels may take blocks of 64 rows.
+
+    On sm_90, where these are products by wgmma, Triton 3.6 made code of them that was now right,
+    now wrong, where a head has a tail of columns. Blocks of 32 and 16 rows were right.
+    """
+    return not (capability == 90 and head_meta(head_dim)["TAIL_D"])
+
+
 def key_meta(keys: int) -> dict[str, int]:
     """Block sizes for the keys."""
     cut = blocks(keys, KEY_BLOCK, ratio=8)

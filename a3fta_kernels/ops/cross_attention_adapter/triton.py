@@ -51,6 +51,7 @@ from .tiles_triton import (
     outer,
     softmax,
     store_rows,
+    tall_blocks,
     text_arguments,
     times,
     variants,
@@ -58,9 +59,7 @@ from .tiles_triton import (
 )
 
 
-# a constant H of 1 would unroll the loop over heads: of that straight line Triton 3.6 makes code
-# that is wrong on two warp groups
-@triton.jit(do_not_specialize=["M", "H"])
+@triton.jit(do_not_specialize=["M"])
 def attention_down_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, w_down_ptr, b_down_ptr, gamma_ptr, beta_ptr, hz_ptr, a_ptr,
     M, N, H, R, Z, stride_qb, stride_qm, stride_kb, stride_kn,
@@ -141,14 +140,13 @@ def attention_down_configs(
         sizes = [(16, 8, 1)]
     elif head_dim <= HEAD_BLOCK:
         sizes = [(64, 4, 2), (32, 4, 2), (16, 4, 2)]
-    elif capability == 90:  # 64 rows by one warp group: of two Triton 3.6 makes wrong code
-        sizes = [(64, 4, 1), (32, 8, 1), (16, 8, 1)]
-    elif capability in (100, 103):
+    elif capability in (90, 100, 103):
         sizes = [(64, 8, 2), (32, 8, 1), (16, 8, 1)]
     else:  # without wgmma a product's operands stand in registers too
         sizes = [(32, 8, 1), (16, 8, 1)]
     # a mask by query is one more tile
-    return [config(w, s, BLOCK_M=m, BLOCK_R=block_r) for m, w, s in sizes if m < 64 or not by_query]
+    tall = not by_query and tall_blocks(head_dim, capability)
+    return [config(w, s, BLOCK_M=m, BLOCK_R=block_r) for m, w, s in sizes if m < 64 or tall]
 
 
 @functools.cache
