@@ -67,7 +67,7 @@ def save_adapter(
         name: of the adapter on the model.
         layout: "a3fta", or "peft": the folder that `PeftModel.from_pretrained` reads, which has no
             fingerprint and tells nothing. `load_adapter` reads both.
-        training: settings of the training to tell, of JSON's types.
+        training: settings of the training to tell, of JSON's types; None with layout="peft".
 
     Both files are replaced atomically, weights first: an interrupted save leaves an adapter that
     loads. Other files in the folder stay.
@@ -85,6 +85,11 @@ def save_adapter(
     """
     root = denoiser(model)
     check_choice("layout", layout, LAYOUTS)
+    if layout == "peft" and training is not None:
+        raise ValueError(
+            f"training: expected None beside layout='peft', which tells nothing, got "
+            f"{describe(training)}"
+        )
     layers = holding(root, name)
     if not layers:
         check_known("name", [name], adapted(root).values())
