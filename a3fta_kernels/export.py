@@ -212,5 +212,5 @@ def _rounded(what: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> Path:
     blob = adapter_file.serialize(tensors, {"format": "pt"})
     path.parent.mkdir(parents=True, exist_ok=True)
-    adapter_file.replace(path, blob)
+    adapter_file.replace({path: blob})
     return path

@@ -8,7 +8,6 @@ latter tells the two apart: PEFT's has a `peft_type`. Tensors are named
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,9 +23,8 @@ from .adapter_file import (
     AdapterFile,
     parse_json,
     refuse,
+    replace,
     serialize,
-    sync,
-    temporary,
 )
 from .adapters import AdapterConfig
 
@@ -125,10 +123,4 @@ def write(folder: Path, tensors: Mapping[str, Tensor], config: AdapterConfig) ->
     weights = serialize({names[key]: t for key, t in tensors.items()}, {"format": "pt"})
     text = json.dumps(values, indent=2, sort_keys=True).encode() + b"\n"
     folder.mkdir(parents=True, exist_ok=True)
-    with (
-        temporary(folder / WEIGHTS_NAME, weights) as new_weights,
-        temporary(folder / CONFIG_NAME, text) as new_config,
-    ):
-        os.replace(new_weights, folder / WEIGHTS_NAME)
-        os.replace(new_config, folder / CONFIG_NAME)
-    sync(folder)
+    replace({folder / WEIGHTS_NAME: weights, folder / CONFIG_NAME: text})

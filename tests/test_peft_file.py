@@ -151,7 +151,7 @@ def test_an_unknown_layout_and_an_interrupted_save(tmp_path: Path, monkeypatch: 
         raise OSError("no space")
 
     models.randomize(model, seed=8)
-    monkeypatch.setattr("a3fta_kernels.peft_file.os.replace", fail)
+    monkeypatch.setattr("a3fta_kernels.adapter_file.os.replace", fail)
     with pytest.raises(OSError, match="no space"):
         a3fta.save_adapter(model, tmp_path, layout="peft")
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
