@@ -118,16 +118,16 @@ def banks_of(
         order = {adapter: k for k, adapter in enumerate(own)}
         # compiled code has a size of 1 for a constant
         members = (*order, *[next(iter(order))] * (len(order) == 1 < len(adapters)))
+        index = [-1 if a is None else order.get(a, -1) for a in adapters]
         # a tensor made in inference mode could not serve a forward outside it
         with torch.inference_mode(False), torch.no_grad():
             made = stacked(members)
             if dtype is not None:
                 made = Stacked(*(None if t is None else t.to(dtype) for t in made))  # type: ignore[arg-type]
-        wide = torch.float64 if made.w_down.dtype == torch.float64 else torch.float32
-        device = made.w_down.device
-        scale = torch.tensor([a.scale for a in members], dtype=wide, device=device)
-        index = [-1 if a is None else order.get(a, -1) for a in adapters]
-        places = torch.tensor(index, dtype=torch.int32, device=device)
+            device = made.w_down.device
+            wide = torch.float64 if made.w_down.dtype == torch.float64 else torch.float32
+            scale = torch.tensor([a.scale for a in members], dtype=wide, device=device)
+            places = torch.tensor(index, dtype=torch.int32, device=device)
         found.append(Bank(members, made, scale, places, activation, batch).sized_freely())
     return tuple(found)
 

@@ -238,7 +238,9 @@ class AdaptedProjectionMixin(_Linear):
             like = adapters[name].w_down
             device = "cpu" if like.device.type == "meta" else like.device
             wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-            factor = torch.full((), weight, dtype=wide, device=device)
+            # a tensor made in inference mode could not serve a backward
+            with torch.inference_mode(False):
+                factor = torch.full((), weight, dtype=wide, device=device)
             self.acting.append(Acting(name, adapters[name], weight, factor))
         self.frozen = None
 

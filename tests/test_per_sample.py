@@ -205,6 +205,16 @@ def test_gradients_reach_the_adapters_that_were_named():
     assert {"a.w_down", "a.b_up", "c.s"} <= seen
 
 
+def test_a_block_that_begins_in_inference_mode_serves_a_backward():
+    model = served("unet2d")
+    with torch.inference_mode(), a3fta.adapters_per_sample(model, ["a", "c"]):
+        banks = [bank for layer in a3fta.projections(model).values() for bank in layer.banks or ()]
+    for bank in banks:
+        kept = (*bank.stacked, bank.scale, bank.index)
+        assert not any(t.is_inference() for t in kept if t is not None)
+    assert banks
+
+
 def test_a_backward_that_computes_again_belongs_inside():
     """The lean levels have the gradients of the stock model inside; outside, level block, whose
     backward runs adapters again, refuses, and recompute, which runs none, has them too."""
