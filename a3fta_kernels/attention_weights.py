@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .forwards import inside
 from .ops.validate import FLOATS
 from .tree import plain_name, projections, records
 from .whereabouts import check_in_memory
@@ -65,9 +66,7 @@ def _is_fused(module: nn.Module) -> bool:
 
 def _linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
-        base = child
-        while isinstance(base._modules.get("base_layer"), nn.Module):
-            base = base._modules["base_layer"]  # type: ignore[assignment]
+        base = inside(child)
         if isinstance(base, nn.Linear):
             yield f"{prefix}{name}", base
         elif name != "processor":

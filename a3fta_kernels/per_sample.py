@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from .adapters import BottleneckAdapter
 from .attention_weights import owned
 from .bank import Bank, Batch, banks_of, check_batch
 from .checks import describe
+from .forwards import arguments
 from .ops.rule import autocast_dtype
 from .ops.validate import FLOATS
 from .projection import AdaptedProjectionMixin
@@ -79,12 +79,12 @@ class _Note:
     rows of the batch."""
 
     def __init__(self, root: nn.Module, batch: Batch, named: int) -> None:
-        self.first = next(iter(inspect.signature(root.forward).parameters))
+        self.first = next(iter(arguments(root).values()))
         self.batch = batch
         self.named = named
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        samples: Any = args[0] if args else kwargs.get(self.first)
+        samples = self.first.given(args, kwargs)
         if samples is None:  # a wrapper's forward(*args, **kwargs): latents, or the text
             wide = (x for x in kwargs.values() if isinstance(x, Tensor) and x.dim() > 2)
             samples = next(wide, None)

@@ -13,12 +13,12 @@ from . import attention_weights, placements, processors
 from .adapters import DESIGNS, AdapterConfig, BottleneckAdapter
 from .backends import BACKENDS, resolve
 from .checks import check_choice, describe
-from .forwards import check_forward
+from .forwards import check_forward, inside
 from .ops.rule import acc_dtype
 from .processors import Family
 from .projection import AdaptedProjectionMixin, Columns, span, why_not_adaptable
 from .timesteps import check_timed
-from .tree import check_one_batch, check_unmerged, inside, plain_name, projections
+from .tree import check_one_batch, check_unmerged, plain_name, projections
 from .whereabouts import check_in_memory, check_whole
 
 # the way out where a model's structure does not tell

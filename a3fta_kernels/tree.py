@@ -68,13 +68,6 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
-def inside(layer: nn.Module) -> nn.Module:
-    """The layer inside PEFT's wrappers."""
-    while isinstance(getattr(layer, "base_layer", None), nn.Module):
-        layer = layer.base_layer  # type: ignore[assignment]
-    return layer
-
-
 def adapted(model: Any) -> dict[str, AdaptedProjectionMixin]:
     """`projections`, or ValueError where there are none."""
     found = projections(model)

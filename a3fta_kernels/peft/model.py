@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from ..backends import resolve
+from ..forwards import inside
 from ..planning import new_adapter
 from ..processors import family_of
 from ..projection import AdaptedProjectionMixin, Columns
 from ..timesteps import check_timed, follow, unfollow
-from ..tree import inside, plain_name
+from ..tree import plain_name
 from ..whereabouts import check_whole
 from .config import A3FTAConfig
 from .layer import A3FTALinear
@@ -68,7 +69,7 @@ class A3FTAModel(BaseTuner):
         known = isinstance(target, A3FTALinear)
         layer = target if known else A3FTALinear(target, self.columns.get(key))
         layer.backend = peft_config.backend
-        own, linear = peft_config.to_adapter_config(), cast(nn.Linear, inside(target))
+        own, linear = peft_config.to_adapter_config(), inside(target)
         adapter = new_adapter(own, linear, layer.columns, own.rank_for(key))
         layer.update_layer(adapter_name, adapter, peft_config.inference_mode)
         if not known:
