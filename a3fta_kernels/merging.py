@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters.bottleneck import Tensors
+from .ops.rule import acc_dtype
 from .placements import split
 from .projection import AdaptedProjectionMixin, Merged, span
 from .stack import Weighted
@@ -90,7 +91,7 @@ def _merge(layer: AdaptedProjectionMixin) -> None:
 def folded(stock: Merged, columns: tuple[int, int], active: Sequence[Weighted]) -> Merged:
     """The weight and bias with the adapters on these columns in them, as `merge` says."""
     weight, bias = stock
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    wide = acc_dtype(weight.dtype)
     w = weight.narrow(1, *columns).to(wide)
     change = torch.zeros_like(w)
     shift = None

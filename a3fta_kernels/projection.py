@@ -27,7 +27,7 @@ from .forwards import check_forward, has_hooks, rebind_forward
 from .ops.adapter_linear import api as adapter_linear_api
 from .ops.adapter_linear import contract as adapter_linear_contract
 from .ops.cross_attention_adapter import api as cross_attention_api
-from .ops.rule import autocast_dtype
+from .ops.rule import acc_dtype, autocast_dtype
 from .stack import Stack, Weighted, delta, for_samples, stacks
 from .whereabouts import unreadable_weight
 
@@ -237,10 +237,9 @@ class AdaptedProjectionMixin(_Linear):
         for name, weight in weights.items():
             like = adapters[name].w_down
             device = "cpu" if like.device.type == "meta" else like.device
-            wide = torch.float64 if like.dtype == torch.float64 else torch.float32
             # a tensor made in inference mode could not serve a backward
             with torch.inference_mode(False):
-                factor = torch.full((), weight, dtype=wide, device=device)
+                factor = torch.full((), weight, dtype=acc_dtype(like.dtype), device=device)
             self.acting.append(Acting(name, adapters[name], weight, factor))
         self.frozen = None
 

@@ -56,7 +56,7 @@ def _stack(group: list[Weighted], activation: str, norm: bool, h: Tensor | None)
     # of several, and compiled, the weights go into w_up: an op takes one number, and as a constant
     b_down = b_up = gamma = beta = None
     if any(t.b_down is not None for t in tensors):
-        b_down = _cat([_or_zeros(t.b_down, t.w_down[:, 0]) for t in tensors])
+        b_down = _cat([t.biases()[0] for t in tensors])
         pairs = zip(tensors, factors, strict=True)
         shifts = [t.b_up * factor for t, factor in pairs if t.b_up is not None]
         b_up = functools.reduce(torch.add, shifts) if shifts else None
@@ -106,7 +106,3 @@ def delta(h: Tensor, stack: Stack) -> Tensor:
     if beta is not None:
         z = z + beta
     return stack.scale * nn.functional.linear(z, stack.w_up.to(dtype), b_up)
-
-
-def _or_zeros(x: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if x is None else x
