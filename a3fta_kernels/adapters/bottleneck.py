@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,10 @@ class BottleneckAdapter(nn.Module):
     """
 
     timed = False  # whether it depends on the timestep
+    # parameters that grow with the rank: along which axis, in how many parts one after the other
+    rank_axes: ClassVar[dict[str, tuple[int, int]]] = {
+        "w_down": (0, 1), "b_down": (0, 1), "w_up": (1, 1),
+    }  # fmt: skip
 
     def __init__(
         self,
