@@ -61,12 +61,18 @@ def _stack(group: list[Weighted], activation: str, norm: bool, h: Tensor | None)
         shifts = [t.b_up * factor for t, factor in pairs if t.b_up is not None]
         b_up = functools.reduce(torch.add, shifts) if shifts else None
     if h is not None:
-        ranks = [a.rank for a, _ in group]
-        gamma = _cat_samples([t.gamma for t in tensors], ranks, h)
-        beta = _cat_samples([t.beta for t in tensors], ranks, h)
+        gamma, beta = _modulation(tensors, h)
     w_down = _cat([t.w_down for t in tensors])
     w_up = _cat([t.w_up * factor for t, factor in zip(tensors, factors, strict=True)], dim=1)
     return Stack(w_down, w_up, b_down, b_up, 1.0, activation, gamma, beta, norm)
+
+
+def _modulation(tensors: list[Tensors], h: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    ranks = [t.w_down.shape[0] for t in tensors]
+    return (
+        _cat_samples([t.gamma for t in tensors], ranks, h),
+        _cat_samples([t.beta for t in tensors], ranks, h),
+    )
 
 
 def _cat_samples(parts: list[Tensor | None], ranks: list[int], h: Tensor) -> Tensor | None:
@@ -82,8 +88,8 @@ def for_samples(stack: Stack, active: list[Weighted], h: Tensor) -> Stack:
     """A stack that `freeze` kept, with what depends on the timestep."""
     if not any(adapter.timed for adapter, _ in active):
         return stack
-    fresh = stacks(active, h)[0]
-    return stack._replace(gamma=fresh.gamma, beta=fresh.beta)
+    gamma, beta = _modulation([adapter(h) for adapter, _ in active], h)
+    return stack._replace(gamma=gamma, beta=beta)
 
 
 def _cat(parts: list[Tensor], dim: int = 0) -> Tensor:
