@@ -81,9 +81,7 @@ def write(
 ) -> None:
     """Replaces the adapter in `folder`, which is made where it is missing.
 
-    Both files are complete on disk under temporary names before the first rename, weights first:
-    whenever this is interrupted, an adapter that `read` accepts is in place. On an error the
-    temporary files go and the error is raised.
+    Weights first: whenever this is interrupted, an adapter that `read` accepts is in place.
     """
     tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     metadata = {
@@ -105,14 +103,9 @@ def write(
         "weights": {"file": WEIGHTS_NAME, "sha256": hashlib.sha256(weights).hexdigest()},
     }
     twin["sha256"] = _twin_digest(twin)
+    text = json.dumps(twin, indent=2).encode() + b"\n"
     folder.mkdir(parents=True, exist_ok=True)
-    with (
-        temporary(folder / WEIGHTS_NAME, weights) as new_weights,
-        temporary(folder / CONFIG_NAME, json.dumps(twin, indent=2).encode() + b"\n") as new_twin,
-    ):
-        os.replace(new_weights, folder / WEIGHTS_NAME)
-        os.replace(new_twin, folder / CONFIG_NAME)
-    sync(folder)
+    replace({folder / WEIGHTS_NAME: weights, folder / CONFIG_NAME: text})
 
 
 def read(folder: Path) -> AdapterFile:
@@ -311,8 +304,22 @@ def _twin_digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(_dump(values).encode()).hexdigest()
 
 
+def replace(files: Mapping[Path, bytes]) -> None:
+    """Each file as a whole, or as it was; durable when this returns.
+
+    All are complete on disk under temporary names before the first rename, which go in this order.
+    On an error the temporary files go and the error is raised.
+    """
+    with contextlib.ExitStack() as stack:
+        made = {path: stack.enter_context(_temporary(path, data)) for path, data in files.items()}
+        for path, new in made.items():
+            os.replace(new, path)
+    for folder in {path.parent for path in files}:
+        sync(folder)
+
+
 @contextlib.contextmanager
-def temporary(target: Path, data: bytes) -> Iterator[Path]:
+def _temporary(target: Path, data: bytes) -> Iterator[Path]:
     """`data` on disk beside `target`; what the body did not rename is removed."""
     path = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
@@ -323,13 +330,6 @@ def temporary(target: Path, data: bytes) -> Iterator[Path]:
         yield path
     finally:
         path.unlink(missing_ok=True)
-
-
-def replace(target: Path, data: bytes) -> None:
-    """The file as a whole, or as it was; durable when this returns."""
-    with temporary(target, data) as new:
-        os.replace(new, target)
-    sync(target.parent)
 
 
 def sync(path: Path) -> None:

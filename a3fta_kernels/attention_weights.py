@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ops.validate import FLOATS
-from .tree import plain_name, projections, records
-from .whereabouts import check_in_memory
+from .forwards import inside
+from .tree import RECORD, plain_name, projections, records
+from .whereabouts import check_in_memory, unreadable_weight
 
 _KEY = "attention"  # in a record: adapter name -> Trained
 
@@ -65,9 +65,7 @@ def _is_fused(module: nn.Module) -> bool:
 
 def _linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
-        base = child
-        while isinstance(base._modules.get("base_layer"), nn.Module):
-            base = base._modules["base_layer"]  # type: ignore[assignment]
+        base = inside(child)
         if isinstance(base, nn.Linear):
             yield f"{prefix}{name}", base
         elif name != "processor":
@@ -76,12 +74,8 @@ def _linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modu
 
 def _why_not(linear: nn.Module) -> str | None:
     for parameter in linear.parameters(recurse=False):
-        if type(parameter) is not nn.Parameter:
-            return f"it holds a {type(parameter).__name__}"
-        if parameter.dtype not in FLOATS:
-            return f"it is stored as {parameter.dtype}"
-        if parameter.device.type == "meta":
-            return "it is on the meta device"
+        if (reason := unreadable_weight(parameter)) is not None:
+            return reason
         if parameter.is_inference():
             return "it was made in inference mode"
     return None
@@ -125,11 +119,12 @@ def check_apart(root: nn.Module, action: str) -> None:
                 )
 
 
-def check_switchable(root: nn.Module, action: str, name: str | None = None) -> None:
-    """ValueError where attention that trains, with that adapter or any, cannot be exchanged."""
+def check_switchable(root: nn.Module, action: str, name: str | None = None) -> bool:
+    """Whether attention trains, with that adapter or any; ValueError where it does and cannot be
+    exchanged."""
     found = [(holder, own) for holder, owner, own in owned(root) if name in (None, owner)]
     if not found:
-        return
+        return False
     check_in_memory(root, action)
     check_apart(root, action)
     for holder, own in found:
@@ -145,6 +140,7 @@ def check_switchable(root: nn.Module, action: str, name: str | None = None) -> N
                     f"{_prefix(root, holder)}{key} as a {type(memory).__name__} of shape "
                     f"{tuple(memory.shape)} on {memory.device} (sharded or offloaded?)"
                 )
+    return True
 
 
 def begin(record: dict[str, Any], name: str, parameters: dict[str, nn.Parameter]) -> None:
@@ -180,17 +176,18 @@ def trained_values(root: nn.Module, name: str) -> dict[str, Tensor]:
     for holder, owner, own in owned(root):
         if owner == name:
             here: dict[str, Any] = own.away or parameters(holder, own)
-            found |= {_prefix(root, holder) + key: value for key, value in here.items()}
+            prefix = _prefix(root, holder)
+            found |= {prefix + key: value for key, value in here.items()}
     return found
 
 
 def stock_values(root: nn.Module) -> dict[str, Tensor]:
     """What everything that trains was at the injection."""
-    return {
-        _prefix(root, holder) + key: value
-        for holder, _, own in owned(root)
-        for key, value in own.stock.items()
-    }
+    found: dict[str, Tensor] = {}
+    for holder, _, own in owned(root):
+        prefix = _prefix(root, holder)
+        found |= {prefix + key: value for key, value in own.stock.items()}
+    return found
 
 
 def sync(root: nn.Module) -> None:
@@ -243,9 +240,7 @@ def end(root: nn.Module, name: str | None) -> None:
                 parameter.copy_(own.stock[key])
                 parameter.requires_grad_(False)
                 parameter.grad = None
-        for record_holder, record in records(root):
-            if record_holder is holder:
-                del record[_KEY][owner]
+        del holder.__dict__[RECORD][_KEY][owner]
 
 
 def _prefix(root: nn.Module, holder: nn.Module) -> str:

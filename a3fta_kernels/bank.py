@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from torch import Tensor
 from . import ops
 from .adapters import BottleneckAdapter
 from .adapters.bottleneck import Tensors
+from .ops.rule import acc_dtype
 
 
 @dataclass
@@ -28,21 +28,12 @@ class Batch:
     samples: int | None = None  # None: the layers run on their own
 
 
-class Stacked(NamedTuple):
-    """w_down (K, R, C), w_up (K, C, R), b_down (K, R), b_up (K, C)."""
-
-    w_down: Tensor
-    w_up: Tensor
-    b_down: Tensor | None
-    b_up: Tensor | None
-
-
 @dataclass(frozen=True, eq=False)
 class Bank:
     """Adapters of one activation, and which of them each named sample has."""
 
     adapters: tuple[BottleneckAdapter, ...]
-    stacked: Stacked  # a copy, in the dtype of the layer
+    stacked: Tensors  # a copy, in the dtype of the layer
     scale: Tensor  # (K,)
     index: Tensor  # (B,) int32; -1: none of these
     activation: str
@@ -54,10 +45,10 @@ class Bank:
             p.requires_grad for adapter in self.adapters for p in adapter.parameters()
         )
         # gradients go to the adapters themselves
-        w_down, w_up, b_down, b_up = stacked(self.adapters) if trains else self.stacked
+        made = stacked(self.adapters) if trains else self.stacked
         return ops.adapter_bank(
-            h, w_down, w_up, self.places(len(h)), b_down, b_up, scale=self.scale,
-            activation=self.activation, backend=backend,
+            h, made.w_down, made.w_up, self.places(len(h)), made.b_down, made.b_up,
+            scale=self.scale, activation=self.activation, backend=backend,
         )  # fmt: skip
 
     def places(self, rows: int) -> Tensor:
@@ -84,8 +75,7 @@ class Bank:
         dynamo = sys.modules.get("torch._dynamo")
         if dynamo is None:  # nothing is compiled; its import takes a second
             return self
-        w_down, w_up, b_down, b_up = self.stacked
-        for tensor, dims in ((w_down, (0, 1)), (w_up, (0, 2)), (b_down, (0, 1)), (b_up, (0,))):
+        for tensor, dims in zip(self.stacked, ((0, 1), (0, 2), (0, 1), (0,)), strict=False):
             if tensor is not None:
                 dynamo.maybe_mark_dynamic(tensor, dims)
         dynamo.maybe_mark_dynamic(self.scale, 0)
@@ -94,9 +84,8 @@ class Bank:
     def moved(self, fn: Callable[[Tensor], Tensor]) -> Bank:
         """With what a module's `to`, `cuda` or `half` does to its tensors."""
         index = fn(self.index)
-        made = Stacked(*(None if t is None else fn(t) for t in self.stacked))  # type: ignore[arg-type]
         scale = self.scale.to(index.device)
-        return replace(self, stacked=made, scale=scale, index=index).sized_freely()
+        return replace(self, stacked=self.stacked.each(fn), scale=scale, index=index).sized_freely()
 
 
 def check_batch(samples: int, named: int) -> None:
@@ -118,40 +107,30 @@ def banks_of(
         order = {adapter: k for k, adapter in enumerate(own)}
         # compiled code has a size of 1 for a constant
         members = (*order, *[next(iter(order))] * (len(order) == 1 < len(adapters)))
+        index = [-1 if a is None else order.get(a, -1) for a in adapters]
         # a tensor made in inference mode could not serve a forward outside it
         with torch.inference_mode(False), torch.no_grad():
             made = stacked(members)
             if dtype is not None:
-                made = Stacked(*(None if t is None else t.to(dtype) for t in made))  # type: ignore[arg-type]
-        wide = torch.float64 if made.w_down.dtype == torch.float64 else torch.float32
-        device = made.w_down.device
-        scale = torch.tensor([a.scale for a in members], dtype=wide, device=device)
-        index = [-1 if a is None else order.get(a, -1) for a in adapters]
-        places = torch.tensor(index, dtype=torch.int32, device=device)
+                made = made.each(lambda t: t.to(dtype))
+            device = made.w_down.device
+            wide = acc_dtype(made.w_down.dtype)
+            scale = torch.tensor([a.scale for a in members], dtype=wide, device=device)
+            places = torch.tensor(index, dtype=torch.int32, device=device)
         found.append(Bank(members, made, scale, places, activation, batch).sized_freely())
     return tuple(found)
 
 
-def stacked(adapters: tuple[BottleneckAdapter, ...]) -> Stacked:
-    """The adapters' tensors side by side, padded with zeros to the largest rank."""
+def stacked(adapters: tuple[BottleneckAdapter, ...]) -> Tensors:
+    """The adapters' tensors side by side, padded with zeros to the largest rank: w_down (K, R, C),
+    w_up (K, C, R), b_down (K, R), b_up (K, C)."""
     own: list[Tensors] = [adapter() for adapter in adapters]
     rank = max(len(t.w_down) for t in own)
-    w_down = _side_by_side([F.pad(t.w_down, (0, 0, 0, rank - len(t.w_down))) for t in own])
-    w_up = _side_by_side([F.pad(t.w_up, (0, rank - t.w_up.shape[1])) for t in own])
+    w_down = torch.stack([F.pad(t.w_down, (0, 0, 0, rank - len(t.w_down))) for t in own])
+    w_up = torch.stack([F.pad(t.w_up, (0, rank - t.w_up.shape[1])) for t in own])
     b_down = b_up = None
     if any(t.b_down is not None for t in own):
-        biases = [_or_zeros(t.b_down, t.w_down[:, 0]) for t in own]
-        b_down = _side_by_side([F.pad(b, (0, rank - len(b))) for b in biases])
-        b_up = _side_by_side([_or_zeros(t.b_up, t.w_up[:, 0]) for t in own])
-    return Stacked(w_down, w_up, b_down, b_up)
-
-
-def _side_by_side(parts: list[Tensor]) -> Tensor:
-    dtype = parts[0].dtype
-    for part in parts[1:]:
-        dtype = torch.promote_types(dtype, part.dtype)
-    return torch.stack([part.to(dtype) for part in parts])
-
-
-def _or_zeros(x: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if x is None else x
+        downs, ups = zip(*(t.biases() for t in own), strict=True)
+        b_down = torch.stack([F.pad(b, (0, rank - len(b))) for b in downs])
+        b_up = torch.stack(ups)
+    return Tensors(w_down, w_up, b_down, b_up)

@@ -14,7 +14,7 @@ from . import adapter_file
 from .adapters.config import DTYPES
 from .checks import check_choice, describe
 from .projection import AdaptedProjectionMixin, span
-from .tree import adapted, check_known, check_unmerged, denoiser
+from .tree import adapted, check_kinds, check_known, check_unmerged, denoiser
 from .whereabouts import check_in_memory
 
 # layout: its file's name; "diffusers": the one that load_lora_weights looks for first
@@ -113,31 +113,15 @@ def _adapter(layer: AdaptedProjectionMixin, name: str) -> Any:
 def _check(key: str, layer: AdaptedProjectionMixin, name: str) -> None:
     """Raises where the adapter on this layer cannot be written as a LoRA."""
     adapter = _adapter(layer, name)
-    if adapter.activation != "identity":
-        raise ValueError(
-            f"name: expected a linear adapter to write as a LoRA (activation='identity'), got "
-            f"{name!r} with activation={adapter.activation!r} at {key}"
-        )
     if adapter.config.train != "adapter":
         raise ValueError(
             f"name: expected an adapter alone to write as a LoRA, got {name!r} with attention that "
             f"was trained beside it; save_adapter stores both"
         )
-    if adapter.config.placement != "pre":
-        raise ValueError(
-            f"name: expected an adapter in front of the projection to write as a LoRA, got "
-            f"{name!r} with placement={adapter.config.placement!r} at {key}"
-        )
-    if adapter.config.layer_norm:
-        raise ValueError(
-            f"name: expected a linear adapter to write as a LoRA, got {name!r} with "
-            f"layer_norm=True at {key}"
-        )
-    if adapter.timed:
-        raise ValueError(
-            f"name: expected an adapter that is the same at all timesteps to write as a LoRA, got "
-            f"{name!r} (design={adapter.config.design!r}) at {key}"
-        )
+    check_kinds(
+        "name", "write as a LoRA", key, name, adapter, "linear", "in front", "timeless",
+        "of h itself",
+    )  # fmt: skip
     for parameter, tensor in adapter.named_parameters():
         if tensor.device.type == "meta":
             raise ValueError(
@@ -212,5 +196,5 @@ def _rounded(what: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> Path:
     blob = adapter_file.serialize(tensors, {"format": "pt"})
     path.parent.mkdir(parents=True, exist_ok=True)
-    adapter_file.replace(path, blob)
+    adapter_file.replace({path: blob})
     return path

@@ -19,7 +19,7 @@ from .adapter_file import AdapterFile, refuse
 from .attention_weights import stock_values
 from .checks import describe
 from .processors import family_of
-from .whereabouts import why_absent
+from .whereabouts import unreadable_weight, why_absent
 
 logger = logging.getLogger("a3fta_kernels")
 
@@ -29,7 +29,6 @@ _SAMPLES_PER_LAYER = 16
 # one copy of the weights may have been through either
 _RELATIVE = 1.25 * 2.0**-8
 _ABSOLUTE = 2.0**-24
-_SAMPLED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def samples(root: nn.Module, layers: Mapping[str, nn.Linear]) -> dict[str, list[float | None]]:
@@ -47,9 +46,7 @@ def _base_weights(root: nn.Module, layers: Mapping[str, nn.Linear]) -> dict[str,
 
 
 def _readable(weight: Tensor) -> bool:
-    """Whether the weight is at hand, in a plain floating dtype."""
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype in _SAMPLED_DTYPES
-    return plain and why_absent(weight) is None
+    return unreadable_weight(weight) is None and why_absent(weight) is None
 
 
 def _sampled(weight: Tensor) -> list[float | None]:

@@ -1,9 +1,11 @@
-"""Forwards that are not the class's alone: hooks, and a class changed in place under them."""
+"""What a layer's forward is: hooks, a class changed in place under them, layers around it; and the
+arguments that a hook before it reads."""
 
 from __future__ import annotations
 
+import inspect
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -14,6 +16,31 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether the module carries hooks, or a forward of its own."""
     state = module.__dict__
     return "forward" in state or any(state[name] for name in _HOOKS)
+
+
+def inside(layer: Any) -> Any:
+    """The layer inside PEFT's wrappers."""
+    while isinstance(getattr(layer, "base_layer", None), nn.Module):
+        layer = layer.base_layer
+    return layer
+
+
+class Argument(NamedTuple):
+    """An argument of a module's forward."""
+
+    name: str
+    place: int
+
+    def given(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Its value in a call; None where it has none."""
+        place = args[self.place] if len(args) > self.place else None
+        return kwargs.get(self.name, place)
+
+
+def arguments(module: nn.Module) -> dict[str, Argument]:
+    """Those of the forward, by name, in their order."""
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return {name: Argument(name, place) for place, name in enumerate(names)}
 
 
 def check_forward(module: nn.Module) -> None:

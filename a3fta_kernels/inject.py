@@ -178,10 +178,7 @@ def eject(model: Any, name: str | None = None) -> None:
 def _apply(root: nn.Module, plan: Plan) -> None:
     # a parameter made in inference mode could not be trained
     with torch.inference_mode(False):
-        fresh = {
-            name: plan.adapter(name, adapter_device(linear))
-            for name, linear in plan.targets.items()
-        }
+        fresh = {name: plan.adapter(name) for name in plan.targets}
     if RECORD not in root.__dict__:
         root.__dict__[RECORD] = {"trained": _freeze(root), "processors": {}}
     record = root.__dict__[RECORD]

@@ -9,10 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from .adapters.bottleneck import Tensors
+from .ops.rule import acc_dtype
 from .placements import split
 from .projection import AdaptedProjectionMixin, Merged, span
 from .stack import Weighted
-from .tree import adapted, check_one_batch, check_unmerged, denoiser, plain_name
+from .tree import (
+    adapted,
+    check_kinds,
+    check_one_batch,
+    check_unmerged,
+    denoiser,
+    plain_name,
+)
 from .whereabouts import check_in_memory
 
 
@@ -67,33 +75,10 @@ def _check(name: str, layer: AdaptedProjectionMixin) -> None:
 
 def check_linear(layer: str, name: str, adapter: Any) -> None:
     """Raises ValueError where the adapter cannot be folded into a weight."""
-    if adapter.activation != "identity":
-        raise ValueError(
-            f"model: expected linear adapters to merge (activation='identity'), got adapter "
-            f"{name!r} with activation={adapter.activation!r} at {layer}"
-        )
-    if adapter.config.placement == "parallel":
-        raise ValueError(
-            f"model: expected adapters that read what the projection reads or gives to merge, got "
-            f"adapter {name!r} with placement='parallel' at {layer}"
-        )
-    if adapter.timed:
-        raise ValueError(
-            f"model: expected adapters that are the same at all timesteps to merge, got adapter "
-            f"{name!r} (design={adapter.config.design!r}) at {layer}"
-        )
-    if adapter.config.layer_norm:
-        raise ValueError(
-            f"model: expected linear adapters to merge, got adapter {name!r} with layer_norm=True "
-            f"at {layer}"
-        )
-    drops = {"dropout": adapter.dropout, "drop_path": adapter.config.drop_path}
-    for field, rate in drops.items() if adapter.training else ():
-        if rate:
-            raise ValueError(
-                f"model: expected adapters without dropout to merge, or model.eval(), got adapter "
-                f"{name!r} with {field}={rate} at {layer}"
-            )
+    check_kinds(
+        "model", "merge", layer, name, adapter, "linear", "not beside", "timeless", "of h itself",
+        "whole",
+    )  # fmt: skip
 
 
 def _merge(layer: AdaptedProjectionMixin) -> None:
@@ -106,7 +91,7 @@ def _merge(layer: AdaptedProjectionMixin) -> None:
 def folded(stock: Merged, columns: tuple[int, int], active: Sequence[Weighted]) -> Merged:
     """The weight and bias with the adapters on these columns in them, as `merge` says."""
     weight, bias = stock
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    wide = acc_dtype(weight.dtype)
     w = weight.narrow(1, *columns).to(wide)
     change = torch.zeros_like(w)
     shift = None

@@ -7,9 +7,7 @@ latter tells the two apart: PEFT's has a `peft_type`. Tensors are named
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,19 +23,21 @@ from .adapter_file import (
     AdapterFile,
     parse_json,
     refuse,
+    replace,
     serialize,
-    sync,
-    temporary,
 )
 from .adapters import AdapterConfig
 
 NAME = "A3FTA"  # in PEFT's table of types
 ADAPTERS = "a3fta_adapters"  # what PEFT's layer calls its adapters
+# settings that are called and written alike in `AdapterConfig` and in PEFT's config
+SAME = (
+    "rank", "activation", "scale", "design", "dropout", "layer_norm", "drop_path", "time_window",
+    "time_rank",
+)  # fmt: skip
 
 _PREFIX = "base_model.model."
-_SAME = {f.name for f in dataclasses.fields(AdapterConfig)} - {
-    "bias", "placement", "rank_pattern", "targets",
-}  # fmt: skip
+_STORED = {*SAME, "dtype"}
 # what PEFT notes in every config; `rank_pattern` is seen in the tensors
 _OTHERS = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version",
@@ -92,10 +92,12 @@ def read(folder: Path) -> AdapterFile:
 
 
 def _config(path: Path, values: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
-    unknown = {k for k, v in values.items() if k not in _SAME | _OTHERS and v not in (None, {}, [])}
+    unknown = {
+        k for k, v in values.items() if k not in _STORED | _OTHERS and v not in (None, {}, [])
+    }
     if unknown:
         refuse(path, f"settings of a {NAME} adapter", ", ".join(sorted(unknown)))
-    config = {name: values[name] for name in _SAME if name in values}
+    config = {name: values[name] for name in _STORED if name in values}
     if "use_bias" in values:
         config["bias"] = values["use_bias"]
     rank = config.get("rank", AdapterConfig.rank)
@@ -110,22 +112,15 @@ def write(folder: Path, tensors: Mapping[str, Tensor], config: AdapterConfig) ->
     tensors = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
     parts = {key: key.rpartition(".")[::2] for key in tensors}
     ranks = {parts[key][0]: len(t) for key, t in tensors.items() if parts[key][1] == "w_down"}
-    values = config.to_dict()
-    values |= {
+    values = {
+        **{name: value for name, value in config.to_dict().items() if name in _STORED},
         "peft_type": NAME,
-        "use_bias": values.pop("bias"),
+        "use_bias": config.bias,
         "target_modules": list(ranks),
         "rank_pattern": {re.escape(k): rank for k, rank in ranks.items() if rank != config.rank},
     }
-    del values["placement"], values["targets"]
     names = {key: f"{_PREFIX}{layer}.{ADAPTERS}.{own}" for key, (layer, own) in parts.items()}
     weights = serialize({names[key]: t for key, t in tensors.items()}, {"format": "pt"})
     text = json.dumps(values, indent=2, sort_keys=True).encode() + b"\n"
     folder.mkdir(parents=True, exist_ok=True)
-    with (
-        temporary(folder / WEIGHTS_NAME, weights) as new_weights,
-        temporary(folder / CONFIG_NAME, text) as new_config,
-    ):
-        os.replace(new_weights, folder / WEIGHTS_NAME)
-        os.replace(new_config, folder / CONFIG_NAME)
-    sync(folder)
+    replace({folder / WEIGHTS_NAME: weights, folder / CONFIG_NAME: text})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,10 +12,19 @@ from .adapters import BottleneckAdapter
 from .attention_weights import owned
 from .bank import Bank, Batch, banks_of, check_batch
 from .checks import describe
+from .forwards import arguments
 from .ops.rule import autocast_dtype
 from .ops.validate import FLOATS
 from .projection import AdaptedProjectionMixin
-from .tree import adapted, check_known, check_one_batch, check_unmerged, denoiser, projections
+from .tree import (
+    adapted,
+    check_kinds,
+    check_known,
+    check_one_batch,
+    check_unmerged,
+    denoiser,
+    projections,
+)
 
 
 @contextlib.contextmanager
@@ -79,12 +87,12 @@ class _Note:
     rows of the batch."""
 
     def __init__(self, root: nn.Module, batch: Batch, named: int) -> None:
-        self.first = next(iter(inspect.signature(root.forward).parameters))
+        self.first = next(iter(arguments(root).values()))
         self.batch = batch
         self.named = named
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        samples: Any = args[0] if args else kwargs.get(self.first)
+        samples = self.first.given(args, kwargs)
         if samples is None:  # a wrapper's forward(*args, **kwargs): latents, or the text
             wide = (x for x in kwargs.values() if isinstance(x, Tensor) and x.dim() > 2)
             samples = next(wide, None)
@@ -125,27 +133,11 @@ def _banks(
     found: dict[str, Any] = dict(layer.adapters.items())
     own: list[BottleneckAdapter | None] = [found.get(n) if n is not None else None for n in names]
     for adapter_name, adapter in zip(names, own, strict=True):
-        reason = None if adapter is None else _why_not(adapter)
-        if reason is not None:
-            raise ValueError(f"names: expected {reason}, got {adapter_name!r} at {name}")
+        if adapter_name is not None and adapter is not None:
+            check_kinds(
+                "names", "choose by sample", name, adapter_name, adapter, "timeless", "in front",
+                "of h itself", "whole",
+            )  # fmt: skip
     # quantized weights and those cast for storage say nothing of what the layer computes in
     dtype = autocast_dtype(layer.weight) if layer.weight.dtype in FLOATS else None
     return banks_of(own, dtype, batch)
-
-
-def _why_not(adapter: BottleneckAdapter) -> str | None:
-    """What the adapter would have to be for the op to compute it; None where it is."""
-    config = adapter.config
-    if adapter.timed:
-        timed = ["design"] if type(adapter).timed else []
-        timed += [f for f in ("time_window", "time_rank") if getattr(config, f) is not None]
-        given = ", ".join(f"{f}={getattr(config, f)!r}" for f in timed)
-        return f"adapters that are the same at all timesteps ({given})"
-    if config.placement != "pre":
-        return f"adapters in front of the projection (placement={config.placement!r})"
-    if config.layer_norm:
-        return "adapters that read h as it is (layer_norm=True)"
-    if adapter.training and (adapter.dropout or config.drop_path):
-        drops = f"dropout={adapter.dropout}, drop_path={config.drop_path}"
-        return f"adapters without dropout, or model.eval() ({drops})"
-    return None

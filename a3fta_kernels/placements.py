@@ -16,13 +16,13 @@ the block, and so in one that a checkpoint runs again.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from . import ops
+from .forwards import Argument, arguments, inside
 from .stack import Stack, Weighted, delta, stacks
 
 # what attention layers call their tokens of the second kind (text), and the layers that read
@@ -35,49 +35,39 @@ _SECOND_QUERIES = {"to_add_out": "add_q_proj", "to_out_t": "to_q_t"}
 class Input(NamedTuple):
     """What a parallel adapter reads: an argument of its attention layer, and its channels."""
 
-    argument: str
+    argument: Argument
     channels: int
 
 
 def input_of(attention: nn.Module, attribute: str) -> Input | None:
     """The input of an attention layer that belongs to its projection `attribute`; None: unknown."""
-    names = list(inspect.signature(type(attention).forward).parameters)[1:]
     second = _SECOND_QUERIES.get(attribute)
-    argument = _second(names) if second else names[0] if names else None
+    ending = _SECOND if second else ""
+    argument = next((x for x in arguments(attention).values() if x.name.endswith(ending)), None)
     for name in (second,) if second else _QUERIES:
-        query = getattr(attention, name, None)
-        while isinstance(getattr(query, "base_layer", None), nn.Module):
-            query = query.base_layer  # type: ignore[union-attr]
+        query = inside(getattr(attention, name, None))
         if argument is not None and isinstance(query, nn.Linear):
             return Input(argument, query.in_features)
     return None
 
 
-def _second(names: Sequence[str]) -> str | None:
-    return next((name for name in names if name.endswith(_SECOND)), None)
-
-
 class _Hand:
     """A hook before an attention layer: hands its input to the projection behind it."""
 
-    def __init__(self, attention: nn.Module, layer: Any, argument: str) -> None:
+    def __init__(self, layer: Any, argument: Argument) -> None:
         self.layer = layer
         self.argument = argument
-        self.place = list(inspect.signature(type(attention).forward).parameters).index(argument) - 1
 
     def __call__(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if any(adapter.config.placement == "parallel" for adapter, _ in self.layer.active()):
-            given = kwargs.get(self.argument)
-            if given is None and len(args) > self.place:
-                given = args[self.place]
-            self.layer.source = given
+            self.layer.source = self.argument.given(args, kwargs)
 
 
-def follow_input(attention: nn.Module, layer: Any, argument: str) -> None:
+def follow_input(attention: nn.Module, layer: Any, argument: Argument) -> None:
     """From now on the layer gets what the attention layer in front of it is given."""
     hooks = attention._forward_pre_hooks.values()
     if not any(isinstance(hook, _Hand) and hook.layer is layer for hook in hooks):
-        attention.register_forward_pre_hook(_Hand(attention, layer, argument), with_kwargs=True)
+        attention.register_forward_pre_hook(_Hand(layer, argument), with_kwargs=True)
 
 
 def unfollow_inputs(root: nn.Module) -> None:

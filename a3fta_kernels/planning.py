@@ -13,11 +13,12 @@ from . import attention_weights, placements, processors
 from .adapters import DESIGNS, AdapterConfig, BottleneckAdapter
 from .backends import BACKENDS, resolve
 from .checks import check_choice, describe
-from .forwards import check_forward
+from .forwards import check_forward, inside
+from .ops.rule import acc_dtype
 from .processors import Family
 from .projection import AdaptedProjectionMixin, Columns, span, why_not_adaptable
 from .timesteps import check_timed
-from .tree import check_one_batch, check_unmerged, inside, plain_name, projections
+from .tree import check_one_batch, check_unmerged, plain_name, projections
 from .whereabouts import check_in_memory, check_whole
 
 # the way out where a model's structure does not tell
@@ -45,22 +46,28 @@ class Plan:
     # of the targets of parallel adapters: the attention layer, and what of it they read
     inputs: dict[str, tuple[nn.Module, placements.Input]]
 
-    def adapter(self, target: str, device: torch.device | str) -> BottleneckAdapter:
-        """A new adapter for one of the targets."""
-        linear = self.targets[target]
-        channels, outputs = span(linear, self.columns[target])[1], None
-        if self.config.placement != "pre":
-            channels = outputs = linear.out_features
-        if self.config.placement == "parallel":
-            channels = self.inputs[target][1].channels
-        return DESIGNS[self.config.design](
-            channels,
-            self.ranks[target],
-            self.config,
-            outputs=outputs,
-            device=device,
-            dtype=adapter_dtype(linear, self.config),
-        )
+    def adapter(self, target: str, device: str | None = None) -> BottleneckAdapter:
+        """A new adapter for one of the targets, as `new_adapter`."""
+        given = self.inputs.get(target)
+        return new_adapter(
+            self.config, self.targets[target], self.columns[target], self.ranks[target],
+            None if given is None else given[1].channels, device,
+        )  # fmt: skip
+
+
+def new_adapter(
+    config: AdapterConfig, linear: nn.Linear, columns: Columns, rank: int,
+    reads: int | None = None, device: str | None = None,
+) -> BottleneckAdapter:  # fmt: skip
+    """An adapter for this layer, by default where it computes; `reads`: the channels of what a
+    parallel one reads."""
+    channels, outputs = span(linear, columns)[1], None
+    if config.placement != "pre":
+        channels, outputs = reads or linear.out_features, linear.out_features
+    return DESIGNS[config.design](
+        channels, rank, config, outputs=outputs, device=device or adapter_device(linear),
+        dtype=config.dtype or acc_dtype(linear.weight.dtype),
+    )  # fmt: skip
 
 
 def plan_injection(root: nn.Module, config: AdapterConfig | None, name: str, backend: str) -> Plan:
@@ -231,12 +238,6 @@ def adapter_device(linear: nn.Linear) -> torch.device:
         return linear.weight.device
     hook = getattr(linear, "_hf_hook", None)
     return torch.device(getattr(hook, "execution_device", None) or "cpu")
-
-
-def adapter_dtype(linear: nn.Linear, config: AdapterConfig) -> torch.dtype:
-    if config.dtype is not None:
-        return config.dtype
-    return torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
 
 
 def _compute_dtype(linear: nn.Linear) -> torch.dtype:

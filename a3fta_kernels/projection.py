@@ -27,7 +27,7 @@ from .forwards import check_forward, has_hooks, rebind_forward
 from .ops.adapter_linear import api as adapter_linear_api
 from .ops.adapter_linear import contract as adapter_linear_contract
 from .ops.cross_attention_adapter import api as cross_attention_api
-from .ops.rule import autocast_dtype
+from .ops.rule import acc_dtype, autocast_dtype
 from .stack import Stack, Weighted, delta, for_samples, stacks
 from .whereabouts import unreadable_weight
 
@@ -118,7 +118,7 @@ class AdaptedProjectionMixin(_Linear):
             return _add(super().forward(h), residual)
         found = stacks(active, h)
         first, *others = found
-        reason = self.unfused_reason()
+        reason = self.unfused_reason(active)
         if reason is None and not others and not first.norm:
             return ops.adapter_linear(
                 h, first.w_down, first.w_up, self.weight, self.bias, first.b_down, first.b_up,
@@ -204,7 +204,7 @@ class AdaptedProjectionMixin(_Linear):
         active: list[Weighted],
     ) -> str | None:  # fmt: skip
         """Why `attend` cannot compute attention with this layer now; None where it can."""
-        reason = self.unfused_reason()
+        reason = self.unfused_reason(active)
         if reason is None and self.columns is not None:
             reason = "the layer reads more than attention"
         if reason is None and len({adapter.activation for adapter, _ in active}) > 1:
@@ -237,8 +237,9 @@ class AdaptedProjectionMixin(_Linear):
         for name, weight in weights.items():
             like = adapters[name].w_down
             device = "cpu" if like.device.type == "meta" else like.device
-            wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-            factor = torch.full((), weight, dtype=wide, device=device)
+            # a tensor made in inference mode could not serve a backward
+            with torch.inference_mode(False):
+                factor = torch.full((), weight, dtype=acc_dtype(like.dtype), device=device)
             self.acting.append(Acting(name, adapters[name], weight, factor))
         self.frozen = None
 
@@ -254,15 +255,16 @@ class AdaptedProjectionMixin(_Linear):
             return [(x.adapter, x.factor) for x in self.acting]
         return [(x.adapter, x.weight) for x in self.acting]
 
-    def unfused_reason(self) -> str | None:
-        """Why the fused op cannot be this layer now; None where it can."""
+    def unfused_reason(self, active: Sequence[Weighted] | None = None) -> str | None:
+        """Why the fused op cannot be this layer now, with these adapters; None where it can."""
+        active = self.active() if active is None else active
         reason = self.unreadable_reason()
         trains = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if reason is None and torch.is_grad_enabled() and trains:
             return "the layer itself trains"
-        if reason is None and any(adapter.config.layer_norm for adapter, _ in self.active()):
+        if reason is None and any(adapter.config.layer_norm for adapter, _ in active):
             return "its adapter reads attention normalised"
-        return reason or placements.why_apart(self.active())
+        return reason or placements.why_apart(active)
 
     def unreadable_reason(self) -> str | None:
         """Why this layer's weight is no plain tensor at hand; None where it is."""

@@ -56,17 +56,23 @@ def _stack(group: list[Weighted], activation: str, norm: bool, h: Tensor | None)
     # of several, and compiled, the weights go into w_up: an op takes one number, and as a constant
     b_down = b_up = gamma = beta = None
     if any(t.b_down is not None for t in tensors):
-        b_down = _cat([_or_zeros(t.b_down, t.w_down[:, 0]) for t in tensors])
+        b_down = _cat([t.biases()[0] for t in tensors])
         pairs = zip(tensors, factors, strict=True)
         shifts = [t.b_up * factor for t, factor in pairs if t.b_up is not None]
         b_up = functools.reduce(torch.add, shifts) if shifts else None
     if h is not None:
-        ranks = [a.rank for a, _ in group]
-        gamma = _cat_samples([t.gamma for t in tensors], ranks, h)
-        beta = _cat_samples([t.beta for t in tensors], ranks, h)
+        gamma, beta = _modulation(tensors, h)
     w_down = _cat([t.w_down for t in tensors])
     w_up = _cat([t.w_up * factor for t, factor in zip(tensors, factors, strict=True)], dim=1)
     return Stack(w_down, w_up, b_down, b_up, 1.0, activation, gamma, beta, norm)
+
+
+def _modulation(tensors: list[Tensors], h: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    ranks = [t.w_down.shape[0] for t in tensors]
+    return (
+        _cat_samples([t.gamma for t in tensors], ranks, h),
+        _cat_samples([t.beta for t in tensors], ranks, h),
+    )
 
 
 def _cat_samples(parts: list[Tensor | None], ranks: list[int], h: Tensor) -> Tensor | None:
@@ -82,8 +88,8 @@ def for_samples(stack: Stack, active: list[Weighted], h: Tensor) -> Stack:
     """A stack that `freeze` kept, with what depends on the timestep."""
     if not any(adapter.timed for adapter, _ in active):
         return stack
-    fresh = stacks(active, h)[0]
-    return stack._replace(gamma=fresh.gamma, beta=fresh.beta)
+    gamma, beta = _modulation([adapter(h) for adapter, _ in active], h)
+    return stack._replace(gamma=gamma, beta=beta)
 
 
 def _cat(parts: list[Tensor], dim: int = 0) -> Tensor:
@@ -106,7 +112,3 @@ def delta(h: Tensor, stack: Stack) -> Tensor:
     if beta is not None:
         z = z + beta
     return stack.scale * nn.functional.linear(z, stack.w_up.to(dtype), b_up)
-
-
-def _or_zeros(x: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if x is None else x

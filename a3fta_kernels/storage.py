@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import adapter_file, hub, peft_file
 from .adapter_file import AdapterFile, AdapterFileError, refuse
-from .adapters import AdapterConfig, BottleneckAdapter
+from .adapters import DESIGNS, AdapterConfig, BottleneckAdapter
 from .attention_weights import check_apart, trained_values
 from .backends import BACKENDS
 from .checks import check_choice, describe
@@ -40,8 +40,6 @@ from .whereabouts import check_in_memory, fill, is_sharded, stock_type, whole, w
 __all__ = ["AdapterFileError", "load_adapter", "save_adapter"]
 
 LAYOUTS = ("a3fta", "peft")
-# where an adapter's tensors have their rank
-_RANK_AXES = {"w_down": 0, "b_down": 0, "w_up": 1, "w_time": 0}
 
 
 def save_adapter(
@@ -67,7 +65,7 @@ def save_adapter(
         name: of the adapter on the model.
         layout: "a3fta", or "peft": the folder that `PeftModel.from_pretrained` reads, which has no
             fingerprint and tells nothing. `load_adapter` reads both.
-        training: settings of the training to tell, of JSON's types.
+        training: settings of the training to tell, of JSON's types; None with layout="peft".
 
     Both files are replaced atomically, weights first: an interrupted save leaves an adapter that
     loads. Other files in the folder stay.
@@ -85,6 +83,11 @@ def save_adapter(
     """
     root = denoiser(model)
     check_choice("layout", layout, LAYOUTS)
+    if layout == "peft" and training is not None:
+        raise ValueError(
+            f"training: expected None beside layout='peft', which tells nothing, got "
+            f"{describe(training)}"
+        )
     layers = holding(root, name)
     if not layers:
         check_known("name", [name], adapted(root).values())
@@ -196,7 +199,8 @@ def load_adapter(
     else:
         targets, states = _planned(file, root, config, name, backend)
     check_samples(file, root, targets, allow_other_base)
-    values = _converted(file, states, pad_rank and bool(existing), config.time_rank)
+    axes = DESIGNS[config.design].rank_axes if pad_rank and existing else {}
+    values = _converted(file, states, axes, config.time_rank)
 
     if not existing:
         inject(root, config, name, backend=backend)
@@ -359,9 +363,13 @@ def _presence(shapes: Mapping[str, Any], key: str) -> str:
 
 
 def _converted(
-    file: AdapterFile, states: dict[str, dict[str, Tensor]], pad_rank: bool, time_rank: int | None
-) -> dict[str, Tensor]:
-    """The file's tensors in the parameters' dtypes; names, shapes and range are checked."""
+    file: AdapterFile, states: dict[str, dict[str, Tensor]], axes: Mapping[str, tuple[int, int]],
+    time_rank: int | None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The file's tensors in the parameters' dtypes; names, shapes and range are checked.
+
+    axes: `rank_axes` of those that may be of smaller rank.
+    """
     wanted = {f"{key}.{p}": tensor for key, state in states.items() for p, tensor in state.items()}
     tensors = {}
     for key in sorted({*wanted, *file.tensors}):
@@ -369,8 +377,9 @@ def _converted(
             found = "it" if key in file.tensors else "none"
             refuse(file.path, f"{'a' if key in wanted else 'no'} tensor {key}", found)
         tensors[key] = file.tensors[key]
-        if pad_rank:
-            tensors[key] = _padded(key, tensors[key], wanted[key])
+        leaf = key.rpartition(".")[2]
+        if leaf in axes:
+            tensors[key] = _padded(tensors[key], wanted[key], *axes[leaf])
         stays = time_rank is not None and tensors[key] is not file.tensors[key]
         if stays or tensors[key].shape != wanted[key].shape:
             why = f", as with {time_rank=} the rank decides what acts at a timestep"
@@ -388,16 +397,13 @@ def _converted(
     return values
 
 
-def _padded(key: str, tensor: Tensor, wanted: Tensor) -> Tensor:
-    """With zeros up to the wanted rank, where its own is smaller."""
-    leaf = key.rpartition(".")[2]
-    axis = _RANK_AXES.get(leaf)
-    if axis is None or tensor.dim() != wanted.dim():
+def _padded(tensor: Tensor, wanted: Tensor, axis: int, count: int) -> Tensor:
+    """With zeros up to the wanted rank, where its own is smaller, in each of `count` parts."""
+    if tensor.dim() != wanted.dim():
         return tensor
-    halves = 2 if leaf == "w_time" else 1  # film's, for gamma and for beta
-    missing = (wanted.shape[axis] - tensor.shape[axis]) // halves
-    if missing <= 0 or tensor.shape[axis] % halves:
+    missing = (wanted.shape[axis] - tensor.shape[axis]) // count
+    if missing <= 0 or tensor.shape[axis] % count:
         return tensor
     zeros = tensor.new_zeros([*tensor.shape[:axis], missing, *tensor.shape[axis + 1 :]])
-    parts = [x for half in tensor.chunk(halves, axis) for x in (half, zeros)]
+    parts = [x for part in tensor.chunk(count, axis) for x in (part, zeros)]
     return torch.cat(parts, dim=axis)

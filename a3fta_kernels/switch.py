@@ -12,6 +12,7 @@ from torch import nn
 
 from . import attention_weights
 from .checks import describe
+from .projection import AdaptedProjectionMixin
 from .tree import (
     adapted,
     adapter_names,
@@ -44,7 +45,7 @@ def set_adapters(
     factors = _weights(weights, len(chosen))
     check_unmerged(layers, "choose adapters")
     check_one_batch(layers, "choose adapters")
-    _check_switchable(model)
+    _check_switchable(denoiser(model))
     for layer in layers.values():
         pairs = zip(chosen, factors, strict=True)
         layer.choose({n: w for n, w in pairs if n in layer.adapters})
@@ -64,17 +65,20 @@ def disable_adapters(model: Any) -> None:
 def _enable(model: Any, value: bool) -> None:
     layers = adapted(model)
     check_unmerged(layers, "switch them on or off")
-    _check_switchable(model)
-    for layer in layers.values():
+    _switch(denoiser(model), dict.fromkeys(layers.values(), value))
+
+
+def _switch(root: nn.Module, enabled: Mapping[AdaptedProjectionMixin, bool]) -> None:
+    _check_switchable(root)
+    for layer, value in enabled.items():
         layer.enabled = value
-    attention_weights.sync(denoiser(model))
+    attention_weights.sync(root)
 
 
-def _check_switchable(model: Any) -> None:
+def _check_switchable(root: nn.Module) -> None:
     """Raises ValueError where attention that trains cannot be exchanged for the stock weights."""
-    root, action = denoiser(model), "switch attention that trains"
-    attention_weights.check_switchable(root, action)
-    if any(attention_weights.owned(root)):
+    action = "switch attention that trains"
+    if attention_weights.check_switchable(root, action):
         check_unstreamed(root, action)
 
 
@@ -92,17 +96,14 @@ def disabled(model: Any) -> Iterator[None]:
     """
     layers = adapted(model)
     check_unmerged(layers, "switch them off")
-    before = {name: layer.enabled for name, layer in layers.items()}
-    disable_adapters(model)
+    root, before = denoiser(model), {layer: layer.enabled for layer in layers.values()}
+    _switch(root, dict.fromkeys(before, False))
     try:
         yield
     finally:
-        _check_switchable(model)
         # one that was ejected meanwhile is a stock layer again
-        for name, layer in projections(model).items():
-            if name in before:
-                layer.enabled = before[name]
-        attention_weights.sync(denoiser(model))
+        left = {x: on for x, on in before.items() if isinstance(x, AdaptedProjectionMixin)}
+        _switch(root, left)
 
 
 def trainable_parameters(model: Any) -> Iterator[nn.Parameter]:

@@ -8,7 +8,6 @@ levels do (`lean.rebuild`). A checkpoint around the whole model runs the hooks a
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,22 +16,23 @@ from torch import Tensor, nn
 
 from .adapters import BottleneckAdapter
 from .adapters.timestep import Moment, at, begin, end, moment_of, now
+from .forwards import Argument, arguments
 
 # what denoisers call the argument
 _NAMES = ("timestep", "timesteps", "t")
 _CHECKPOINT = "_gradient_checkpointing_func"
 
 
-def check_timed(model: nn.Module) -> tuple[str, int]:
-    """Name and place of the forward's timestep; ValueError where it has none."""
-    parameters = list(inspect.signature(type(model).forward).parameters)[1:]
-    name = next((name for name in _NAMES if name in parameters), None)
-    if name is None:
+def check_timed(model: nn.Module) -> Argument:
+    """The forward's timestep; ValueError where it has none."""
+    parameters = arguments(model)
+    found = next((parameters[name] for name in _NAMES if name in parameters), None)
+    if found is None:
         raise ValueError(
             f"model: expected a denoiser, whose forward has a timestep, for time-aware adapters; "
             f"got a {type(model).__name__}, whose forward has {', '.join(parameters)}"
         )
-    return name, parameters.index(name)
+    return found
 
 
 def follow(model: nn.Module, clock: Callable[[Tensor, nn.Module], Tensor]) -> None:
@@ -62,7 +62,7 @@ class _Begin:
     """The hook before a forward."""
 
     def __init__(self, model: nn.Module, clock: Callable[[Tensor, nn.Module], Tensor]) -> None:
-        self.name, self.place = check_timed(model)
+        self.timestep = check_timed(model)
         self.clock = clock
         # looked for once: a walk through a large model takes a millisecond
         self.checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
@@ -72,9 +72,7 @@ class _Begin:
             for function, module in self._functions():
                 if not isinstance(function, _Carrying):
                     setattr(module, _CHECKPOINT, _Carrying(function))
-        given = kwargs.get(self.name)
-        if given is None and len(args) > self.place:
-            given = args[self.place]
+        given = self.timestep.given(args, kwargs)
         if given is None:
             begin(None, self)
             return

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
+from .adapters import DESIGNS
 from .checks import describe
 from .projection import AdaptedProjectionMixin
 
@@ -15,6 +16,26 @@ _ENGINES = ("DeepSpeedEngine",)  # wrappers by name, of libraries that are not i
 # what `inject` notes on the model it was given: plain names and stock objects, so that a deep
 # copy of the model has a record of its own
 RECORD = "_a3fta"
+
+# what some uses ask of an adapter: the words, and its settings
+_KINDS: dict[str, tuple[str, dict[str, Collection[Any]]]] = {
+    "linear": ("linear adapters to {} (activation='identity')", {"activation": ["identity"]}),
+    "in front": ("adapters in front of the projection to {}", {"placement": ["pre"]}),
+    "not beside": (
+        "adapters in front of the projection, or behind it, to {}", {"placement": ["pre", "post"]}
+    ),
+    "timeless": (
+        "adapters that are the same at all timesteps to {}",
+        {
+            "design": [name for name, design in DESIGNS.items() if not design.timed],
+            "time_window": [None], "time_rank": [None],
+        },
+    ),
+    "of h itself": ("adapters that read h as it is to {}", {"layer_norm": [False]}),
+    "whole": (
+        "adapters without dropout to {}, or model.eval()", {"dropout": [0], "drop_path": [0]}
+    ),
+}  # fmt: skip
 
 
 def denoiser(model: Any) -> nn.Module:
@@ -68,13 +89,6 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
-def inside(layer: nn.Module) -> nn.Module:
-    """The layer inside PEFT's wrappers."""
-    while isinstance(getattr(layer, "base_layer", None), nn.Module):
-        layer = layer.base_layer  # type: ignore[assignment]
-    return layer
-
-
 def adapted(model: Any) -> dict[str, AdaptedProjectionMixin]:
     """`projections`, or ValueError where there are none."""
     found = projections(model)
@@ -121,6 +135,21 @@ def check_one_batch(layers: dict[str, AdaptedProjectionMixin], action: str) -> N
             f"model: expected no block of adapters_per_sample around a call to {action}; leave it "
             f"first"
         )
+
+
+def check_kinds(
+    argument: str, action: str, layer: str, name: str, adapter: Any, *kinds: str
+) -> None:
+    """Raises ValueError where the adapter of that name on this layer is not all of these kinds."""
+    for kind in kinds:
+        words, allowed = _KINDS[kind]
+        values = {f: vars(adapter).get(f, getattr(adapter.config, f)) for f in allowed}
+        given = [f"{f}={value!r}" for f, value in values.items() if value not in allowed[f]]
+        if given and (adapter.training or kind != "whole"):
+            raise ValueError(
+                f"{argument}: expected {words.format(action)}, got adapter {name!r} with "
+                f"{', '.join(given)} at {layer}"
+            )
 
 
 def records(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Any]]]:

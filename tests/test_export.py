@@ -330,7 +330,7 @@ def enlarged(model):
             lambda m: a3fta.inject(m, a3fta.AdapterConfig(rank=2, targets="mid_block"), "curved"),
             {"name": "curved"},
             ValueError,
-            "name: expected a linear adapter .*got 'curved' with activation='gelu' at mid_block",
+            "name: expected linear adapters .*'curved' with activation='gelu' at mid_block",
         ),
         (set_bias("b_down"), {}, ValueError, f"b_down of up to 0.25 at {MID}; .*bias=False"),
         (set_bias("b_up"), {}, ValueError, f"got 'default' with b_up of up to 0.25 at {MID}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ OPTIONS: list[dict[str, Any]] = [
 
 def by_peft(name: str, folder: Path) -> Any:
     """The model with the folder's adapter by PEFT, on the reference backend."""
-    model = peft.PeftModel.from_pretrained(models.build(name), str(folder))
+    with warnings.catch_warnings():  # of keys that its config does not know
+        warnings.filterwarnings("error", "Unexpected keyword")
+        model = peft.PeftModel.from_pretrained(models.build(name), str(folder))
     for module in model.modules():
         if hasattr(module, "a3fta_adapters"):
             module.backend = "reference"
@@ -138,6 +141,9 @@ def test_an_unknown_layout_and_an_interrupted_save(tmp_path: Path, monkeypatch: 
     model = adapted()
     with pytest.raises(ValueError, match=r"layout: .*a3fta.*peft"):
         a3fta.save_adapter(model, tmp_path, layout="lora")
+    with pytest.raises(ValueError, match="training: expected None beside layout='peft'"):
+        a3fta.save_adapter(model, tmp_path, layout="peft", training={"steps": 1})
+    assert not list(tmp_path.iterdir())
     a3fta.save_adapter(model, tmp_path, layout="peft")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
@@ -145,7 +151,7 @@ def test_an_unknown_layout_and_an_interrupted_save(tmp_path: Path, monkeypatch: 
         raise OSError("no space")
 
     models.randomize(model, seed=8)
-    monkeypatch.setattr("a3fta_kernels.peft_file.os.replace", fail)
+    monkeypatch.setattr("a3fta_kernels.adapter_file.os.replace", fail)
     with pytest.raises(OSError, match="no space"):
         a3fta.save_adapter(model, tmp_path, layout="peft")
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

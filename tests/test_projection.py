@@ -331,6 +331,16 @@ def test_a_new_weight_does_not_compile_anew():
     assert counter.frame_count <= 2
 
 
+def test_a_weight_chosen_in_inference_mode_serves_a_backward():
+    torch._dynamo.reset()
+    layer = adapt(linear(dtype=torch.float32), "reference")
+    add(layer, "a", dtype=torch.float32)
+    with torch.inference_mode():
+        layer.choose({"a": 0.5})
+    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.randn(2, 5, 16))
+    assert all(g.any() for g in torch.autograd.grad(y.square().sum(), layer.adapters.parameters()))
+
+
 def test_compiled_dropout():
     torch._dynamo.reset()
     layer = adapt(linear(dtype=torch.float32), "reference").train()

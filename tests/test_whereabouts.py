@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 import a3fta_kernels as a3fta
 from a3fta_kernels import whereabouts
+from a3fta_kernels.peft import A3FTAConfig
 
 from . import models
 
@@ -74,6 +76,14 @@ def test_a_layer_that_is_sharded_alone_says_why_it_is_not_fused(one_process):
     assert "FSDP" in layer.unfused_reason()
     with pytest.raises(ValueError, match="undo what changed the class"):
         a3fta.eject(model)
+
+
+def test_peft_adds_no_adapter_to_shards(one_process):
+    model = fully_shard(models.build("unet2d"))
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match=r"expected whole weights, got a DTensor in .*to_out"):
+        peft.inject_adapter_in_model(A3FTAConfig(rank=2), model)
+    assert list(model.state_dict()) == before
 
 
 def partition(parameter: nn.Parameter) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,23 @@ class Tensors(NamedTuple):
     b_up: Tensor | None
     gamma: Tensor | None = None  # (B, R): z is act(a) * (1 + gamma) + beta
     beta: Tensor | None = None
+
+    def times(self, factor: Tensor) -> Tensors:
+        """With a factor (1,) or (C,) on the adapter's output."""
+        b_up = None if self.b_up is None else self.b_up * factor
+        return self._replace(w_up=self.w_up * factor[:, None], b_up=b_up)
+
+    def biases(self) -> tuple[Tensor, Tensor]:
+        """b_down and b_up, zeros where there are none."""
+        b_down, b_up = self.b_down, self.b_up
+        return (
+            self.w_down.new_zeros(len(self.w_down)) if b_down is None else b_down,
+            self.w_up.new_zeros(len(self.w_up)) if b_up is None else b_up,
+        )
+
+    def each(self, fn: Callable[[Tensor], Tensor]) -> Tensors:
+        """What `fn` makes of them."""
+        return Tensors(*(None if t is None else fn(t) for t in self))  # type: ignore[arg-type]
 
 
 class BottleneckAdapter(nn.Module):
@@ -41,6 +58,10 @@ class BottleneckAdapter(nn.Module):
     """
 
     timed = False  # whether it depends on the timestep
+    # parameters that grow with the rank: along which axis, in how many parts one after the other
+    rank_axes: ClassVar[dict[str, tuple[int, int]]] = {
+        "w_down": (0, 1), "b_down": (0, 1), "w_up": (1, 1),
+    }  # fmt: skip
 
     def __init__(
         self,

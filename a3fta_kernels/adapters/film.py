@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class FilmAdapter(BottleneckAdapter):
     """
 
     timed = True
+    rank_axes: ClassVar = {**BottleneckAdapter.rank_axes, "w_time": (0, 2)}  # gamma's, beta's
 
     def extend(self, options: dict[str, Any]) -> None:
         self.w_time = nn.Parameter(torch.zeros(2 * self.rank, WIDTH, **options))

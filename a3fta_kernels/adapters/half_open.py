@@ -27,7 +27,4 @@ class HalfOpenAdapter(BottleneckAdapter):
         self.gate = nn.Parameter(torch.zeros(1, **options))
 
     def forward(self, h: Tensor | None = None) -> Tensors:
-        g = self.gate.sigmoid()
-        own = super().forward(h)
-        b_up = None if own.b_up is None else own.b_up * g
-        return own._replace(w_up=own.w_up * g, b_up=b_up)
+        return super().forward(h).times(self.gate.sigmoid())

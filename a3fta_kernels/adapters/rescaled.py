@@ -25,6 +25,4 @@ class RescaledAdapter(BottleneckAdapter):
         self.s = nn.Parameter(torch.ones(1, **options))
 
     def forward(self, h: Tensor | None = None) -> Tensors:
-        own = super().forward(h)
-        b_up = None if own.b_up is None else own.b_up * self.s
-        return own._replace(w_up=own.w_up * self.s, b_up=b_up)
+        return super().forward(h).times(self.s)

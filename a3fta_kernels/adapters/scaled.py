@@ -25,6 +25,4 @@ class ScaledAdapter(BottleneckAdapter):
         self.s = nn.Parameter(torch.ones(len(self.w_up), **options))
 
     def forward(self, h: Tensor | None = None) -> Tensors:
-        own = super().forward(h)
-        b_up = None if own.b_up is None else own.b_up * self.s
-        return own._replace(w_up=own.w_up * self.s[:, None], b_up=b_up)
+        return super().forward(h).times(self.s)

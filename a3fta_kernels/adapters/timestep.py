@@ -21,19 +21,20 @@ _LONGEST = 10_000  # longest wavelength over 2 pi, as in the denoisers' own embe
 
 
 class Moment(NamedTuple):
-    """t (n,) on a scale of 0 to 1000, and its embedding (n, WIDTH); n is 1, or one per sample.
-
-    whose: which model's forward it is of. outer: of the forward around that one.
-    """
+    """t (n,) on a scale of 0 to 1000, and its embedding (n, WIDTH); n is 1, or one per sample."""
 
     t: Tensor
     embedding: Tensor
-    whose: Any = None
-    outer: Moment | None = None
+
+
+class _Forward(NamedTuple):
+    moment: Moment | None
+    whose: Any = None  # which model's
+    outer: _Forward | None = None  # the one around it
 
 
 class _Cell:
-    moment: Moment | None = None
+    forward: _Forward | None = None
 
 
 class _Thread(threading.local):
@@ -47,33 +48,34 @@ _thread = _Thread()
 
 def now() -> Moment | None:
     """The timestep of the forward that this thread runs; None outside of one."""
-    return _thread.cell.moment
+    forward = _thread.cell.forward
+    return None if forward is None else forward.moment
 
 
 def begin(moment: Moment | None, whose: Any = None) -> None:
     """A forward begins with this timestep, None where it has none."""
-    outer = now()
+    outer = _thread.cell.forward
     # an earlier one of the same model is no forward around this: it was cut off
     while outer is not None and outer.whose is whose:
         outer = outer.outer
-    _thread.cell.moment = None if moment is None else moment._replace(whose=whose, outer=outer)
+    _thread.cell.forward = _Forward(moment, whose, outer)
 
 
 def end() -> None:
     """The forward ends that began last."""
-    moment = now()
-    _thread.cell.moment = None if moment is None else moment.outer
+    forward = _thread.cell.forward
+    _thread.cell.forward = None if forward is None else forward.outer
 
 
 @contextlib.contextmanager
 def at(moment: Moment | None) -> Iterator[None]:
     """Inside, the timestep is this one: for what a backward computes again."""
-    before = now()
-    _thread.cell.moment = moment
+    before = _thread.cell.forward
+    _thread.cell.forward = _Forward(moment)
     try:
         yield
     finally:
-        _thread.cell.moment = before
+        _thread.cell.forward = before
 
 
 def moment_of(t: Tensor) -> Moment:

@@ -14,15 +14,9 @@ from ..adapters import AdapterConfig
 from ..adapters.config import DTYPES, check_regex
 from ..backends import BACKENDS
 from ..checks import check_choice, describe
-from ..peft_file import NAME
+from ..peft_file import NAME, SAME
 from ..planning import plan_injection
 from ..tree import denoiser
-
-# fields of `AdapterConfig` that are the same here
-SAME = (
-    "rank", "activation", "scale", "design", "dropout", "layer_norm", "drop_path", "time_window",
-    "time_rank",
-)  # fmt: skip
 
 
 @dataclass

@@ -141,10 +141,7 @@ class A3FTALinear(AdaptedProjectionMixin, _Around, BaseTunerLayer):
         if new is None:
             return
         names, written = new
-        kept = self.merged or copied(self.base_layer)
-        with torch.no_grad():
-            put(self.base_layer, written)
-        self._merged = kept, written
+        self._put(written)
         self.merged_adapters = names
 
     def mergeable(
@@ -177,15 +174,25 @@ class A3FTALinear(AdaptedProjectionMixin, _Around, BaseTunerLayer):
         if self._merged is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        kept, written = self._merged
-        now = copied(self.base_layer)
-        bias = kept.bias
-        if bias is not None and now.bias is not None and written.bias is not None:
-            bias = bias + (now.bias - written.bias)
-        with torch.no_grad():
-            put(self.base_layer, Merged(kept.weight + (now.weight - written.weight), bias))
+        self._put(self._merged[0])
         self._merged = None
         self.merged_adapters = []
 
+    def _put(self, new: Merged) -> None:
+        """Writes weights in the place of those that were written last, or of the stock ones."""
+        now = copied(self.base_layer)
+        kept, written = self._merged or (now, now)
+        with torch.no_grad():
+            put(self.base_layer, Merged(*map(_with_others, new, written, now)))  # type: ignore[arg-type]
+        self._merged = kept, new
+
     def __repr__(self) -> str:
         return f"a3fta.{super().__repr__()}"
+
+
+def _with_others(new: Tensor | None, written: Tensor | None, now: Tensor | None) -> Tensor | None:
+    """`new`, bit for bit, but for what others made of `written` since."""
+    if new is None or written is None or now is None:
+        return new
+    same = torch.isclose(now, written, rtol=0, atol=0, equal_nan=True)
+    return torch.where(same, new, new + (now - written))

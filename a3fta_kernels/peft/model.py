@@ -9,13 +9,14 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from ..adapters import DESIGNS, BottleneckAdapter
 from ..backends import resolve
-from ..planning import adapter_device, adapter_dtype
-from ..processors import FAMILIES, family_of
-from ..projection import AdaptedProjectionMixin, Columns, span
+from ..forwards import inside
+from ..planning import new_adapter
+from ..processors import family_of
+from ..projection import AdaptedProjectionMixin, Columns
 from ..timesteps import check_timed, follow, unfollow
 from ..tree import plain_name
+from ..whereabouts import check_whole
 from .config import A3FTAConfig
 from .layer import A3FTALinear
 
@@ -54,7 +55,7 @@ class A3FTAModel(BaseTuner):
         for key, module in model.named_modules():
             inner = key.startswith(tuple(tuners))
             if key and not inner and self._check_target_module_exists(peft_config, key):
-                _check(key, _innermost(module), peft_config)
+                _check(key, inside(module), peft_config)
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: Any, target_name: str,
@@ -68,7 +69,8 @@ class A3FTAModel(BaseTuner):
         known = isinstance(target, A3FTALinear)
         layer = target if known else A3FTALinear(target, self.columns.get(key))
         layer.backend = peft_config.backend
-        adapter = _adapter(peft_config, _innermost(target), key, layer.columns)
+        own, linear = peft_config.to_adapter_config(), inside(target)
+        adapter = new_adapter(own, linear, layer.columns, own.rank_for(key))
         layer.update_layer(adapter_name, adapter, peft_config.inference_mode)
         if not known:
             setattr(parent, target_name, layer)
@@ -115,14 +117,10 @@ def attention_columns(model: nn.Module) -> dict[str, Columns]:
 def _targets(model: nn.Module, columns: Mapping[str, Columns]) -> list[str]:
     if not columns:
         raise ValueError(
-            f"target_modules: expected names of linear layers, as a {type(model).__name__} is of "
-            f"no known family ({', '.join(FAMILIES)}), got None"
+            f"target_modules: expected names of linear layers, as none of a {type(model).__name__} "
+            f"is known to read attention, got None"
         )
     return list(columns)
-
-
-def _innermost(module: nn.Module) -> Any:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _check(name: str, linear: nn.Module, config: A3FTAConfig) -> None:
@@ -136,18 +134,6 @@ def _check(name: str, linear: nn.Module, config: A3FTAConfig) -> None:
             f"call a3fta_kernels.unmerge first"
         )
     weight: Tensor = linear.weight
+    check_whole(name, weight)
     if weight.device.type != "meta" and weight.dtype.is_floating_point and weight.itemsize > 1:
         resolve(config.backend, weight.device, weight.dtype)
-
-
-def _adapter(
-    config: A3FTAConfig, linear: nn.Linear, name: str, columns: Columns
-) -> BottleneckAdapter:
-    own = config.to_adapter_config()
-    return DESIGNS[own.design](
-        span(linear, columns)[1],
-        own.rank_for(name),
-        own,
-        device=adapter_device(linear),
-        dtype=adapter_dtype(linear, own),
-    )

@@ -19,7 +19,8 @@ from typing import Any
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from ..tree import inside, plain_name
+from ..forwards import inside
+from ..tree import plain_name
 from . import unet
 from .clock import steps
 from .family import Family, Site, is_attention

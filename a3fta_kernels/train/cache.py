@@ -50,7 +50,7 @@ class Cache:
         tensors = _on_cpu(make())
         blob = save(tensors, {"entry": json.dumps({"key": key, "sha256": _checksum(tensors)})})
         with explained(self.folder):
-            replace(path, blob)
+            replace({path: blob})
         return tensors
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters import AdapterConfig
 from ..inject import inject, trainable_parameters
 from ..lean import lean
 from . import checkpoints, monitor, optimizers, records
@@ -203,15 +202,8 @@ def _prepare(settings: Settings, family: Family, listener: Listener) -> list[str
     """Adapters and checkpointing; what the report should warn of."""
     model: Any = family.denoiser
     torch.manual_seed(int(torch.randint(2**62, (), generator=generator(settings.seed, "adapter"))))
-    config = AdapterConfig(
-        rank=settings.rank, activation=settings.activation, design=settings.design,
-        bias=settings.bias, dropout=settings.dropout, targets=settings.targets or None,
-        rank_pattern=settings.ranks(), train=settings.train,
-        drop_path=settings.drop_path, layer_norm=settings.layer_norm,
-        time_rank=settings.time_rank,
-    )  # fmt: skip
     try:
-        report = inject(model, config)
+        report = inject(model, settings.adapter())
         listener.say(str(report))
         warnings = [f"{n} has no adapter: {why}" for n, why in report.unadapted.items()]
         if settings.gradient_checkpointing:

@@ -70,7 +70,7 @@ def write(path: Path, content: str | bytes) -> None:
     """The file as a whole, or as it was."""
     data = content.encode(**_TEXT) if isinstance(content, str) else content
     with explained(path.parent):
-        replace(path, data)
+        replace({path: data})
 
 
 def write_json(path: Path, value: Any) -> None:

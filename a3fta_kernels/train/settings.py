@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapters import DESIGNS
-from ..adapters.config import TRAIN, check_regex
+from ..adapters import DESIGNS, AdapterConfig
+from ..adapters.config import TRAIN
 from ..checks import describe
 from ..ops.activations import ACTIVATIONS
 
@@ -200,7 +200,16 @@ class Settings:
             raise ValueError(
                 f"evaluate_every: expected more than 0 beside heldout={self.heldout}, got 0"
             )
-        self.ranks()
+        self.adapter()
+
+    def adapter(self) -> AdapterConfig:
+        """What is put into the model."""
+        return AdapterConfig(
+            rank=self.rank, activation=self.activation, design=self.design, bias=self.bias,
+            dropout=self.dropout, targets=self.targets or None, rank_pattern=self.ranks(),
+            train=self.train, drop_path=self.drop_path, layer_norm=self.layer_norm,
+            time_rank=self.time_rank,
+        )  # fmt: skip
 
     def ranks(self) -> dict[str, int]:
         """`rank_pattern` as `AdapterConfig` takes it."""
@@ -209,7 +218,6 @@ class Settings:
             pattern, _, rank = entry.rpartition("=")
             if not pattern or not rank.isdecimal() or int(rank) < 1:
                 raise ValueError(f"rank_pattern: expected REGEX=RANK, got {entry!r}")
-            check_regex("rank_pattern", pattern)
             found[pattern] = int(rank)
         return found
 

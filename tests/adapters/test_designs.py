@@ -303,7 +303,7 @@ def test_merge_and_unmerge(design, bias):
 def test_a_timed_one_is_no_single_matrix(design, tmp_path):
     model, _ = injected(design, activation="identity", bias=False)
     before = models.snapshot(model)
-    message = rf"the same at all timesteps .* \(design='{design}'\) at "
+    message = rf"the same at all timesteps .* with design='{design}' at "
     with pytest.raises(ValueError, match=message):
         a3fta.merge(model)
     with pytest.raises(ValueError, match=message):

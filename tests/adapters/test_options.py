@@ -186,7 +186,7 @@ def test_in_a_model(option, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer_norm": True}, "linear adapters? to .*layer_norm=True"),
+        ({"layer_norm": True}, "read h as it is to .*layer_norm=True"),
         ({"time_window": (0, 500)}, "the same at all timesteps"),
         ({"time_rank": 1}, "the same at all timesteps"),
     ],

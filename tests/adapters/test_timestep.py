@@ -62,6 +62,10 @@ def test_begin_at_and_end():
     assert now().t is second.t
     end()
     assert now().t is first.t
+    begin(None, whose="of no timestep")
+    assert now() is None
+    end()
+    assert now().t is first.t
     end()
     assert now() is None
     begin(first, whose="cut off")

@@ -109,8 +109,8 @@ def fsdp(rank: int, folder: Path) -> dict[str, Any]:
         model = adapted_unet().train()
         a3fta.lean(model, level)
         shard(model)
-        AdaptedProjection.unfused_reason = lambda self: (
-            fused.append(unfused_reason(self) is None) or unfused_reason(self)
+        AdaptedProjection.unfused_reason = lambda self, *active: (
+            fused.append(unfused_reason(self, *active) is None) or unfused_reason(self, *active)
         )
         loss(model, part(joint(model), rank)).backward()
         AdaptedProjection.unfused_reason = unfused_reason

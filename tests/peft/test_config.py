@@ -14,6 +14,7 @@ import torch
 
 import a3fta_kernels as a3fta
 from a3fta_kernels.peft import A3FTAConfig
+from a3fta_kernels.peft_file import SAME
 
 from .common import stock
 
@@ -47,10 +48,9 @@ def test_bad_settings(options: dict[str, Any], error: type[Exception], match: st
 def test_every_setting_of_an_adapter_is_there():
     own = {f.name for f in dataclasses.fields(A3FTAConfig)}
     names = {f.name for f in dataclasses.fields(a3fta.AdapterConfig)}
-    assert (
-        names - {"bias", "placement", "targets", "train"} <= own
-        and {"use_bias", "target_modules"} <= own
-    )
+    other = {"bias", "dtype", "placement", "rank_pattern", "targets", "train"}
+    assert names == {*SAME, *other} and not other & set(SAME)
+    assert own >= {*SAME, "use_bias", "target_modules", "rank_pattern", "dtype"}
 
 
 def test_other_placements_are_for_inject():

@@ -99,12 +99,7 @@ def test_adapters_merge_one_after_the_other():
 
 
 def test_a_merge_makes_a_bias_and_takes_it_back():
-    layer = A3FTALinear(nn.Linear(8, 6, bias=False))
-    config = A3FTAConfig(rank=2, **LINEAR).to_adapter_config()
-    layer.update_layer("a", a3fta.adapters.BottleneckAdapter(8, 2, config))
-    layer.set_adapter(["a"])
-    for parameter in layer.a3fta_adapters.parameters():
-        nn.init.normal_(parameter)
+    layer = small_layer("a", bias=False)
     h = torch.randn(3, 8)
     expected = layer(h)
     layer.merge()
@@ -112,6 +107,51 @@ def test_a_merge_makes_a_bias_and_takes_it_back():
     close(layer(h), expected)
     layer.unmerge()
     assert layer.base_layer.bias is None and layer.bias is None
+
+
+def small_layer(*names: str, bias: bool = True) -> A3FTALinear:
+    layer = A3FTALinear(nn.Linear(8, 6, bias=bias))
+    config = A3FTAConfig(rank=2, **LINEAR).to_adapter_config()
+    for name in names:
+        layer.update_layer(name, a3fta.adapters.BottleneckAdapter(8, 2, config))
+    layer.set_adapter(list(names))
+    for parameter in layer.a3fta_adapters.parameters():
+        nn.init.normal_(parameter)
+    return layer
+
+
+def test_unmerge_gives_back_what_no_difference_would():
+    """The zero that has a sign, and what a merge made infinite or not a number."""
+    layer = small_layer("a")
+    with torch.no_grad():
+        layer.base_layer.weight[0] = -0.0
+        layer.base_layer.weight[1] = 9.0
+        layer.a3fta_adapters["a"].w_up[0] = 3e38
+        layer.a3fta_adapters["a"].b_down[0] = float("nan")
+    before = base_state(layer.base_layer)
+    layer.merge()
+    merged = base_state(layer.base_layer)
+    assert not merged["weight"][1].isfinite().any() and merged["bias"].isnan().all()
+    layer.unmerge()
+    after = base_state(layer.base_layer)
+    assert same(after, before)
+    assert all(torch.equal(after[k].signbit(), before[k].signbit()) for k in before)
+
+
+def test_what_others_added_between_two_merges_stays():
+    layer, twin = small_layer("a", "b"), nn.Linear(8, 6)
+    twin.load_state_dict(layer.base_layer.state_dict())
+    h, lora = torch.randn(3, 8), torch.randn(6, 8)
+    expected = layer(h) + h @ lora.T
+    layer.merge(adapter_names=["a"])
+    with torch.no_grad():
+        layer.base_layer.weight += lora
+    with pytest.warns(UserWarning, match="additionally merging b"):
+        layer.merge(adapter_names=["b"])
+    close(layer(h), expected)
+    layer.unmerge()
+    close(layer.base_layer.weight, twin.weight + lora)
+    assert torch.equal(layer.base_layer.bias, twin.bias)
 
 
 def refused(model: Any, match: str, act: Any) -> None:

@@ -119,7 +119,7 @@ def test_a_model_of_another_kind_by_names():
 
     model = nn.Sequential(Block(), Block())
     before = models.snapshot(model)
-    with pytest.raises(ValueError, match="target_modules: expected names of linear layers"):
+    with pytest.raises(ValueError, match=r"target_modules: .* of a Sequential is known to read"):
         peft.get_peft_model(model, A3FTAConfig())
     models.assert_unchanged(model, before)
     wrapped = peft.get_peft_model(model, A3FTAConfig(rank=2, target_modules=["out"]))

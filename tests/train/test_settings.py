@@ -122,6 +122,7 @@ def test_help_says_the_defaults():
         ({"budget": "1GiB"}, ValueError, "lean: expected auto beside a budget, got 'exact'"),
         ({"prior_prompt": "a dog"}, ValueError, "prior_weight: expected more than 0"),
         ({"prior_data": "dogs"}, ValueError, "prior_weight: expected more than 0"),
+        ({"rank": 4, "time_rank": 5}, ValueError, "time_rank: .*the rank of 4, got 5"),
         ({"rank_pattern": ["attn1"]}, ValueError, "rank_pattern: .* got 'attn1'"),
         ({"rank_pattern": ["attn1=0"]}, ValueError, "rank_pattern: .* got 'attn1=0'"),
         ({"heldout": "kfold", "heldout_count": 2}, ValueError, "heldout_count: .*kfold, got 2"),

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..rule import acc_dtype
 from .layout import BLOCK, LARGEST, SMALLEST_HALF, range_count
 
 
@@ -13,7 +14,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """codes (n,) int8 and ranges (blocks, 2) bf16 = [mid, half] of x (n,)."""
     if x.numel() == 0:
         return x.new_empty(0, dtype=torch.int8), x.new_empty(0, 2, dtype=torch.bfloat16)
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = x.to(acc_dtype(x.dtype))
     # a short last block is filled up with its last element, which moves neither lo nor hi
     full = range_count(x.numel()) * BLOCK
     blocks = F.pad(wide, (0, full - x.numel())).view(-1, BLOCK)
@@ -35,7 +36,7 @@ def dequantize(codes: Tensor, ranges: Tensor, dtype: torch.dtype) -> Tensor:
     """mid + half * code / 127 (n,) in `dtype` for codes (n,) int8 and their ranges."""
     if codes.numel() == 0:
         return codes.new_empty(0, dtype=dtype)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = acc_dtype(dtype)
     mid, half = ranges.to(wide).repeat_interleave(BLOCK, 0)[: codes.numel()].unbind(1)
     largest = torch.finfo(dtype).max
     # rounding may not make infinity of a finite block
