@@ -250,7 +250,7 @@ def read_targets(text: str) -> tuple[dict[str, Any], str]:
 
 def test_step(python: str, where: list[str], report: Path) -> Step:
     command = [python, "-m", "pytest", *where, "-q", "-rfE", "--tb=short", "-o", "addopts="]
-    command += ["-p", "benchmarks.optional_packages"]
+    command += ["-p", "benchmarks.optional_packages", "-p", "benchmarks.gpu_tests"]
     command += ["-p", "no:cacheprovider", f"--junitxml={report}"]
     if importlib.util.find_spec("pytest_benchmark"):
         command.append("--benchmark-disable")

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import re
 import runpy
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 from a3fta_kernels.backends import why_not
-from benchmarks import gpu, sanitize_case, variants
+from benchmarks import gpu, gpu_tests, sanitize_case, variants
 
 ROOT = Path(gpu.__file__).resolve().parents[1]
 
@@ -330,3 +332,30 @@ def test_commands_can_be_pasted(tmp_path):
         for found in gpu.steps(stage, options(tmp_path), "90a", tmp_path):
             words = shlex.split(found.shown())
             assert words[-len(found.command) :] == found.command
+
+
+def test_a_lost_context_ends_its_process(tmp_path):
+    """What follows runs in a new process."""
+    cases = tmp_path / "test_cases.py"
+    cases.write_text(
+        "here = set()\n"
+        "def test_first():\n    here.add(1)\n"
+        "def test_lost():\n    raise RuntimeError('CUDA error: an illegal memory access was "
+        "encountered')\n"
+        "def test_after():\n    assert not here\n"
+        "def test_plain_failure():\n    assert 0, 'of another kind'\n"
+    )
+    command = ["-m", "pytest", "-q", "-p", "benchmarks.gpu_tests", "-p", "no:cacheprovider"]
+    done = run(*command, "-c", os.devnull, "--rootdir", str(tmp_path), str(cases), "-n", "1")
+    assert "2 failed, 2 passed" in done.stdout
+    assert "test_lost: RuntimeError: CUDA error: an illegal memory access" in done.stderr
+    assert "test_plain_failure: AssertionError: of another kind" in done.stderr
+
+
+def test_without_xdist_a_lost_context_ends_the_run():
+    reason = "E   RuntimeError: CUDA error: misaligned address"
+    report = types.SimpleNamespace(failed=True, nodeid="test_it", longrepr=reason)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTEST_XDIST_WORKER", raising=False)
+        with pytest.raises(pytest.exit.Exception, match="context is lost"):
+            gpu_tests.pytest_runtest_logreport(report)
