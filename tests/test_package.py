@@ -20,7 +20,7 @@ import torch
 
 import a3fta_kernels as a3fta
 
-from . import models
+from . import docs, models
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -157,10 +157,6 @@ def test_the_requirements_leave_torch_alone():
     assert not [name for name in named if name.startswith(("nvidia", "cuda"))]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-
-
 def test_the_table_of_versions():
     """docs/versions.md has the ranges of pyproject.toml, and what was tested lies in them."""
     from packaging.specifiers import SpecifierSet
@@ -184,27 +180,29 @@ def test_the_code_of_the_readme_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(
         diffusers.StableDiffusionPipeline, "from_pretrained", lambda _: SimpleNamespace(unet=unet)
     )
-    monkeypatch.chdir(tmp_path)
     noisy, noise = torch.randn(2, 2, 4, 16, 16)
     text = torch.randn(2, 7, 32)
     names: dict = {}
-    equation, training, storing, lean = blocks("python")
-    exec(equation, names)
-    exec(training, names)
+    page = docs.steps("README.md", tmp_path, monkeypatch, names)
+    next(page)  # the op
+    next(page)
     first = names["step"](noisy, torch.tensor([3, 500]), text, noise)
     second = names["step"](noisy, torch.tensor([3, 500]), text, noise)
     assert second < first
     with torch.no_grad():
         trained = unet(noisy, 3, text).sample
-    exec(storing, names)
+    next(page)
     with torch.no_grad():
         assert torch.equal(unet(noisy, 3, text).sample, trained)
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
     a3fta.eject(unet)
-    inputs = dict(sample=noisy, timestep=3, encoder_hidden_states=text)
-    exec(lean, names | {"inputs": inputs})
+    names["inputs"] = dict(sample=noisy, timestep=3, encoder_hidden_states=text)
     with torch.no_grad():
-        assert torch.equal(unet(noisy, 3, text).sample, unet(**inputs).sample)
+        untouched = unet(**names["inputs"]).sample
+    next(page)
+    with torch.no_grad():
+        torch.testing.assert_close(unet(**names["inputs"]).sample, untouched)
+    assert next(page, None) is None
     a3fta.lean(unet, "off")
     a3fta.eject(unet)
     assert all(torch.equal(p, stock[name]) for name, p in unet.state_dict().items())
@@ -213,7 +211,7 @@ def test_the_code_of_the_readme_runs(monkeypatch, tmp_path):
 @pytest.mark.parametrize("modulated", [False, True])
 def test_the_equation_of_the_readme_is_the_op(modulated):
     names: dict = {}
-    exec(blocks("python")[0], names)
+    exec(docs.blocks("README.md")[0][1], names)
     torch.manual_seed(0)
     h, residual = torch.randn(2, 5, 16), torch.randn(2, 5, 12)
     tensors = [torch.randn(s) for s in [(4, 16), (16, 4), (12, 16), (12,), (4,), (16,)]]

@@ -12,6 +12,7 @@ import pytest
 import a3fta_kernels as a3fta
 from a3fta_kernels.processors import FAMILIES, clock
 
+from .. import docs
 from ..models.zoo import ZOO
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/families.md").read_text(encoding="utf-8")
@@ -85,8 +86,5 @@ def test_row(family):
     assert any(limits) == (row.limits != "-")
 
 
-def test_its_code_runs():
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE, re.S | re.M)
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(compile(block, "docs/families.md", "exec"), {})
+def test_its_code_runs(tmp_path, monkeypatch):
+    docs.run("docs/families.md", tmp_path, monkeypatch, {})

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate import state as accelerate_state
 from PIL import Image
 
 import a3fta_kernels as a3fta
@@ -26,6 +25,7 @@ from a3fta_kernels.train import (
 )
 from tests.train.families import common
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 # the family of each pipeline that runs whole
 ROWS = {
     "unconditional": "unconditional",
@@ -36,14 +36,6 @@ ROWS = {
     "flux": "flux",
 }
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """A process has one accelerate state; every test starts its own."""
-    accelerate_state.AcceleratorState._reset_state(True)
-    yield
-    accelerate_state.AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")
