@@ -229,8 +229,38 @@ def targets() -> dict[str, str]:
 def test_every_target_is_documented():
     phony = re.search(r"^\.PHONY: (.+)$", MAKEFILE, re.MULTILINE)[1].split()
     assert set(targets()) == set(phony) - {"FORCE"}
-    for name in set(targets()) - {"help"}:
-        assert f"| `make {name}` |" in README, f"the README's table lacks make {name}"
+
+
+# how the README shortens what stands in an environment's bin
+SHORT = {"pip": "pip", "ruff": "ruff", "mypy": "mypy", "a3fta": "a3fta_kernels"}
+
+
+def commands(cell: str) -> list[str]:
+    """Those of a cell of the README's table, in full."""
+    found = re.findall(r"`(.+?)`", re.sub(r" \(.*\)$", "", cell))
+    pattern = rf"^({'|'.join(SHORT)}) "
+    return [
+        re.sub(pattern, lambda word: f"python -m {SHORT[word[1]]} ", f"{x} ").strip() for x in found
+    ]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_the_readme_has_the_commands_of_every_target():
+    rows = dict(re.findall(r"^\| `make (\w+)` \| (.+) \|$", README, re.MULTILINE))
+    assert set(rows) == set(targets()) - {"help"}
+    for target, cell in rows.items():
+        # of all but the set-up: without the set-up
+        options = ["-B"] if target == "setup" else ["-o", "setup", "PYTHON=python"]
+        done = subprocess.run(
+            ["make", "-n", *options, "PY=python", target],
+            cwd=ROOT, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        lines = [line.strip() for line in done.stdout.splitlines()]
+        if target == "setup":  # which asks and remembers things besides
+            assert all(any(x in line for line in lines) for x in commands(cell)), target
+        else:
+            assert commands(cell) == lines, target
 
 
 def test_the_files_that_targets_run_exist():
