@@ -84,8 +84,10 @@ def test_every_family_has_a_row():
     assert set(ROWS.values()) == {family.name for family in families.FAMILIES}
 
 
-@pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("name", ROWS)
+# in bf16 a U-Net and a transformer: the rest differs in what it trains, not in how
+@pytest.mark.parametrize(
+    ("name", "precision"), [(name, "no") for name in ROWS] + [("sd", "bf16"), ("flux", "bf16")]
+)
 def test_a_run_ends_with_an_adapter_that_loads(base, tmp_path, name, precision):
     run = tmp_path / "run"
     asked = settings(base(name), run, name, mixed_precision=precision)
@@ -141,7 +143,7 @@ MEMORY = {
 }
 
 
-@pytest.mark.parametrize("name", ["unconditional", "sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("name", ["unconditional", "sd", "sd3", "flux"])
 def test_levels_of_memory_train_the_same(base, tmp_path, name, monkeypatch):
     """The loss of the third step, and its gradient, hang on every gradient before it."""
     for part in ("write_report", "write_card"):
