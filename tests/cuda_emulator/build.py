@@ -45,7 +45,7 @@ def build_library(folder: Path) -> Path:
         *kernels(), *emulator(), CSRC / "ops.cpp",
         *sorted((CSRC / "cuda").glob("*.cpp")), HERE / "torch_stubs.cpp", HERE / "plans.cpp",
     ]  # fmt: skip
-    flags = ["-O2", "-DA3FTA_CUDA_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags = ["-O1", "-DA3FTA_CUDA_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     objects = compile_objects(folder, sources, flags, include_paths())
     target = folder / "emulated.so"
     libraries = [f"-L{p}" for p in library_paths()]
