@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 
 # before torch starts its pools: the suite runs beside others on few cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,8 +19,8 @@ torch.set_num_threads(1)
 torch.backends.cudnn.allow_tf32 = False
 torch.backends.cudnn.deterministic = True
 
-# the interpreter takes most of a second for a case, and draws an eighth of them per dtype
-_cases = int(os.environ.get("A3FTA_FUZZ_CASES", "100")) // (8 if triton_interpreted() else 1)
+# the interpreter takes most of a second for a case, and draws a sixteenth of them per dtype
+_cases = int(os.environ.get("A3FTA_FUZZ_CASES", "100")) // (16 if triton_interpreted() else 1)
 settings.register_profile(
     "a3fta",
     max_examples=_cases,
@@ -34,6 +35,21 @@ settings.load_profile("a3fta")
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every kind of device here."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[Callable[[], None]]:
+    """accelerate's state is the process's: one test's precision would decide for all later ones.
+    It is cleared before and after the test, and whenever the test calls this."""
+    state = pytest.importorskip("accelerate.state")
+
+    def clear() -> None:
+        for kept in (state.AcceleratorState, state.GradientState, state.PartialState):
+            kept._reset_state()
+
+    clear()
+    yield clear
+    clear()
 
 
 @pytest.fixture

@@ -2,65 +2,61 @@
 
 from __future__ import annotations
 
-import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import nn
 
 import a3fta_kernels as a3fta
 
-from . import models
+from . import docs, models
 from .integration.quantized import bitsandbytes_4bit, quantized
 
-PAGE = (Path(__file__).parents[1] / "docs/bases.md").read_text()
+
+def load_in_4_bits(
+    folder: str,
+    subfolder: str,
+    dtype: torch.dtype,
+    quantization_config: diffusers.BitsAndBytesConfig,
+) -> nn.Module:
+    assert (folder, subfolder, dtype) == ("base", "unet", torch.bfloat16)
+    assert quantization_config.load_in_4bit
+    assert quantization_config.bnb_4bit_compute_dtype == dtype
+    return quantized(bitsandbytes_4bit)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
-
-
-@pytest.fixture(autouse=True)
-def no_accelerator_left() -> Iterator[None]:
-    """What `Accelerator()` keeps for the process would decide for later tests."""
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-
-
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
-    models.build("sd15").save_pretrained("base/unet")
+    models.build("sd15").save_pretrained(tmp_path / "base/unet")
     noisy, noise = torch.randn(2, 2, 4, 16, 16)
     batch = (noisy, torch.tensor([3, 500]), torch.randn(2, 7, 32), noise)
     names: dict[str, Any] = dict(
         zip(("noisy", "timestep", "text", "noise"), batch, strict=True), batches=[batch] * 4
     )
-    load, train, offload, compile_, accelerate = blocks("python")
     if torch.cuda.is_available():
         pytest.skip("the small batch is on the CPU")
-    imports, _, loading = load.partition("\n\nunet = ")
-    exec(imports, names)
-    assert "BitsAndBytesConfig" in loading  # diffusers loads it on a GPU alone
-    names["unet"] = quantized(bitsandbytes_4bit)
-    exec(train, names)
+    page = docs.steps("docs/bases.md", tmp_path, monkeypatch, names)
+    with monkeypatch.context() as patch:  # diffusers quantizes on a GPU alone
+        patch.setattr(diffusers.UNet2DConditionModel, "from_pretrained", load_in_4_bits)
+        next(page)
+    next(page)
     adapters = list(a3fta.trainable_parameters(names["unet"]))
     assert all(p.grad is not None for p in adapters)
 
-    exec(offload, names)
+    next(page)
     loaded = list(a3fta.trainable_parameters(names["unet"]))
     assert all(torch.equal(a, b) for a, b in zip(loaded, adapters, strict=True))
     with torch.no_grad():
         expected = names["unet"](*batch[:3]).sample
-    exec(compile_, names)
+    next(page)
     compiled = [m for m in names["unet"].modules() if m._compiled_call_impl is not None]
     assert {type(m).__name__ for m in compiled} == {"BasicTransformerBlock"}
     for block in compiled:
@@ -68,13 +64,14 @@ def test_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with torch.no_grad():
         torch.testing.assert_close(names["unet"](*batch[:3]).sample, expected, rtol=1e-4, atol=1e-4)
 
-    exec(accelerate, names)
+    next(page)
     assert names["optimizer"].optimizer.state, "no step was taken"
-    assert Path("my-adapter-of-all/adapter_model.safetensors").is_file()
+    assert (tmp_path / "my-adapter-of-all/adapter_model.safetensors").is_file()
+    assert next(page, None) is None
 
 
 def test_its_launch_lines_are_known_to_accelerate():
-    lines = "".join(blocks("bash")).splitlines()
+    lines = "".join(code for _, code in docs.blocks("docs/bases.md", "bash")).splitlines()
     found = []
     for line in lines:
         words = shlex.split(line)

@@ -20,7 +20,7 @@ import torch
 
 import a3fta_kernels as a3fta
 
-from . import models
+from . import docs, models
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -157,12 +157,9 @@ def test_the_requirements_leave_torch_alone():
     assert not [name for name in named if name.startswith(("nvidia", "cuda"))]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-
-
 def test_the_table_of_versions():
-    """docs/versions.md has the ranges of pyproject.toml, and what was tested lies in them."""
+    """docs/versions.md has the ranges of pyproject.toml, and what was tested lies in them. What it
+    says was tested is not looked at: other versions may be here."""
     from packaging.specifiers import SpecifierSet
 
     extras = [r for extra in PROJECT["project"]["optional-dependencies"].values() for r in extra]
@@ -172,7 +169,9 @@ def test_the_table_of_versions():
     assert len(rows) > 10
     for name, accepted, tested in rows:
         assert f"{name}{accepted}" in asked, name
-        assert tested.startswith("none: ") or tested in SpecifierSet(accepted), name
+        version, _, how = tested.partition(", ")
+        assert how in ("", "by hand"), name
+        assert tested.startswith("none: ") or version in SpecifierSet(accepted), name
 
 
 def test_the_code_of_the_readme_runs(monkeypatch, tmp_path):
@@ -184,27 +183,29 @@ def test_the_code_of_the_readme_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(
         diffusers.StableDiffusionPipeline, "from_pretrained", lambda _: SimpleNamespace(unet=unet)
     )
-    monkeypatch.chdir(tmp_path)
     noisy, noise = torch.randn(2, 2, 4, 16, 16)
     text = torch.randn(2, 7, 32)
     names: dict = {}
-    equation, training, storing, lean = blocks("python")
-    exec(equation, names)
-    exec(training, names)
+    page = docs.steps("README.md", tmp_path, monkeypatch, names)
+    next(page)  # the op
+    next(page)
     first = names["step"](noisy, torch.tensor([3, 500]), text, noise)
     second = names["step"](noisy, torch.tensor([3, 500]), text, noise)
     assert second < first
     with torch.no_grad():
         trained = unet(noisy, 3, text).sample
-    exec(storing, names)
+    next(page)
     with torch.no_grad():
         assert torch.equal(unet(noisy, 3, text).sample, trained)
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
     a3fta.eject(unet)
-    inputs = dict(sample=noisy, timestep=3, encoder_hidden_states=text)
-    exec(lean, names | {"inputs": inputs})
+    names["inputs"] = dict(sample=noisy, timestep=3, encoder_hidden_states=text)
     with torch.no_grad():
-        assert torch.equal(unet(noisy, 3, text).sample, unet(**inputs).sample)
+        untouched = unet(**names["inputs"]).sample
+    next(page)
+    with torch.no_grad():
+        torch.testing.assert_close(unet(**names["inputs"]).sample, untouched)
+    assert next(page, None) is None
     a3fta.lean(unet, "off")
     a3fta.eject(unet)
     assert all(torch.equal(p, stock[name]) for name, p in unet.state_dict().items())
@@ -213,7 +214,7 @@ def test_the_code_of_the_readme_runs(monkeypatch, tmp_path):
 @pytest.mark.parametrize("modulated", [False, True])
 def test_the_equation_of_the_readme_is_the_op(modulated):
     names: dict = {}
-    exec(blocks("python")[0], names)
+    exec(docs.blocks("README.md")[0][1], names)
     torch.manual_seed(0)
     h, residual = torch.randn(2, 5, 16), torch.randn(2, 5, 12)
     tensors = [torch.randn(s) for s in [(4, 16), (16, 4), (12, 16), (12,), (4,), (16,)]]
@@ -231,8 +232,38 @@ def targets() -> dict[str, str]:
 def test_every_target_is_documented():
     phony = re.search(r"^\.PHONY: (.+)$", MAKEFILE, re.MULTILINE)[1].split()
     assert set(targets()) == set(phony) - {"FORCE"}
-    for name in set(targets()) - {"help"}:
-        assert f"| `make {name}` |" in README, f"the README's table lacks make {name}"
+
+
+# how the README shortens what stands in an environment's bin
+SHORT = {"pip": "pip", "ruff": "ruff", "mypy": "mypy", "a3fta": "a3fta_kernels"}
+
+
+def commands(cell: str) -> list[str]:
+    """Those of a cell of the README's table, in full."""
+    found = re.findall(r"`(.+?)`", re.sub(r" \(.*\)$", "", cell))
+    pattern = rf"^({'|'.join(SHORT)}) "
+    return [
+        re.sub(pattern, lambda word: f"python -m {SHORT[word[1]]} ", f"{x} ").strip() for x in found
+    ]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_the_readme_has_the_commands_of_every_target():
+    rows = dict(re.findall(r"^\| `make (\w+)` \| (.+) \|$", README, re.MULTILINE))
+    assert set(rows) == set(targets()) - {"help"}
+    for target, cell in rows.items():
+        # of all but the set-up: without the set-up
+        options = ["-B"] if target == "setup" else ["-o", "setup", "PYTHON=python"]
+        done = subprocess.run(
+            ["make", "-n", *options, "PY=python", target],
+            cwd=ROOT, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        lines = [line.strip() for line in done.stdout.splitlines()]
+        if target == "setup":  # which asks and remembers things besides
+            assert all(any(x in line for line in lines) for x in commands(cell)), target
+        else:
+            assert commands(cell) == lines, target
 
 
 def test_the_files_that_targets_run_exist():
@@ -297,6 +328,12 @@ def test_ci_runs_what_a_user_runs():
         'cd "$(dirname "$0")/.."',
         "exec make test",
     ]
+
+
+def test_the_steps_of_a_plan_are_as_many_as_the_readme_says():
+    from a3fta_kernels.memory.plan import runs
+
+    assert f"a plan, of {runs()} steps, in minutes" in README
 
 
 def test_every_public_name_is_in_the_changelog_or_the_readme():

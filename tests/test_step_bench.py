@@ -52,8 +52,7 @@ def measured():
     """A batch with every kind of cell, on the CPU."""
     cells = (
         ANCHOR, Cell(FUSED, STOCK), Cell(FUSED, "exact"), Cell(FUSED, "recompute"),
-        Cell(FUSED, "block"), Cell(FUSED, CHECKPOINTING), Cell(FLOOR, STOCK), Cell(EAGER, STOCK),
-        Cell(FULL, STOCK),
+        Cell(FUSED, "block"), Cell(FUSED, CHECKPOINTING), Cell(FLOOR, STOCK), Cell(FULL, STOCK),
     )  # fmt: skip
     device = torch.device("cpu")
     return measure_batch(TINY, trunk(device), Batch("adapters", cells), device, limits()), cells

@@ -16,7 +16,10 @@ from .. import models
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    models.build("sd15").save_config(path)
+    models.build(
+        "sd15", block_out_channels=(32,), down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",), mid_block_type=None,
+    ).save_config(path)  # fmt: skip
     return str(path)
 
 

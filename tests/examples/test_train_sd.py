@@ -16,17 +16,9 @@ from safetensors.torch import load_file
 import a3fta_kernels as a3fta
 
 Image = pytest.importorskip("PIL.Image")
-accelerate_state = pytest.importorskip("accelerate.state")
 diffusers = pytest.importorskip("diffusers")
 pipelines = pytest.importorskip("tests.examples.pipelines")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """A process has one accelerate state; every test starts its own."""
-    accelerate_state.AcceleratorState._reset_state(True)
-    yield
-    accelerate_state.AcceleratorState._reset_state(True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture

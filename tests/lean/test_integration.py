@@ -136,7 +136,7 @@ def test_saved_tensors_moved_elsewhere():
 def test_compiled_in_one_graph():
     model = models.build(
         "sd15", block_out_channels=(32,), down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",), mid_block_type=None,
     ).train()  # fmt: skip
     a3fta.inject(model, a3fta.AdapterConfig(rank=4))
     models.randomize(model)

@@ -4,52 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
 import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import Tensor, nn
 
+from . import flux1, small, stable_diffusion_3, unet
 from .unet import kandinsky, sd2, sd15, sdxl, unet2d
 
 
 def flux(**options: Any) -> nn.Module:
     """Like Flux-dev: dual blocks, then single ones, whose projection reads more than attention."""
-    config = dict(
-        patch_size=1, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
-        axes_dims_rope=(4, 4, 8), guidance_embeds=True,
-    )  # fmt: skip
-    return diffusers.FluxTransformer2DModel(**(config | options))
+    return flux1.flux(**(dict(num_layers=2, num_single_layers=2) | options))
 
 
 def sd3(**options: Any) -> nn.Module:
     """Like SD3: text and image attend together, by the stock processors."""
-    torch.manual_seed(0)
-    config = dict(
-        sample_size=16, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8,
-        num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=32,
-        pooled_projection_dim=16, out_channels=4,
-    )  # fmt: skip
-    model = diffusers.SD3Transformer2DModel(**(config | options))
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.05)
-    return model
+    return small.filled(lambda: stable_diffusion_3.sd3(**options))
 
 
 def sd3_inputs() -> dict[str, Any]:
-    torch.manual_seed(1)
-    return dict(
-        hidden_states=torch.randn(2, 4, 16, 16),
-        encoder_hidden_states=torch.randn(2, 7, 32),
-        pooled_projections=torch.randn(2, 16),
-        timestep=torch.tensor([7, 7]),
-    )
+    return stable_diffusion_3.MODELS["sd3"].batch()
 
 
 MODELS = {
     "sd15": sd15, "sd2": sd2, "sdxl": sdxl, "kandinsky": kandinsky, "unet2d": unet2d, "flux": flux
 }  # fmt: skip
+INPUTS = {"sdxl": unet.sdxl_inputs, "unet2d": unet.unet2d_inputs, "flux": flux1.inputs}
 
 
 def build(
@@ -83,19 +64,7 @@ def inputs(
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
 
-    if name == "flux":
-        return dict(
-            hidden_states=draw(batch, 16, 4), encoder_hidden_states=draw(batch, 7, 32),
-            pooled_projections=draw(batch, 32), img_ids=draw(16, 3), txt_ids=draw(7, 3) * 0,
-            timestep=draw(batch).sigmoid(), guidance=draw(batch) * 0 + 3.5,
-        )  # fmt: skip
-    found: dict[str, Any] = dict(sample=draw(batch, 4, 16, 16), timestep=7)
-    if name != "unet2d":
-        found["encoder_hidden_states"] = draw(batch, 7, 32)
-    if name == "sdxl":
-        found["added_cond_kwargs"] = dict(
-            text_embeds=draw(batch, 32), time_ids=torch.ones(batch, 6, device=device, dtype=dtype)
-        )
+    found = INPUTS.get(name, unet.inputs)(draw, batch)
     if masked:
         mask = torch.ones(batch, 7, device=device, dtype=torch.bool)
         mask[:, 4:] = False

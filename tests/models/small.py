@@ -53,14 +53,7 @@ class Small(NamedTuple):
 
     def build(self, seed: int = 0) -> nn.Module:
         """The model, always with the same weights and none of them zero, in eval mode."""
-        state = torch.get_rng_state()
-        torch.manual_seed(seed)
-        model = self.make().eval()
-        with torch.no_grad():
-            for parameter in model.parameters():  # final layers and gates are made zero
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-        torch.set_rng_state(state)
-        return model
+        return filled(self.make, seed).eval()
 
     def batch(self, size: int = 2, seed: int = 1) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)
@@ -72,6 +65,18 @@ class Small(NamedTuple):
 
     def run(self, model: nn.Module, **options: Any) -> Tensor:
         return output(model(**self.batch(**options), return_dict=False))
+
+
+def filled(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """What `make` makes, always with the same weights and none of them zero."""
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    model = make()
+    with torch.no_grad():
+        for parameter in model.parameters():  # final layers and gates are made zero
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    torch.set_rng_state(state)
+    return model
 
 
 def output(found: Any) -> Tensor:

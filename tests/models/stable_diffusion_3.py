@@ -17,8 +17,8 @@ _CONFIG = dict(
 _ONE_BLOCK = _CONFIG | dict(num_layers=1)
 
 
-def sd3() -> nn.Module:
-    return diffusers.SD3Transformer2DModel(**_CONFIG)
+def sd3(**options: Any) -> nn.Module:
+    return diffusers.SD3Transformer2DModel(**(_CONFIG | options))
 
 
 def sd35() -> nn.Module:

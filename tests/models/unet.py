@@ -78,14 +78,26 @@ def kandinsky3() -> nn.Module:
     )  # fmt: skip
 
 
+def controlnet() -> nn.Module:
+    return diffusers.ControlNetModel(
+        block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, in_channels=4,
+        down_block_types=_CROSS["down_block_types"], cross_attention_dim=32, attention_head_dim=4,
+        conditioning_embedding_out_channels=(8, 8),
+    )  # fmt: skip
+
+
 def inputs(draw: Draw, batch: int) -> dict[str, Any]:
     return dict(sample=draw(batch, 4, 16, 16), timestep=7, encoder_hidden_states=draw(batch, 7, 32))
 
 
 def sdxl_inputs(draw: Draw, batch: int) -> dict[str, Any]:
     return inputs(draw, batch) | dict(
-        added_cond_kwargs=dict(text_embeds=draw(batch, 32), time_ids=torch.ones(batch, 6))
+        added_cond_kwargs=dict(text_embeds=draw(batch, 32), time_ids=draw(batch, 6) * 0 + 1)
     )
+
+
+def control_inputs(draw: Draw, batch: int) -> dict[str, Any]:
+    return inputs(draw, batch) | dict(controlnet_cond=draw(batch, 3, 32, 32))
 
 
 def unet2d_inputs(draw: Draw, batch: int) -> dict[str, Any]:
@@ -127,6 +139,11 @@ MODELS = {
             r"(down|up)_blocks\.\d\.attentions\.\d\.attention\.to_out\.0": 9,
             r"add_time_condition\.attention\.to_out\.0": 1,
         },
+    ),
+    "controlnet": Small(
+        controlnet, control_inputs, "unet_condition", STEPS,
+        {rf"(down_blocks\.1|mid_block)\.attentions.+\.attn{i}\.to_out\.0": 2 for i in (1, 2)},
+        lean={"BasicTransformerBlock": 2},
     ),
     "unet2d": Small(
         unet2d, unet2d_inputs, "unet", STEPS,

@@ -1,80 +1,16 @@
-"""Small models of every family, by name."""
+"""Small models of every family, by name: the MODELS of all files beside this one."""
 
 from __future__ import annotations
 
-from . import (
-    ace_step,
-    allegro,
-    audioldm2,
-    auraflow,
-    bria,
-    chroma,
-    cogvideox,
-    cogview,
-    cosmos,
-    dit,
-    easyanimate,
-    flux1,
-    flux2,
-    hidream,
-    hunyuan_dit,
-    hunyuan_video,
-    kandinsky5,
-    latte,
-    longcat,
-    ltx,
-    lumina,
-    mochi,
-    omnigen,
-    ovis,
-    pixart,
-    prx,
-    qwen,
-    sana,
-    sana_video,
-    stable_audio,
-    stable_diffusion_3,
-    unet,
-    video_unet,
-    wan,
-    z_image,
-)
+import importlib
+import pkgutil
+from pathlib import Path
+
 from .small import Small
 
-ZOO: dict[str, Small] = {
-    **unet.MODELS,
-    **pixart.MODELS,
-    **dit.MODELS,
-    **latte.MODELS,
-    **stable_diffusion_3.MODELS,
-    **flux1.MODELS,
-    **chroma.MODELS,
-    **bria.MODELS,
-    **longcat.MODELS,
-    **ovis.MODELS,
-    **flux2.MODELS,
-    **auraflow.MODELS,
-    **hunyuan_dit.MODELS,
-    **lumina.MODELS,
-    **sana.MODELS,
-    **cogview.MODELS,
-    **hidream.MODELS,
-    **omnigen.MODELS,
-    **qwen.MODELS,
-    **z_image.MODELS,
-    **prx.MODELS,
-    **ace_step.MODELS,
-    **allegro.MODELS,
-    **audioldm2.MODELS,
-    **cogvideox.MODELS,
-    **cosmos.MODELS,
-    **easyanimate.MODELS,
-    **hunyuan_video.MODELS,
-    **kandinsky5.MODELS,
-    **ltx.MODELS,
-    **mochi.MODELS,
-    **sana_video.MODELS,
-    **stable_audio.MODELS,
-    **video_unet.MODELS,
-    **wan.MODELS,
-}
+ZOO: dict[str, Small] = {}
+for found in pkgutil.iter_modules([str(Path(__file__).parent)]):
+    if found.name not in ("small", "zoo"):
+        models: dict[str, Small] = importlib.import_module(f"{__package__}.{found.name}").MODELS
+        assert not ZOO.keys() & models.keys(), f"{found.name} takes a name that is taken"
+        ZOO |= models

@@ -18,11 +18,11 @@ from ..oracle import (
     reference_adapter,
     reference_adapter_linear,
     run_id,
-    runs,
+    triton_runs,
     with_paths,
 )
 
-RUNS = pytest.mark.parametrize("run", [r for r in runs() if r[0] == "triton"], ids=run_id)
+RUNS = pytest.mark.parametrize("run", triton_runs(), ids=run_id)
 # a sign would change nothing: the activation is the identity
 VALUES = pytest.mark.parametrize("value", [torch.inf, torch.nan], ids=str)
 

@@ -10,13 +10,11 @@ import torch
 
 from a3fta_kernels import ops
 
-from ..oracle import Case, check, run_id, runs
+from ..oracle import Case, check, run_id, triton_runs
 
 HALVES = (torch.bfloat16, torch.float16)
-RUNS = pytest.mark.parametrize(
-    "run", [r for r in runs() if r[0] == "triton" and r[2] in HALVES], ids=run_id
-)
-ANY_RUN = pytest.mark.parametrize("run", [r for r in runs() if r[0] == "triton"], ids=run_id)
+RUNS = pytest.mark.parametrize("run", [r for r in triton_runs() if r[2] in HALVES], ids=run_id)
+ANY_RUN = pytest.mark.parametrize("run", triton_runs(), ids=run_id)
 PATH_NAMES = ("fused", "concat")
 PATHS = pytest.mark.parametrize("path", PATH_NAMES)
 BY_POINTERS = {"linear_forward_kernel", "concat_gemm_kernel"}

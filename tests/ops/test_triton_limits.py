@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ..oracle import IN_ORDER, Case, check, run_id, runs, with_paths
+from ..oracle import IN_ORDER, Case, check, run_id, triton_runs, with_paths
 
-RUNS = [run for run in runs() if run[0] == "triton"]
+RUNS = triton_runs()
 
 CASES = [
     # rows enough that the weight gradients are sums of several parts

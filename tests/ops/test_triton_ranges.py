@@ -13,9 +13,9 @@ from torch import Tensor
 from a3fta_kernels.ops.adapter import contract as adapter_contract
 from a3fta_kernels.ops.adapter_linear import choice, contract
 
-from ..oracle import Case, check, run_id, runs, with_paths
+from ..oracle import Case, check, run_id, triton_runs, with_paths
 
-RUNS = [r for r in runs() if r[0] == "triton"]
+RUNS = triton_runs()
 EACH = pytest.mark.parametrize("run", RUNS, ids=run_id)
 HALF = [r for r in RUNS if r[2] == torch.bfloat16]
 ON_CPU = [r for r in HALF if r[1] == "cpu"]

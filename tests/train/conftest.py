@@ -28,16 +28,15 @@ def few_objects_to_walk() -> Iterator[None]:
 
 
 @pytest.fixture
-def accelerators() -> Iterator[Callable[..., Any]]:
-    """Makes accelerators on the CPU. accelerate's state is the process's; it is reset around."""
+def accelerators(fresh_accelerate: Callable[[], None]) -> Callable[..., Any]:
+    """Makes accelerators on the CPU, each as if it were the process's first."""
     import accelerate
 
     def make(**options: Any) -> Any:
-        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        fresh_accelerate()
         return accelerate.Accelerator(cpu=True, **options)
 
-    yield make
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    return make
 
 
 @pytest.fixture(scope="session")

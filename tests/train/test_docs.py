@@ -12,6 +12,7 @@ import yaml
 
 from a3fta_kernels import cli
 from a3fta_kernels.train.settings import Settings
+from tests import docs
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {
@@ -21,12 +22,7 @@ COMMANDS = ("finetune", "sample")
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
-    return [
-        (page, code)
-        for page, text in PAGES.items()
-        for kind, code in re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M)
-        if kind == language
-    ]
+    return [(page, code) for page in PAGES for _, code in docs.blocks(page, language)]
 
 
 def lines() -> list[str]:
