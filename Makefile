@@ -12,8 +12,6 @@ VENV ?= .venv
 WORKERS ?= 2
 
 PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
-# python compiles what it imports; pip would compile all of it, for half of its time
-PIP := $(PY) -m pip install --no-compile
 READY := $(if $(VENV),$(VENV)/ready,build/ready)
 EXTRAS := triton,demo,train,test,dev
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
@@ -78,12 +76,12 @@ $(VENV)/bin/python:
 
 # a change of TORCH reinstalls, an equal one does not
 $(VENV)/torch: $(VENV)/bin/python FORCE
-	@[ "$$(cat $@ 2>/dev/null)" = '$(TORCH)' ] || { set -ex; $(PIP) "setuptools>=77" $(TORCH); echo '$(TORCH)' > $@; }
+	@[ "$$(cat $@ 2>/dev/null)" = '$(TORCH)' ] || { set -ex; $(PY) -m pip install "setuptools>=77" $(TORCH); echo '$(TORCH)' > $@; }
 
 # the library first, which pip would build in silence and now finds
 $(VENV)/ready: $(VENV)/torch setup.py pyproject.toml $(SOURCES)
 	$(PY) setup.py --quiet build_ext --inplace
-	$(PIP) --no-build-isolation -e ".[$(EXTRAS)]"
+	$(PY) -m pip install --no-build-isolation -e ".[$(EXTRAS)]"
 	@touch $@
 
 build/ready: setup.py $(SOURCES)
