@@ -250,7 +250,7 @@ def key_grad_configs(head_dim: int, itemsize: int, block_r: int, capability: int
         sizes = [(64, 64, 8, 1), (32, 32, 4, 1)]
     elif head_dim <= 96 and capability in (100, 103):
         sizes = [(64, 64, 8, 1)]
-    elif 96 < head_dim <= 128 or (head_dim <= 96 and capability == 90):
+    elif 96 < head_dim <= 128:
         sizes = [(32, 32, 8, 1)]
     else:
         sizes = [(16, 16, 4, 1)]
