@@ -99,17 +99,12 @@ AOT_KERNELS = (
 def weight_grads(dh: Tensor | None, h: Tensor, dy: Tensor, up: Up) -> AdapterGrads:
     """All gradients, from those of the rows: dh, and `up` with z and its sums."""
     assert up.z is not None
-    dw_down, _ = weight_grad(h, up.da, transposed=True)
+    down, _ = weight_grad(h, up.da, transposed=True)
     g_up, dy_sum = weight_grad(dy, up.z, need_sum=True)
-    dw_down, g_up, dy_sum, da_sum, dgamma, dbeta = totals(
-        dw_down, g_up, dy_sum, up.da_sum, up.dgamma, up.dbeta
-    )
-    return AdapterGrads(
-        dh,
-        *(None if x is None else x[0] for x in (dw_down, g_up, da_sum, dy_sum)),
-        dgamma,
-        dbeta,
-    )
+    sums = totals(down, g_up, up.da_sum, dy_sum, up.dgamma, up.dbeta)
+    # what is summed over all rows has one sample
+    whole = [None if x is None else x[0] for x in sums[:4]]
+    return AdapterGrads(dh, whole[0], whole[1], whole[2], whole[3], sums[4], sums[5])
 
 
 def weight_grad(
