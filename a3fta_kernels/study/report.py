@@ -1,0 +1,296 @@
+"""STUDY.md: verdicts first, then the figures and tables that they rest on."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import figures
+from .hypotheses import (
+    COPIES_MARGIN,
+    GAP_MARGIN,
+    KID_MARGIN,
+    LEVEL,
+    RECALL_MARGIN,
+    Claim,
+    Either,
+    Verdict,
+    judge,
+)  # fmt: skip
+from .methods import BASELINE, METHODS
+from .plan import Plan
+from .statistics import interval
+from .table import Line, numbers
+from .views import VIEWS, Run, matched_loss, parse, step_of, value
+
+_SHARES = ("precision", "recall", "coverage", "copies")
+
+
+def write_report(
+    folder: Path, plan: Plan, lines: Sequence[Line], trials: Sequence[Line],
+    path: Path | None = None,
+) -> Path:  # fmt: skip
+    """Draws the figures into `folder` and writes the report to `path` (STUDY.md of the folder)."""
+    path = path or folder / "STUDY.md"
+    runs = [parse(line) for line in lines]
+    report = _Report(folder, plan, runs, trials, Path(os.path.relpath(folder, path.parent)))
+    path.write_text("\n".join(report.lines()) + "\n", encoding="utf-8")
+    return path
+
+
+class _Report:
+    def __init__(
+        self, folder: Path, plan: Plan, runs: list[Run], trials: Sequence[Line], link: Path
+    ) -> None:
+        self.folder, self.plan, self.runs, self.trials, self.link = folder, plan, runs, trials, link
+        bases = [r.at("kid", 0) for r in runs if r.method == BASELINE]
+        self.scale = 100 * len(bases) / math.fsum(bases) if bases else math.nan
+
+    def of(self, k: int) -> dict[str, list[Run]]:
+        """Runs of that k by method, by seed; of seeds that all methods that ran have."""
+        here = [run for run in self.runs if run.k == k]
+        seeds = [{r.seed for r in here if r.method == name} for name in {r.method for r in here}]
+        common = set.intersection(*seeds) if seeds else set()
+        found: dict[str, list[Run]] = {}
+        for run in sorted(here, key=lambda r: r.seed):
+            if run.seed in common:
+                found.setdefault(run.method, []).append(run)
+        return {name: found[name] for name in METHODS if name in found}
+
+    def lines(self) -> list[str]:
+        plan = self.plan
+        found = [*self._head(), *self._verdicts()]
+        for k in plan.ks:
+            runs = self.of(k)
+            if figures.trained(runs):
+                found += self._size(k, runs)
+        return [*found, *self._rates(), *self._notes()]
+
+    def _head(self) -> list[str]:
+        plan = self.plan
+        planned = list(plan.runs())
+        done = {(r.method, r.k, r.seed) for r in self.runs}
+        per_k = ", ".join(
+            f"k = {k}: {sum((m, k, s) in done for m in plan.methods for s in plan.seeds)} of "
+            f"{len(plan.methods) * len(plan.seeds)}"
+            for k in plan.ks
+        )
+        whole = sum(run in done for run in planned)
+        return [
+            f"# The study: {plan.pair}",
+            "",
+            f"**{whole} of the plan's {len(planned)} runs are in** ({per_k}). Drawn by "
+            "`a3fta study --only report` from the results of one plan "
+            f"(`{plan.digest()}`). Everything here is about this scale: small models of small "
+            "images. It says nothing about large ones.",
+            "",
+        ]
+
+    def _verdicts(self) -> list[str]:
+        k = self.plan.ks[0]
+        lines = [
+            f"## Verdicts, at this scale (k = {k})",
+            "",
+            "| | hypothesis | verdict | seeds | p | p, Holm |",
+            "|---|---|---|---:|---:|---:|",
+        ]
+        verdicts = judge(self.runs, k)
+        for v in verdicts:
+            lines.append(
+                f"| {v.hypothesis.name} | {v.hypothesis.text} | **{v.word}** at this scale | "
+                f"{v.seeds} | {v.p:.2g} | {v.corrected:.2g} |"
+            )
+        lines += ["", "All claims of a hypothesis must hold:", ""]
+        lines += ["| | claim | difference | 95 % interval | p |", "|---|---|---:|---:|---:|"]
+        lines += [row for v in verdicts for row in self._claims(v, k)]
+        return [*lines, ""]
+
+    def _claims(self, verdict: Verdict, k: int) -> list[str]:
+        by_seed: dict[int, dict[str, Run]] = {}
+        for run in self.runs:
+            if run.k == k:
+                by_seed.setdefault(run.seed, {})[run.method] = run
+        rows = []
+        for claim in verdict.hypothesis.claims:
+            parts: tuple[Claim, ...] = claim.claims if isinstance(claim, Either) else (claim,)
+            for part in parts:
+                d = part.difference(by_seed)
+                alone = "one of two: " if isinstance(claim, Either) else ""
+                rows.append(
+                    f"| {verdict.hypothesis.name} | {alone}{part} | {d.mean:.3g} | "
+                    f"{d.low:.3g} to {d.high:.3g} | {part.p(by_seed):.2g} |"
+                )
+        return rows
+
+    def _size(self, k: int, runs: dict[str, list[Run]]) -> list[str]:
+        first = k == self.plan.ks[0]
+        count = len(next(iter(runs.values())))
+        lines = [f"## k = {k}, {count} seeds", ""]
+        if first:
+            lines += self._figures(k, runs)
+        views = VIEWS if first else ("last", "early")
+        for view in views:
+            lines += [f"### {_ABOUT[view]}", "", *self._table(runs, view, ""), ""]
+        if first:
+            lines += [
+                "### Last step, features: raw pixels",
+                "",
+                *self._table(runs, "last", "_2"),
+                "",
+            ]
+            lines += ["### Stopped early, features: raw pixels", ""]
+            lines += [*self._table(runs, "early", "_2"), ""]
+            lines += [*self._bins(runs), *self._costs(runs)]
+        return lines
+
+    def _figures(self, k: int, runs: dict[str, list[Run]]) -> list[str]:
+        count = len(next(iter(runs.values())))
+        title = f"{self.plan.pair}, k = {k}, {count} seeds: from the first checkpoint to the last"
+        figures.headline(self.folder / "headline.png", runs, self.scale, 0.01, title)
+        figures.curves(self.folder / "curves.png", runs, self.scale)
+        lines = [
+            f"![KID against the share of near-copies]({self.link / 'headline.png'})",
+            "",
+            "KID rewards copying: low and to the left is what is wanted. A small dot is the first "
+            "checkpoint, a large one the last; shaded, 95 % intervals over seeds.",
+            "",
+            f"![Curves over steps]({self.link / 'curves.png'})",
+            "",
+        ]
+        samples = self.folder / "samples"
+        if samples.is_dir():
+            figures.grids(self.folder / "grid.png", samples, runs)
+            seed = next(iter(runs.values()))[0].seed
+            lines += [f"![Samples of seed {seed}]({self.link / 'grid.png'})", ""]
+        return lines
+
+    def _table(self, runs: dict[str, list[Run]], view: str, suffix: str) -> list[str]:
+        columns = ["held-out", "gap", "KID", *_SHARES, "Vendi", "source loss", "step"]
+        lines = [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+        seeds = range(len(next(iter(runs.values()))))
+        levels = [matched_loss([found[i] for found in runs.values()]) for i in seeds]
+        for name, found in runs.items():
+
+            def cell(metric: str, scale: float, digits: int) -> str:
+                values = [
+                    scale * value(run, _view(run, view), metric, level)
+                    for run, level in zip(found, levels, strict=True)  # noqa: B023
+                ]
+                return _told(values, digits)
+
+            at = zip(found, levels, strict=True)
+            steps = [float(step_of(run, _view(run, view), level)) for run, level in at]
+            cells = [
+                cell("heldout", 1, 4), cell("gap", 1, 4),
+                cell(f"kid{suffix}", self._kid(suffix), 2),
+                *(cell(f"{share}{suffix}", 100, 1) for share in _SHARES),
+                cell(f"vendi{suffix}", 1, 2), cell("source", 1, 4),
+                _told(steps, 0),
+            ]  # fmt: skip
+            lines.append(f"| {METHODS[name].label} | {' | '.join(cells)} |")
+        return lines
+
+    def _kid(self, suffix: str) -> float:
+        bases = [r.at(f"kid{suffix}", 0) for r in self.runs if r.method == BASELINE]
+        return 100 * len(bases) / math.fsum(bases) if bases else math.nan
+
+    def _bins(self, runs: dict[str, list[Run]]) -> list[str]:
+        bins = range(1, self.plan.bins + 1)
+        heads = [f"{(i - 1) / self.plan.bins:g} to {i / self.plan.bins:g}" for i in bins]
+        lines = [
+            "### Held-out loss less training loss by noise level, last step", "",
+            f"| | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads),
+        ]  # fmt: skip
+        for name, found in runs.items():
+            cells = [
+                _told([_last(r, f"heldout_bin{i}") - _last(r, f"train_bin{i}") for r in found], 4)
+                for i in bins
+            ]
+            lines.append(f"| {METHODS[name].label} | {' | '.join(cells)} |")
+        return [*lines, ""]
+
+    def _costs(self, runs: dict[str, list[Run]]) -> list[str]:
+        lines = [
+            "### Costs", "",
+            "| | trains | ms per step | peak, KiB | saved for the backward, KiB | rate |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]  # fmt: skip
+        for name, found in figures.trained(runs).items():
+            run = found[0]
+            step = sorted(r.step_ms for r in found)[len(found) // 2]
+            lines.append(
+                f"| {METHODS[name].label} | {run.parameters:,} | {step:.0f} | "
+                f"{run.peak_bytes / 1024:,.0f} | {run.saved_bytes / 1024:,.0f} | {run.rate:g} |"
+            )
+        said = (
+            "Processor time of a step on one core, the median over seeds, of a machine that did "
+            "other things too: a hint, not a benchmark. Bytes are counted, not measured "
+            "(`a3fta.memory`), above the weights."
+        )
+        return [*lines, "", said, ""]
+
+    def _rates(self) -> list[str]:
+        if not self.trials:
+            return []
+        seeds = sorted({line["seed"] for line in self.trials})
+        lines = [
+            f"## Trials of learning rates (k = {self.plan.tuning_k}, seeds {', '.join(seeds)}, on "
+            "images apart)", "",
+            "Lowest held-out loss of each rate, mean over the seeds; the lowest is frozen.", "",
+        ]  # fmt: skip
+        for name in self.plan.trained():
+            cells = []
+            for rate in METHODS[name].trials:
+                best = [
+                    numbers(line["best"])[0] for line in self.trials
+                    if line["method"] == name and float(line["rate"]) == rate
+                ]  # fmt: skip
+                if best:
+                    cells.append(f"{rate:g}: {math.fsum(best) / len(best):.4f}")
+            if cells:
+                lines.append(f"- {METHODS[name].label}: {'; '.join(cells)}")
+        return [*lines, ""]
+
+    def _notes(self) -> list[str]:
+        return [
+            "## How to read it",
+            "",
+            "- Cells are means over seeds, ± half of the 95 % interval. Runs of a seed share "
+            "training images, batches, noise and what samples start from; only seeds that all "
+            "methods have are in the tables.",
+            "- KID is in percent of the base's; precision, recall, coverage and near-copies are in "
+            "percent. A near-copy is closer to a training image than 99 % of real images that "
+            "nobody trained on.",
+            f"- Margins: KID {KID_MARGIN:g} points, recall {RECALL_MARGIN:g}, copies "
+            f"{COPIES_MARGIN:g}, gap {GAP_MARGIN:g}; level {LEVEL:g}, Holm over four.",
+            "- Held-out images are for measuring alone; *oracle* stops by them, which nobody can.",
+            "- An adapter can be switched off: then nothing of the source is forgotten. The source "
+            "loss is with it on.",
+        ]
+
+
+_ABOUT = {
+    "last": "Last step, an equal budget",
+    "early": "Stopped early, by folds inside the k images",
+    "oracle": "Oracle: the lowest loss of the large held-out set",
+    "converged": "Converged: the training loss falls by less than 2 % from there on",
+    "matched": "At matched training loss",
+}
+
+
+def _view(run: Run, view: str) -> str:
+    """The base has one step, which is all of them."""
+    return "last" if run.method == BASELINE else view
+
+
+def _last(run: Run, metric: str) -> float:
+    return run.at(metric, run.steps[-1])
+
+
+def _told(values: Sequence[float], digits: int) -> str:
+    mean = math.fsum(values) / len(values)
+    low, high = interval(values)
+    spread = "" if math.isnan(low) else f" ± {(high - low) / 2:.{digits}f}"
+    return f"{mean:.{digits}f}{spread}"
