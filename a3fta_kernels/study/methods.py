@@ -75,19 +75,20 @@ def _adapter(**options: Any) -> Callable[[nn.Module], list[nn.Parameter]]:
     return prepare
 
 
-_WHOLE = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-_SMALL = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+_WHOLE = (3e-5, 1e-4, 3e-4, 1e-3)
+_ATTENTION = (3e-4, 1e-3, 3e-3, 1e-2)
+_SMALL = (1e-3, 3e-3, 1e-2, 3e-2)
 
 METHODS = {
     "base": Method("base, not tuned", _nothing),
     "full": Method("full tuning", _full, _WHOLE),
-    "attention": Method("attention only", _attention, _WHOLE),
+    "attention": Method("attention only", _attention, _ATTENTION),
     "l2sp": Method("L2-SP", _full, _WHOLE, PULL),
     "lora": Method(f"PEFT LoRA r{LORA_RANK}, qkvo", _lora, _SMALL),
     "identity": Method("A3FTA identity", _adapter(activation="identity"), _SMALL),
     "gelu": Method("A3FTA GELU", _adapter(), _SMALL),
     "film": Method("A3FTA time-aware", _adapter(design="film"), _SMALL),
-    "adapter+attention": Method("A3FTA + attention", _adapter(train="adapter+attention"), _WHOLE),
+    "adapter+attention": Method("A3FTA + attention", _adapter(train="adapter+attention"), _ATTENTION),
 }
 BASELINE = "base"
 

@@ -49,7 +49,7 @@ def train(
     model = family.denoiser
     torch.manual_seed(int(torch.randint(2**62, (), generator=generator(seed, "start"))))
     course = Course(family, method.prepare(model), 0, [])
-    optimizer = torch.optim.AdamW(course.parameters, lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(course.parameters, lr=rate, weight_decay=0.0, fused=True)
     warmth = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / plan.warmup))
     start = [p.detach().clone() for p in course.parameters] if method.pull else []
     order = _order(subject, chosen, plan.batch, seed)
