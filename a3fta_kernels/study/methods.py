@@ -88,7 +88,9 @@ METHODS = {
     "identity": Method("A3FTA identity", _adapter(activation="identity"), _SMALL),
     "gelu": Method("A3FTA GELU", _adapter(), _SMALL),
     "film": Method("A3FTA time-aware", _adapter(design="film"), _SMALL),
-    "adapter+attention": Method("A3FTA + attention", _adapter(train="adapter+attention"), _ATTENTION),
+    "adapter+attention": Method(
+        "A3FTA + attention", _adapter(train="adapter+attention"), _ATTENTION
+    ),
 }
 BASELINE = "base"
 

@@ -24,6 +24,10 @@ from .subject import Subject
 
 # images per class of each part, the rest is the pool; "features" teach the feature network
 _DIGITS = {"features": 50, "reference": 50, "heldout": 10, "tuning": 10, "tuning_heldout": 15}
+_LETTER_PARTS = {
+    "features": 500, "reference": 500, "heldout": 100, "tuning": 100, "tuning_heldout": 150,
+    "pool": 400,
+}  # fmt: skip
 _SOURCE = 50  # images for forgetting
 
 
@@ -61,7 +65,7 @@ def load(name: str, folder: Path) -> Subject:
     base = _base(pair, folder / "bases" / f"{pair.source}-{pair.frame.side}.safetensors")
     x, labels, parts = _handwritten() if pair.target == "handwritten" else _letters(pair)
     images = to_images(x)
-    learned = [i for i in parts.pop("features")]
+    learned = list(parts.pop("features"))
     network = _network(
         pair,
         [images[i] for i in learned],
@@ -150,25 +154,21 @@ def _letters(pair: Pair) -> tuple[Tensor, Tensor, dict[str, tuple[int, ...]]]:
     """Every shape (a letter in a font) is in one part alone, and is varied there."""
     drawn, letters = glyphs.render(glyphs.SCRIPTS[pair.target], pair.frame)
     draw = generator("study", "letters", pair.target)
-    mixed = torch.randperm(len(drawn), generator=draw)
-    counts = {
-        "features": 500,
-        "reference": 500,
-        "heldout": 150,
-        "tuning": 100,
-        "tuning_heldout": 150,
-    }
-    whole = sum(counts.values()) + 400
-    shares = [round(len(drawn) * n / whole) for n in counts.values()]
     x, labels, parts = [], [], {}
     begin = 0
-    for name, part in zip(
-        (*counts, "pool"), mixed.split([*shares, len(drawn) - sum(shares)]), strict=True
-    ):
-        size = counts.get(name, 400)
-        shapes = part[torch.arange(size) % len(part)]
-        x.append(glyphs.vary(drawn[shapes], pair.frame, draw))
-        labels.append(letters[shapes])
-        parts[name] = tuple(range(begin, begin + size))
-        begin += size
+    for name, shapes in _shares(len(drawn), draw).items():
+        # a part has more images than shapes: a shape comes again, varied in another way
+        again = shapes[torch.arange(_LETTER_PARTS[name]) % len(shapes)]
+        x.append(glyphs.vary(drawn[again], pair.frame, draw))
+        labels.append(letters[again])
+        parts[name] = tuple(range(begin, begin + len(again)))
+        begin += len(again)
     return torch.cat(x), torch.cat(labels), parts
+
+
+def _shares(count: int, draw: torch.Generator) -> dict[str, Tensor]:
+    """Shapes per part, in proportion to its images."""
+    whole = sum(_LETTER_PARTS.values())
+    sizes = [round(count * size / whole) for size in list(_LETTER_PARTS.values())[:-1]]
+    mixed = torch.randperm(count, generator=draw).split([*sizes, count - sum(sizes)])
+    return dict(zip(_LETTER_PARTS, mixed, strict=True))

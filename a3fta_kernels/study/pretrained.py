@@ -28,6 +28,10 @@ def load(
 ) -> Subject:  # fmt: skip
     """features: "pixels", or the folder of an image model of transformers, whose features then
     come first and pixels second. Photos are squares, as samples are compared with them."""
+    from diffusers.utils.logging import disable_progress_bar
+
+    # a model is loaded for every run and fold
+    disable_progress_bar()
     settings = Settings(
         model=model, data=images, output=str(folder), trigger=trigger, resolution=resolution,
         buckets=False, heldout="none",

@@ -45,8 +45,6 @@ class _Report:
         self, folder: Path, plan: Plan, runs: list[Run], trials: Sequence[Line], link: Path
     ) -> None:
         self.folder, self.plan, self.runs, self.trials, self.link = folder, plan, runs, trials, link
-        bases = [r.at("kid", 0) for r in runs if r.method == BASELINE]
-        self.scale = 100 * len(bases) / math.fsum(bases) if bases else math.nan
 
     def of(self, k: int) -> dict[str, list[Run]]:
         """Runs of that k by method, by seed; of seeds that all methods that ran have."""
@@ -134,22 +132,18 @@ class _Report:
         for view in views:
             lines += [f"### {_ABOUT[view]}", "", *self._table(runs, view, ""), ""]
         if first:
-            lines += [
-                "### Last step, features: raw pixels",
-                "",
-                *self._table(runs, "last", "_2"),
-                "",
-            ]
-            lines += ["### Stopped early, features: raw pixels", ""]
-            lines += [*self._table(runs, "early", "_2"), ""]
+            if next(iter(runs.values()))[0].curves["kid_2"]:
+                for view in ("last", "early"):
+                    lines += [f"### {_ABOUT[view]}; features: raw pixels", ""]
+                    lines += [*self._table(runs, view, "_2"), ""]
             lines += [*self._bins(runs), *self._costs(runs)]
         return lines
 
     def _figures(self, k: int, runs: dict[str, list[Run]]) -> list[str]:
         count = len(next(iter(runs.values())))
         title = f"{self.plan.pair}, k = {k}, {count} seeds: from the first checkpoint to the last"
-        figures.headline(self.folder / "headline.png", runs, self.scale, 0.01, title)
-        figures.curves(self.folder / "curves.png", runs, self.scale)
+        figures.headline(self.folder / "headline.png", runs, _percent(runs, "kid"), 0.01, title)
+        figures.curves(self.folder / "curves.png", runs, _percent(runs, "kid"))
         lines = [
             f"![KID against the share of near-copies]({self.link / 'headline.png'})",
             "",
@@ -184,17 +178,13 @@ class _Report:
             steps = [float(step_of(run, _view(run, view), level)) for run, level in at]
             cells = [
                 cell("heldout", 1, 4), cell("gap", 1, 4),
-                cell(f"kid{suffix}", self._kid(suffix), 2),
+                cell(f"kid{suffix}", _percent(runs, f"kid{suffix}"), 2),
                 *(cell(f"{share}{suffix}", 100, 1) for share in _SHARES),
                 cell(f"vendi{suffix}", 1, 2), cell("source", 1, 4),
                 _told(steps, 0),
             ]  # fmt: skip
             lines.append(f"| {METHODS[name].label} | {' | '.join(cells)} |")
         return lines
-
-    def _kid(self, suffix: str) -> float:
-        bases = [r.at(f"kid{suffix}", 0) for r in self.runs if r.method == BASELINE]
-        return 100 * len(bases) / math.fsum(bases) if bases else math.nan
 
     def _bins(self, runs: dict[str, list[Run]]) -> list[str]:
         bins = range(1, self.plan.bins + 1)
@@ -278,6 +268,12 @@ _ABOUT = {
     "converged": "Converged: the training loss falls by less than 2 % from there on",
     "matched": "At matched training loss",
 }
+
+
+def _percent(runs: dict[str, list[Run]], metric: str) -> float:
+    """What makes percent of the base's of it."""
+    bases = [run.at(metric, 0) for run in runs.get(BASELINE, [])]
+    return 100 * len(bases) / math.fsum(bases) if bases else math.nan
 
 
 def _view(run: Run, view: str) -> str:

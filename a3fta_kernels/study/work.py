@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -133,13 +134,13 @@ def work(jobs: Sequence[Job], load: Load, plan: Plan, processes: int) -> Iterato
         waiting, queue = {}, iter(jobs)
         try:
             # few are handed out ahead, so that an interrupted study ends soon
-            for job, _ in zip(queue, range(processes), strict=False):
+            for job in islice(queue, processes):
                 waiting[pool.submit(_do, job)] = job
             while waiting:
                 done, _ = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield waiting.pop(future), future.result()
-                    for job, _ in zip(queue, range(1), strict=False):
+                    for job in islice(queue, 1):
                         waiting[pool.submit(_do, job)] = job
         finally:
             pool.shutdown(cancel_futures=True, wait=False)

@@ -43,7 +43,7 @@ def test_what_is_no_base_is_told(tmp_path):
     from safetensors.torch import save_file
 
     (tmp_path / "cut").write_bytes(b"\x09")
-    with pytest.raises(TrainingError, match="cut is damaged: .*remove it to make it anew"):
+    with pytest.raises(TrainingError, match=r"cut is damaged: .*remove it to make it anew"):
         bases.load(tmp_path / "cut")
     save_file({"a": torch.zeros(1)}, str(tmp_path / "other"))
     with pytest.raises(TrainingError, match="other is no base"):

@@ -48,14 +48,15 @@ def test_from_nothing_to_a_report_and_then_nothing_is_left(tmp_path, quick):
     assert len(quick) == 2 * 4 + 3 * 2 * 2
     assert quick[:8] == [t for t in tiny.plan().trials()] and quick[8:] == list(tiny.plan().runs())
     assert "12 of the plan's 12 runs are in" in (tmp_path / "STUDY.md").read_text()
-    assert any("learning rates: full 3e-05, gelu 0.0003" in line for line in said)
+    assert any("learning rates: full 3e-05, gelu 0.001" in line for line in said)
     quick.clear()
-    study(tmp_path)
+    study(tmp_path, stages=("tune", "run"))
     assert quick == []
 
 
 def test_it_goes_on_where_it_was_cut_off(tmp_path, quick, monkeypatch):
-    study(tmp_path, limit=9)
+    computed = ("tune", "run")
+    study(tmp_path, limit=9, stages=computed)
     assert len(quick) == 9
     table = work.results(tmp_path, tiny.plan())
     with open(table.path, "a") as stream:
@@ -70,10 +71,10 @@ def test_it_goes_on_where_it_was_cut_off(tmp_path, quick, monkeypatch):
 
     monkeypatch.setattr(work.Table, "append", stumbling)
     with pytest.raises(KeyboardInterrupt):
-        study(tmp_path)
+        study(tmp_path, stages=computed)
     assert len(table.read()) == 3
     monkeypatch.setattr(work.Table, "append", real)
-    study(tmp_path)
+    study(tmp_path, stages=computed)
     assert [table.name(line)[1:] for line in table.read()] == [
         (name, str(k), str(seed)) for name, k, seed in tiny.plan().runs()
     ]
@@ -81,7 +82,7 @@ def test_it_goes_on_where_it_was_cut_off(tmp_path, quick, monkeypatch):
 
 
 def test_another_plan_is_refused_before_anything_is_computed(tmp_path, quick):
-    study(tmp_path, given=RATES, limit=2)
+    study(tmp_path, given=RATES, limit=2, stages=("run",))
     quick.clear()
     before = (tmp_path / "runs.csv").read_bytes()
     with pytest.raises(TrainingError, match="this is plan"):
@@ -94,5 +95,6 @@ def test_given_rates_need_no_trials_and_stages_are_alone(tmp_path, quick):
     assert quick == list(tiny.plan().runs())
     assert not (tmp_path / "STUDY.md").exists() and not (tmp_path / "tuning.csv").exists()
     elsewhere = tmp_path / "page.md"
-    study(tmp_path, stages=("report",), report=elsewhere)
-    assert elsewhere.exists()
+    (tmp_path / "empty").mkdir()
+    study(tmp_path / "empty", stages=("report",), report=elsewhere)
+    assert "0 of the plan's 12 runs are in" in elsewhere.read_text()

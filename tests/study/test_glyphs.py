@@ -29,7 +29,7 @@ def test_targets_share_no_letter_with_the_source():
 
 
 def test_glyphs_fill_the_frame_by_their_longer_side():
-    images, labels = render(Script("Wi", SCRIPTS["latin"].fonts[:3]), SMALL)
+    images, labels = render(Script("Wl", SCRIPTS["latin"].fonts[:3]), SMALL)
     assert images.shape == (6, 1, 48, 48) and labels.tolist() == [0, 1] * 3
     margin = (SMALL.canvas - SMALL.height) // 2
     for image in images[:, 0]:

@@ -55,5 +55,5 @@ def test_too_few_photos_are_refused(folder, tmp_path):
     few.mkdir(parents=True)
     for path in sorted((folder / "photos" / "even").iterdir())[:5]:
         (few / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(TrainingError, match="images: expected at least 40 .* got 5 in "):
+    with pytest.raises(TrainingError, match=r"images: expected at least 40 .* got 5 in "):
         pretrained.load(str(folder / "pipeline"), str(few.parent), tmp_path / "study")

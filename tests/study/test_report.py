@@ -25,12 +25,13 @@ def line(one):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
+    (folder / "results").mkdir()
     runs = [
         run(name, seed=seed, kid=2.0 if name == "base" else [1, 0.5, 0.4 + 0.1 * seed])
         for name in METHODS for seed in range(3)
     ]  # fmt: skip
     runs += [run(name, k=10) for name in METHODS]
-    # a seed that is not whole is in no table
+    # a seed that is not whole is in no table, and no k is in another's
     runs.append(run("full", seed=3, kid=9.0))
     trials = [
         {"method": "full", "rate": shown(rate), "seed": "1000", "best": shown(0.3 + rate)}
@@ -40,11 +41,6 @@ def page(tmp_path_factory):
         folder / "results", Plan(), [line(r) for r in runs], trials, folder / "PAGE.md"
     )
     return path, path.read_text()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory):
-    (tmp_path_factory.getbasetemp()).mkdir(exist_ok=True)
 
 
 def table(text, heading):

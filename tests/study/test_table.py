@@ -72,9 +72,9 @@ def test_a_damaged_file_is_told(tmp_path, text, told):
 
 
 def test_a_folder_has_one_study_at_a_time(tmp_path):
-    with owned(tmp_path), pytest.raises(TrainingError, match="in use by another study"):
-        with owned(tmp_path):
-            pass
+    told = pytest.raises(TrainingError, match="in use by another study")
+    with owned(tmp_path), told, owned(tmp_path):
+        pass
     with owned(tmp_path):
         pass
 

@@ -29,7 +29,7 @@ def plan(**changes: Any) -> Plan:
 
 def pipeline() -> DDPMPipeline:
     torch.manual_seed(0)
-    shape = bases.architecture(SIDE, (8, 8), 2) | {"attention_head_dim": 4, "norm_num_groups": 2}
+    shape = bases.architecture(SIDE, (8,), 2) | {"attention_head_dim": 4, "norm_num_groups": 2}
     model = UNet2DModel(**shape)
     # the layers that start at 0 would hide what trains before them
     for parameter in model.parameters():
