@@ -55,6 +55,33 @@ def test_a_run_is_a_function_of_its_arguments(line, subject):
     }
 
 
+def test_losses_are_of_training_heldout_and_source_images(subject, monkeypatch):
+    asked, real = [], run.losses
+
+    def watched(family, rows, digests, chosen, draws, plan):
+        asked.append((tuple(chosen), draws, rows is subject.rows))
+        return real(family, rows, digests, chosen, draws, plan)
+
+    monkeypatch.setattr(run, "losses", watched)
+    run.run(subject, plan(draws=12), "base", 6, 0, 0.0)
+    assert asked == [
+        (subject.subset(6, 0), 2, True),
+        (subject.parts["heldout"], 1, True),
+        (tuple(range(3)), 1, False),
+    ]
+
+
+def test_samples_are_compared_with_the_reference(subject, monkeypatch):
+    seen = []
+    worth = dict.fromkeys(metrics.NAMES, 0.5)
+    monkeypatch.setattr(metrics, "measure", lambda *features: seen.append(features) or worth)
+    run.run(subject, plan(), "base", 6, 0, 0.0)
+    for extractor, (samples, train, real) in zip(("halves", "pixels"), seen, strict=True):
+        assert len(samples) == plan().samples
+        assert train.equal(subject.features(extractor, subject.subset(6, 0)))
+        assert real.equal(subject.features(extractor, subject.parts["reference"]))
+
+
 def test_the_base_is_measured_once_and_trains_nothing(subject):
     found = run.run(subject, plan(), "base", 6, 0, 0.0)
     assert found["steps"] == [0] and found["parameters"] == found["early"] == 0
