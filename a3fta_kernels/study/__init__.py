@@ -1,5 +1,4 @@
-"""The study: what each way of fine-tuning does with small training sets, measured so that the answer
-can be doubted with care.
+"""The study: what ways of fine-tuning do with small training sets, measured for sceptics.
 
     a3fta study --folder somewhere          # printed to handwritten digits
     a3fta study --model ./sd15 --images ./photos --folder somewhere

@@ -1,7 +1,7 @@
 """The pairs of source and target that need no download.
 
-digits: printed digits, then handwritten ones (scikit-learn's, 8 x 8). A script's name: Latin
-letters, then letters of that script (16 x 16, other fonts' shapes of letters never seen).
+digits: printed digits, then handwritten ones (scikit-learn's, 8 x 8); digits-2: the same with another
+base. A script's name: Latin letters, then letters of that script, never seen (16 x 16).
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ _SOURCE = 50  # images for forgetting
 @dataclass(frozen=True)
 class Pair:
     """source, target: names in glyphs.SCRIPTS, or target "handwritten". channels: of the base's
-    levels. steps, batch, rate: of its pre-training."""
+    levels. steps, batch, rate, seed: of its pre-training; pairs of one source, side and seed share
+    the base."""
 
     source: str
     target: str
@@ -44,13 +45,15 @@ class Pair:
     steps: int = 6000
     batch: int = 64
     rate: float = 2e-3
+    seed: int = 0
 
 
-_LETTERS = glyphs.Frame(16, 4, 192, 128)
+_DIGIT, _LETTER = glyphs.Frame(8, 4, 96, 64), glyphs.Frame(16, 4, 192, 128)
 PAIRS = {
-    "digits": Pair("digits", "handwritten", glyphs.Frame(8, 4, 96, 64), (32, 48), True),
+    "digits": Pair("digits", "handwritten", _DIGIT, (32, 48), True),
+    "digits-2": Pair("digits", "handwritten", _DIGIT, (48, 64), True, seed=1),
     **{
-        script: Pair("latin", script, _LETTERS, (32, 48, 64), False)
+        script: Pair("latin", script, _LETTER, (32, 48, 64), False)
         for script in glyphs.SCRIPTS
         if script not in ("digits", "latin")
     },
@@ -62,7 +65,8 @@ def load(name: str, folder: Path) -> Subject:
     not there yet: some minutes of one core."""
     check_choice("pair", name, PAIRS)
     pair = PAIRS[name]
-    base = _base(pair, folder / "bases" / f"{pair.source}-{pair.frame.side}.safetensors")
+    again = f"-{pair.seed}" if pair.seed else ""
+    base = _base(pair, folder / "bases" / f"{pair.source}-{pair.frame.side}{again}.safetensors")
     x, labels, parts = _handwritten() if pair.target == "handwritten" else _letters(pair)
     images = to_images(x)
     learned = list(parts.pop("features"))
@@ -108,9 +112,9 @@ def _base(pair: Pair, path: Path) -> bases.Base:
         model = bases.pretrain(
             unet, bases.SCHEDULE,
             lambda draw: glyphs.batch(drawn, labels, pair.batch, pair.frame, draw),
-            pair.steps, pair.rate, seed=0,
+            pair.steps, pair.rate, pair.seed,
         )  # fmt: skip
-        facts = {"steps": pair.steps, "batch_size": pair.batch, "lr": pair.rate, "seed": 0}
+        facts = {"steps": pair.steps, "batch_size": pair.batch, "lr": pair.rate, "seed": pair.seed}
         bases.save(model, path, unet, bases.SCHEDULE, facts)
     return bases.load(path)
 

@@ -231,16 +231,16 @@ class _Report:
             "Lowest held-out loss of each rate, mean over the seeds; the lowest is frozen.", "",
         ]  # fmt: skip
         for name in self.plan.trained():
-            cells = []
+            means: dict[float, float] = {}
             for rate in METHODS[name].trials:
                 best = [
                     numbers(line["best"])[0] for line in self.trials
                     if line["method"] == name and float(line["rate"]) == rate
                 ]  # fmt: skip
                 if best:
-                    cells.append(f"{rate:g}: {math.fsum(best) / len(best):.4f}")
-            if cells:
-                lines.append(f"- {METHODS[name].label}: {'; '.join(cells)}")
+                    means[rate] = math.fsum(best) / len(best)
+            if means:
+                lines.append(f"- {METHODS[name].label}: {_trials(means)}")
         return [*lines, ""]
 
     def _notes(self) -> list[str]:
@@ -279,6 +279,17 @@ def _percent(runs: dict[str, list[Run]], metric: str) -> float:
 def _view(run: Run, view: str) -> str:
     """The base has one step, which is all of them."""
     return "last" if run.method == BASELINE else view
+
+
+def _trials(means: dict[float, float]) -> str:
+    """The lowest in bold; at an end of its row a lower one may lie beyond."""
+    lowest = min(means, key=lambda rate: (math.isnan(means[rate]), means[rate]))
+    told = [
+        f"**{rate:g}: {mean:.4f}**" if rate == lowest else f"{rate:g}: {mean:.4f}"
+        for rate, mean in means.items()
+    ]
+    end = "; at the end of its row" if lowest in (min(means), max(means)) else ""
+    return "; ".join(told) + end
 
 
 def _last(run: Run, metric: str) -> float:

@@ -102,6 +102,22 @@ def test_a_shape_is_in_one_part_alone(small):
     assert sum(map(len, images)) == len(set.union(*images))
 
 
+def test_the_second_base_is_another_of_the_same_target(tmp_path, monkeypatch, digits):
+    made = []
+
+    def pretrain(unet, schedule, batch, steps, lr, seed):
+        made.append((unet["block_out_channels"], seed))
+        return UNet2DModel(**unet)
+
+    monkeypatch.setattr(bases, "pretrain", pretrain)
+    monkeypatch.setattr(features, "_EPOCHS", 1)
+    second = pairs.load("digits-2", tmp_path)
+    assert made == [((48, 64), 1)]
+    assert [p.name for p in (tmp_path / "bases").iterdir()] == ["digits-8-1.safetensors"]
+    assert second.parts == digits.parts
+    assert all(a["mean"].equal(b["mean"]) for a, b in zip(second.rows, digits.rows, strict=True))
+
+
 def test_another_pair_is_told(tmp_path):
     with pytest.raises(ValueError, match=r"pair: expected one of digits, .*, got 'klingon'"):
         pairs.load("klingon", tmp_path)

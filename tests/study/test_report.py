@@ -78,7 +78,11 @@ def test_cells_are_means_over_whole_seeds_at_the_view(page):
 
 
 def test_trials_are_told(page):
-    assert "- full tuning: 3e-05: 0.3000; 0.0001: 0.3001" in page[1]
+    assert "- full tuning: **3e-05: 0.3000**; 0.0001: 0.3001" in page[1]
+    assert "0.001: 0.3010; at the end of its row" in page[1]
+    assert report._trials({1e-3: 2.0, 1e-2: 1.0, 1e-1: 3.0}).endswith(
+        "**0.01: 1.0000**; 0.1: 3.0000"
+    )
 
 
 def test_without_runs_it_says_so(tmp_path):
