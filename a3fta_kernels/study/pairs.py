@@ -1,7 +1,7 @@
 """The pairs of source and target that need no download.
 
-digits: printed digits, then handwritten ones (scikit-learn's, 8 x 8); digits-2: the same with another
-base. A script's name: Latin letters, then letters of that script, never seen (16 x 16).
+digits: printed digits, then handwritten ones (scikit-learn, 8 x 8); digits-2: the same from another
+base. A script by its name: Latin letters, then letters of that script, never seen (16 x 16).
 """
 
 from __future__ import annotations
