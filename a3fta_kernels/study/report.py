@@ -95,6 +95,13 @@ class _Report:
             "|---|---|---|---:|---:|---:|",
         ]
         verdicts = judge(self.runs, k)
+        seeds = min(v.seeds for v in verdicts)
+        if seeds < len(self.plan.seeds):
+            lines[1:1] = [
+                "",
+                f"**Preliminary: {seeds} of {len(self.plan.seeds)} seeds are whole.** The plan's "
+                "verdicts are those of all seeds; until then they may change.",
+            ]
         for v in verdicts:
             lines.append(
                 f"| {v.hypothesis.name} | {v.hypothesis.text} | **{v.word}** at this scale | "

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
@@ -118,6 +119,16 @@ def _do(job: Job) -> dict[str, Any]:
     return getattr(runs, job.kind)(*_loaded, *job.arguments)
 
 
+def _result(future: Future[dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise TrainingError(
+            "a process was ended from outside, perhaps for its memory; what was finished is kept. "
+            "Start again, with fewer --processes if memory is short"
+        ) from error
+
+
 def work(jobs: Sequence[Job], load: Load, plan: Plan, processes: int) -> Iterator[
     tuple[Job, dict[str, Any]]
 ]:  # fmt: skip
@@ -131,7 +142,8 @@ def work(jobs: Sequence[Job], load: Load, plan: Plan, processes: int) -> Iterato
         return
     context = get_context("spawn")
     with ProcessPoolExecutor(processes, context, _start, (load, plan)) as pool:
-        waiting, queue = {}, iter(jobs)
+        waiting: dict[Future[dict[str, Any]], Job] = {}
+        queue = iter(jobs)
         try:
             # few are handed out ahead, so that an interrupted study ends soon
             for job in islice(queue, processes):
@@ -139,7 +151,7 @@ def work(jobs: Sequence[Job], load: Load, plan: Plan, processes: int) -> Iterato
             while waiting:
                 done, _ = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in done:
-                    yield waiting.pop(future), future.result()
+                    yield waiting.pop(future), _result(future)
                     for job in islice(queue, 1):
                         waiting[pool.submit(_do, job)] = job
         finally:

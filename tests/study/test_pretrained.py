@@ -38,8 +38,8 @@ def test_photos_are_dealt_into_parts_in_proportion(own):
 
 
 def test_a_run_of_it_is_a_line(own):
-    line = run.run(own, tiny.plan(), "gelu", 6, 0, 1e-2)
-    assert len(line["kid"]) == 2 and line["parameters"] > 0
+    line = run.run(own, tiny.plan(), "base", 6, 0, 0.0)
+    assert np.isfinite(line["kid"]).all() and np.isfinite(line["heldout"]).all()
     # it has no images of its base's own kind
     assert all(np.isnan(line["source"]))
 

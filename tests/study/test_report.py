@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -56,6 +57,16 @@ def test_it_says_how_much_of_the_plan_is_in(page):
         "**37 of the plan's 270 runs are in** (k = 20: 28 of 90, k = 10: 9 of 90, k = 50: 0" in text
     )
     assert text.count("at this scale |") == 4
+    assert "**Preliminary: 3 of 10 seeds are whole.**" in text
+
+
+def test_verdicts_of_all_seeds_are_not_preliminary(tmp_path, monkeypatch):
+    for name in ("headline", "curves"):
+        monkeypatch.setattr(report.figures, name, lambda *_: None)
+    plan = dataclasses.replace(Plan(), ks=(20,), seeds=(0, 1, 2))
+    runs = [line(run(name, seed=seed)) for name in METHODS for seed in range(3)]
+    text = report.write_report(tmp_path, plan, runs, []).read_text()
+    assert "**27 of the plan's 27 runs are in**" in text and "Preliminary" not in text
 
 
 def test_pictures_are_there_and_linked(page):

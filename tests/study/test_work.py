@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
@@ -104,3 +105,13 @@ def test_an_interrupted_study_hands_out_nothing_more(monkeypatch):
     for _ in work.work(jobs, dict, tiny.plan(), 2):
         break
     assert 1 <= len(begun) <= 2
+
+
+def test_a_process_that_is_killed_is_told(monkeypatch):
+    def killed(*_):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(work, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(work.runs, "trial", killed)
+    with pytest.raises(TrainingError, match="what was finished is kept"):
+        list(work.work([work.Job("trial", (0,))], dict, tiny.plan(), 2))
