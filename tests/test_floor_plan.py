@@ -141,7 +141,7 @@ HOMES = {
     "rich": ["cli*"],
     "matplotlib": ["train*", "study*", "cli*"],
     "sklearn": ["study.pairs", "cli*"],
-    "scipy": ["study.statistics"],
+    "scipy": ["study.figures", "study.statistics"],
     "numpy": ["train*", "study*", "cli*"],
     "PIL": ["train*", "study*", "cli.sample"],
     "datasets": ["train.sources"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -62,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         plan, load = _plan(args), _load(args)
-        with owned(args.folder):
+        # a report is drawn beside a study that goes on
+        with owned(args.folder) if args.only != "report" else contextlib.nullcontext():
             conduct(
                 args.folder, plan, load, processes=args.processes,
                 stages=(args.only,) if args.only else STAGES, limit=args.limit,

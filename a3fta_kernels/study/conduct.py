@@ -19,7 +19,8 @@ def conduct(
     limit: int | None = None, given: Mapping[str, float] | None = None,
     report: Path | None = None, say: Callable[[str], None] = print,
 ) -> None:  # fmt: skip
-    """Does what is missing of each stage, in `folder`, which must be this study's alone.
+    """Does what is missing of each stage, in `folder`, which must be this study's alone, but for a
+    report, which only reads.
 
     limit: of trials and runs that are done now. given: learning rates that are not looked for.
     report: where it is written (STUDY.md of the folder).
@@ -29,7 +30,8 @@ def conduct(
     trials, results = work.trials(folder, plan), work.results(folder, plan)
     for table in (trials, results):
         table.read()
-        table.mend()
+        if stages != ("report",):
+            table.mend()
     if "tune" in stages:
         jobs = [job for job in work.missing_trials(trials, plan) if job.arguments[0] not in given]
         limit = _do(jobs, trials, load, plan, processes, limit, say)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +55,27 @@ def trained(runs: ByMethod) -> dict[str, Sequence[Run]]:
 
 def headline(path: Path, runs: ByMethod, kid_scale: float, chance: float, title: str) -> None:
     """KID against the share of near-copies: a path over steps per method, from a small mark at
-    the first checkpoint to a large one at the last; shaded, the 95 % intervals of KID."""
-    figure, (ax,) = _page(9, 5.6)
+    the first checkpoint to a large one at the last, a square where folds say to stop; shaded, the
+    95 % intervals of both."""
+    figure, (ax,) = _page(9, 6)
     for name, found in trained(runs).items():
-        x, _, _ = _mean(found, "copies", 100)
-        y, low, high = _mean(found, "kid", kid_scale)
-        _, left, right = _mean(found, "copies", 100)
-        colour = COLOURS[name]
-        _ribbon(ax, (x, left, right), (y, low, high), colour)
-        ax.plot(x, y, color=colour, linewidth=2, label=METHODS[name].label, zorder=3)
-        ax.plot(x[0], y[0], "o", color=colour, markersize=4, zorder=4)
-        ax.plot(x[-1], y[-1], "o", color=colour, markersize=9, markeredgecolor=PAPER, zorder=4)
+        x, y, colour = _mean(found, "copies", 100), _mean(found, "kid", kid_scale), COLOURS[name]
+        _ribbon(ax, x, y, colour)
+        ax.plot(x[0], y[0], color=colour, linewidth=2, label=METHODS[name].label, zorder=3)
+        ax.plot(x[0][0], y[0][0], "o", color=colour, markersize=4, zorder=4)
+        ax.plot(x[0][-1], y[0][-1], "o", color=colour, markersize=10, markeredgecolor=PAPER,
+                zorder=5)  # fmt: skip
+        early = [
+            math.fsum(scale * run.at(metric, run.early) for run in found) / len(found)
+            for metric, scale in (("copies", 100.0), ("kid", kid_scale))
+        ]
+        ax.plot(*early, "s", color=colour, markersize=7, markeredgecolor=PAPER, zorder=5)
     ax.axvline(100 * chance, color=MUTED, linewidth=1, linestyle=":")
-    ax.set_yscale("symlog", linthresh=1)
+    ax.set_xscale("symlog", linthresh=2)
+    ax.set_yscale("symlog", linthresh=2)
+    _plain(ax.xaxis)
+    _plain(ax.yaxis)
+    ax.set_xlim(left=-0.2)
     ax.set_xlabel("near-copies among samples, % (dotted: among real images)", color=INK)
     ax.set_ylabel("KID, % of the base's", color=INK)
     ax.set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold")
@@ -74,14 +83,31 @@ def headline(path: Path, runs: ByMethod, kid_scale: float, chance: float, title:
     figure.savefig(path, dpi=110, facecolor=PAPER)
 
 
-def _ribbon(ax: Any, x: tuple[list[float], ...], y: tuple[list[float], ...], colour: str) -> None:
-    """An ellipse per checkpoint, of both intervals, joined along the path."""
-    from matplotlib.patches import Ellipse
+def _plain(axis: Any) -> None:
+    """Round numbers, written as they are, on an axis of which most is logarithmic."""
+    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-    for mx, lx, hx, my, ly, hy in zip(*x, *y, strict=True):
-        if math.isfinite(hx - lx) and math.isfinite(hy - ly):
-            size = max(hx - lx, 0.1), max(hy - ly, 0.05)
-            ax.add_patch(Ellipse((mx, my), *size, color=colour, alpha=0.13, linewidth=0))
+    axis.set_major_locator(FixedLocator([0, 1, 2, 5, 10, 20, 50, 100]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(ScalarFormatter())
+
+
+def _ribbon(ax: Any, x: Sequence[list[float]], y: Sequence[list[float]], colour: str) -> None:
+    """The boxes of both intervals of each two checkpoints, joined."""
+    from matplotlib.patches import Polygon
+    from scipy.spatial import ConvexHull
+
+    boxes = [
+        # a box without a width has no hull
+        [(a, b) for a in (left - 0.02, right + 0.02) for b in (low - 0.02, high + 0.02)]
+        for left, right, low, high in zip(*x[1:], *y[1:], strict=True)
+        if math.isfinite(right - left) and math.isfinite(high - low)
+    ]
+    for one, other in pairwise(boxes):
+        points = np.array(one + other)
+        ax.add_patch(
+            Polygon(points[ConvexHull(points).vertices], color=colour, alpha=0.1, linewidth=0)
+        )
 
 
 def curves(path: Path, runs: ByMethod, kid_scale: float) -> None:
@@ -101,7 +127,8 @@ def curves(path: Path, runs: ByMethod, kid_scale: float) -> None:
         ax.set_title(title, loc="left", color=INK, fontsize=11)
         ax.set_xlabel("step", color=MUTED)
         if metric == "kid":
-            ax.set_yscale("symlog", linthresh=1)
+            ax.set_yscale("symlog", linthresh=2)
+            _plain(ax.yaxis)
     axes[-1].legend(frameon=False, fontsize=8, labelcolor=INK)
     figure.savefig(path, dpi=100, facecolor=PAPER)
 
@@ -139,12 +166,20 @@ def grids(path: Path, folder: Path, runs: ByMethod) -> None:
             if name != BASELINE or what == "last step":
                 label = f"{METHODS[name].label}, {what} ({step})"
                 rows.append((label, lines[1 + run.steps.index(step)]))
-    figure, _ = _page(9.5, 0.36 * len(rows) + 0.2)
+    figure, _ = _page(12, 0.46 * len(rows) + 0.2)
     figure.clf()
     for ax, (label, line) in zip(np.atleast_1d(figure.subplots(len(rows), 1)), rows, strict=True):
-        ax.imshow(line, cmap="Greys_r" if line.ndim == 2 else None, interpolation="nearest")
+        ax.imshow(_spaced(line), cmap="Greys_r", vmin=0, vmax=255, interpolation="nearest")
         ax.set(xticks=[], yticks=[])
         ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8, color=INK)
         for spine in ax.spines.values():
-            spine.set_color(EDGE)
-    figure.savefig(path, dpi=110, facecolor=PAPER)
+            spine.set_visible(False)
+    figure.savefig(path, dpi=110, facecolor=PAPER, bbox_inches="tight")
+
+
+def _spaced(line: Any) -> Any:
+    """A row of square images with a white line between them."""
+    side = len(line)
+    tiles = np.split(line, range(side, line.shape[1], side), axis=1)
+    gap = np.full((side, max(1, side // 8), *line.shape[2:]), 255, line.dtype)
+    return np.concatenate([part for tile in tiles for part in (tile, gap)][:-1], axis=1)

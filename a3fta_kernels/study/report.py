@@ -155,7 +155,8 @@ class _Report:
             f"![KID against the share of near-copies]({self.link / 'headline.png'})",
             "",
             "KID rewards copying: low and to the left is what is wanted. A small dot is the first "
-            "checkpoint, a large one the last; shaded, 95 % intervals over seeds.",
+            "checkpoint, a large one the last, a square is where folds say to stop; shaded, 95 % "
+            "intervals over seeds.",
             "",
             f"![Curves over steps]({self.link / 'curves.png'})",
             "",
@@ -272,7 +273,7 @@ _ABOUT = {
     "last": "Last step, an equal budget",
     "early": "Stopped early, by folds inside the k images",
     "oracle": "Oracle: the lowest loss of the large held-out set",
-    "converged": "Converged: the training loss falls by less than 2 % from there on",
+    "converged": "Converged: less than 2 % of training loss are to come; else the last step",
     "matched": "At matched training loss",
 }
 

@@ -146,12 +146,14 @@ class _Judge:
     def _draw(self, family: Family) -> list[Image.Image]:
         plan, size = self.plan, self.plan.evaluation_batch
         found: list[Image.Image] = []
-        for start in range(0, plan.samples, size):
-            part = slice(start, min(start + size, plan.samples))
-            found += family.draw(
-                self.conditions[part], self.subject.empty, self.subject.size, plan.sample_steps,
-                plan.guidance, self.seeds[part],
-            )  # fmt: skip
+        device = next(family.denoiser.parameters()).device
+        with family.drawing(device):
+            for start in range(0, plan.samples, size):
+                part = slice(start, min(start + size, plan.samples))
+                found += family.draw(
+                    self.conditions[part], self.subject.empty, self.subject.size,
+                    plan.sample_steps, plan.guidance, self.seeds[part],
+                )  # fmt: skip
         return found
 
 

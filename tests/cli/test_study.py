@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from a3fta_kernels.cli import main
+from a3fta_kernels.study.table import owned
 from tests.study import tiny
 
 
@@ -48,6 +49,12 @@ def test_two_methods_and_sixty_steps(own, tmp_path, capsys):
     assert (tmp_path / "a" / "headline.png").exists() and (tmp_path / "a" / "grid.png").exists()
     said = capsys.readouterr().out
     assert "run gelu 6 0 0.01: 2 of 2" in said
+    # a report alone is drawn while a study goes on, and nothing else is
+    with owned(tmp_path / "a"):
+        assert study(own, tmp_path / "a", "--only", "report", "--report", str(tmp_path / "b")) == 0
+        assert study(own, tmp_path / "a", "--only", "run") == 1
+    assert "is in use by another study" in capsys.readouterr().err
+    assert "3 of the plan's 3" in (tmp_path / "b").read_text()
     # another plan, and rates that are not those of the runs
     assert study(own, tmp_path / "a", *rates, "--guidance", "2") == 1
     assert "runs.csv: line 2 is of plan" in capsys.readouterr().err
