@@ -169,7 +169,7 @@ class _Report:
         return lines
 
     def _table(self, runs: dict[str, list[Run]], view: str, suffix: str) -> list[str]:
-        columns = ["held-out", "gap", "KID", *_SHARES, "Vendi", "source loss", "step"]
+        columns = ["held-out", "gap", "KID", *_SHARES, "density", "Vendi", "source loss", "step"]
         lines = [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
         seeds = range(len(next(iter(runs.values()))))
         levels = [matched_loss([found[i] for found in runs.values()]) for i in seeds]
@@ -188,7 +188,7 @@ class _Report:
                 cell("heldout", 1, 4), cell("gap", 1, 4),
                 cell(f"kid{suffix}", _percent(runs, f"kid{suffix}"), 2),
                 *(cell(f"{share}{suffix}", 100, 1) for share in _SHARES),
-                cell(f"vendi{suffix}", 1, 2), cell("source", 1, 4),
+                cell(f"density{suffix}", 1, 2), cell(f"vendi{suffix}", 1, 2), cell("source", 1, 4),
                 _told(steps, 0),
             ]  # fmt: skip
             lines.append(f"| {METHODS[name].label} | {' | '.join(cells)} |")

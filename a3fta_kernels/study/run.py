@@ -25,18 +25,19 @@ from .training import Course, losses, mean, stopping, train
 KEY = ("pair", "method", "k", "seed")
 TRIAL_KEY = ("pair", "method", "rate", "seed")
 TRIAL_COLUMNS = ("plan", *TRIAL_KEY, "steps", "heldout", "best")
-# of the primary features, and again of the second ones
-_SAMPLES = (*metrics.NAMES, *(f"{name}_2" for name in metrics.NAMES))
 
 
 def columns(plan: Plan) -> tuple[str, ...]:
-    """Of a run's line. Cells of what is measured at checkpoints are lists."""
+    """Of a run's line."""
+    facts = ("rate", "parameters", "step_ms", "peak_bytes", "saved_bytes", "seconds", "early")
+    return ("plan", *KEY, *facts, *_curves(plan), "fold_steps", "fold_losses")
+
+
+def _curves(plan: Plan) -> tuple[str, ...]:
+    """Whose cells are lists, of a value per checkpoint; _2: of the second features."""
+    samples = (*metrics.NAMES, *(f"{name}_2" for name in metrics.NAMES))
     bins = [f"{part}_bin{i}" for part in ("train", "heldout") for i in range(1, plan.bins + 1)]
-    return (
-        "plan", *KEY, "rate", "parameters", "step_ms", "peak_bytes", "saved_bytes", "seconds",
-        "early", "steps", "train", "heldout", "source", *_SAMPLES, *bins, "fold_steps",
-        "fold_losses",
-    )  # fmt: skip
+    return ("steps", "train", "heldout", "source", *samples, *bins)
 
 
 def run(
@@ -53,7 +54,7 @@ def run(
     drawn: dict[int, list[Image.Image]] = {}
     line: dict[str, Any] = {
         "pair": plan.pair, "method": name, "k": k, "seed": seed, "rate": rate,
-        **{c: [] for c in columns(plan)[columns(plan).index("steps") :]},
+        "fold_steps": [], "fold_losses": [], **{name: [] for name in _curves(plan)},
     }  # fmt: skip
     if name == BASELINE:
         family = subject.fresh()
