@@ -40,25 +40,25 @@ def study(own, folder, *more):
 
 def test_two_methods_and_sixty_steps(own, tmp_path, capsys):
     rates = ("--rates", "full=1e-3", "gelu=1e-2")
-    assert study(own, tmp_path / "a", *rates, "--limit", "1") == 0
-    lines = (tmp_path / "a" / "runs.csv").read_text().splitlines()
+    run = (*rates, "--only", "run")
+    folder = tmp_path / "a"
+    assert study(own, folder, *run, "--limit", "1") == 0
+    lines = (folder / "runs.csv").read_text().splitlines()
     assert len(lines) == 2 and ",base,6,0," in lines[1]
-    assert study(own, tmp_path / "a", *rates) == 0
-    text = (tmp_path / "a" / "STUDY.md").read_text()
-    assert "**3 of the plan's 3 runs are in**" in text and "**too few runs** at this scale" in text
-    assert (tmp_path / "a" / "headline.png").exists() and (tmp_path / "a" / "grid.png").exists()
-    said = capsys.readouterr().out
-    assert "run gelu 6 0 0.01: 2 of 2" in said
-    # a report alone is drawn while a study goes on, and nothing else is
-    with owned(tmp_path / "a"):
-        assert study(own, tmp_path / "a", "--only", "report", "--report", str(tmp_path / "b")) == 0
-        assert study(own, tmp_path / "a", "--only", "run") == 1
+    assert study(own, folder, *run) == 0
+    assert "run gelu 6 0 0.01: 2 of 2" in capsys.readouterr().out
+    # a report alone is drawn while a study goes on, and nothing else is done then
+    with owned(folder):
+        assert study(own, folder, "--only", "report", "--report", str(tmp_path / "page.md")) == 0
+        assert study(own, folder, *run) == 1
     assert "is in use by another study" in capsys.readouterr().err
-    assert "3 of the plan's 3" in (tmp_path / "b").read_text()
+    text = (tmp_path / "page.md").read_text()
+    assert "**3 of the plan's 3 runs are in**" in text and "**too few runs** at this scale" in text
+    assert (folder / "headline.png").exists() and (folder / "grid.png").exists()
     # another plan, and rates that are not those of the runs
-    assert study(own, tmp_path / "a", *rates, "--guidance", "2") == 1
+    assert study(own, folder, *run, "--guidance", "2") == 1
     assert "runs.csv: line 2 is of plan" in capsys.readouterr().err
-    assert study(own, tmp_path / "a", "--rates", "full=1e-2", "gelu=1e-2") == 1
+    assert study(own, folder, "--rates", "full=1e-2", "gelu=1e-2") == 1
     assert "full, k 6, seed 0 was trained at 0.001, the rate" in capsys.readouterr().err
 
 
