@@ -19,7 +19,7 @@ SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format bench report fuzz docs aot gpu wheel clean FORCE
+.PHONY: help setup demo test lint format bench report study fuzz docs aot gpu wheel clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -48,6 +48,9 @@ bench: setup ## every op, backend and workload; saved bytes; whole training step
 
 report: setup ## benchmarks/REPORT.md and its figures, from benchmarks/results
 	$(PY) -m benchmarks.report
+
+study: setup ## the runs of the study that are missing, hours of all cores, and benchmarks/STUDY.md
+	$(PY) -m a3fta_kernels study --folder benchmarks/study/digits --report benchmarks/STUDY.md
 
 fuzz: setup ## property tests at length: 5000 op cases, 20000 adapter files, 50 kills of a run, every family compiled
 	A3FTA_FUZZ_CASES=5000 $(PY) -m pytest tests/ops -k property --timeout 0

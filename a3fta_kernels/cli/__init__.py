@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "which batch, level and precision of a training step fit into a memory",
     "finetune": "train an adapter on a folder of photos, and watch it for overfitting",
     "sample": "a grid of images from a base and its adapters",
+    "study": "every method on many small training sets, and what may be said of it",
     "demo": "adapt a small diffusion model to 20 handwritten digits, against its rivals",
 }
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .errors import TrainingError
 
-QUANTILE = 0.05
+QUANTILE, COPY_QUANTILE = 0.05, 0.01
 LOWEST, HIGHEST = 0.25, 0.5
 
 
@@ -118,6 +118,21 @@ def nearest(samples: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
     """Euclidean distance (N,) to the nearest training image, and its index (N,)."""
     distance, index = torch.cdist(flat(samples), flat(train)).min(1)
     return distance, index
+
+
+def copy_threshold(reference: Tensor, train: Tensor) -> float:
+    """Below this distance to its nearest training image, a sample counts as a near-copy, where
+    there are many real images that nobody trained on.
+
+    It is the 1st percentile of that distance over them, so by chance alone 1 % of real images
+    would count.
+    """
+    return float(nearest(reference, train)[0].quantile(COPY_QUANTILE))
+
+
+def copies(samples: Tensor, train: Tensor, threshold: float) -> Tensor:
+    """(N,) bool: which samples are near-copies."""
+    return nearest(samples, train)[0] < threshold
 
 
 def recall(samples: Tensor, reference: Tensor, neighbours: int = 3) -> float:

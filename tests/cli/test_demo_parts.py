@@ -13,6 +13,7 @@ pytest.importorskip("diffusers")
 
 from a3fta_kernels.cli.demo import base, compare, data, metrics, report, training
 from a3fta_kernels.cli.errors import CommandError
+from a3fta_kernels.train import closeness
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_a_copied_image_counts_as_a_copy_and_an_unseen_one_does_not(digits):
     assert metrics.copies(noisy, digits.train.x, threshold).all()
     assert not metrics.copies(-digits.train.x, digits.train.x, threshold).any()
     share = metrics.copies(digits.reference.x, digits.train.x, threshold).double().mean()
-    assert share == pytest.approx(metrics.COPY_QUANTILE, abs=2 / len(digits.reference))
+    assert share == pytest.approx(closeness.COPY_QUANTILE, abs=2 / len(digits.reference))
 
 
 def test_nearest_finds_the_distance():

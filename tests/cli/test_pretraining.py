@@ -16,7 +16,9 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
 
 from a3fta_kernels.cli.demo import base
+from a3fta_kernels.study.glyphs import SCRIPTS
 
+FONTS = SCRIPTS["digits"].fonts
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "pretrain_demo_base.py"
 
 
@@ -35,8 +37,8 @@ def glyphs(script):
 
 def test_every_font_gives_ten_different_digits(script, glyphs):
     images, labels = glyphs
-    assert len(images) == 10 * len(script.FONTS)
-    assert labels.tolist() == list(range(10)) * len(script.FONTS)
+    assert len(images) == 10 * len(FONTS)
+    assert labels.tolist() == list(range(10)) * len(FONTS)
     for font in images.split(10):
         assert len({digit.numpy().tobytes() for digit in font}) == 10
 
@@ -44,7 +46,7 @@ def test_every_font_gives_ten_different_digits(script, glyphs):
 def test_glyphs_fill_the_frame_from_top_to_bottom(script, glyphs):
     images, _ = glyphs
     rows = images.amax((1, 3)) > 0.2
-    margin = (script.CANVAS - script.FRAME) // 2
+    margin = (script.FRAME.canvas - script.FRAME.height) // 2
     assert not rows[:, :margin].any() and not rows[:, -margin:].any()
     assert rows[:, margin : margin + 3].any(1).all()
     assert rows[:, -margin - 3 : -margin].any(1).all()

@@ -7,25 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...train.closeness import flat, nearest, recall
+from ...train.closeness import copies, copy_threshold, flat, nearest, recall
 
 __all__ = ["copies", "copy_threshold", "kid", "legible", "nearest", "recall", "saved_for_backward"]
-
-COPY_QUANTILE = 0.01
-
-
-def copy_threshold(reference: Tensor, train: Tensor) -> float:
-    """Below this distance to its nearest training image, a sample counts as a near-copy.
-
-    It is the 1st percentile of that distance over real images that nobody trained on, so by
-    chance alone 1 % of real handwriting would count.
-    """
-    return float(nearest(reference, train)[0].quantile(COPY_QUANTILE))
-
-
-def copies(samples: Tensor, train: Tensor, threshold: float) -> Tensor:
-    """(N,) bool: which samples are near-copies."""
-    return nearest(samples, train)[0] < threshold
 
 
 def _mmd(x: Tensor, y: Tensor) -> float:

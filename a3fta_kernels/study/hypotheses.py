@@ -1,0 +1,180 @@
+"""The four hypotheses, as written in PLAN.md, and what the runs say of them.
+
+A hypothesis is a list of claims that must all hold, so its p is the largest of theirs; Holm's
+correction is over the four. It is not supported where the interval of a claim lies on the wrong
+side of its bound as a whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .methods import BASELINE
+from .statistics import Difference, difference, holm
+from .views import Run, value
+
+# the margins: KID in percent of the base's, recall and copies as shares, losses as they are
+KID_MARGIN, RECALL_MARGIN, COPIES_MARGIN, GAP_MARGIN = 2.0, 0.05, 0.05, 0.02
+LEVEL = 0.05
+_FEWEST = 3  # seeds
+
+# (k, seed) is the same in all of them; method -> run
+BySeed = Mapping[int, Mapping[str, Run]]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The mean over seeds of `metric` of `method` less that of `rival` (None: less nothing) is
+    above the bound, or below it. view: where both are taken."""
+
+    metric: str
+    method: str
+    rival: str | None
+    view: str
+    above: bool
+    bound: float
+
+    def difference(self, runs: BySeed) -> Difference:
+        """Of the seeds that have both."""
+        scale = 1.0
+        if self.metric.startswith("kid"):
+            bases = [r[BASELINE].at(self.metric, 0) for r in runs.values() if BASELINE in r]
+            scale = 100 * len(bases) / math.fsum(bases) if bases else math.nan
+        found = []
+        for seed in sorted(runs):
+            pair = [runs[seed].get(name) for name in (self.method, self.rival) if name]
+            if None not in pair:
+                ours, *theirs = [scale * value(r, self.view, self.metric) for r in pair if r]
+                found.append(ours - math.fsum(theirs))
+        return difference(found)
+
+    def p(self, runs: BySeed) -> float:
+        found = self.difference(runs)
+        return found.p_above(self.bound) if self.above else found.p_below(self.bound)
+
+    def refuted(self, runs: BySeed) -> bool:
+        found = self.difference(runs)
+        return found.high < self.bound if self.above else found.low > self.bound
+
+    def __str__(self) -> str:
+        unit = " % of the base's" if self.metric.startswith("kid") else ""
+        than = f" less that of {self.rival}" if self.rival else ""
+        side = "above" if self.above else "below"
+        return f"{self.metric} of {self.method}{than}, {self.view}: {side} {self.bound:g}{unit}"
+
+
+@dataclass(frozen=True)
+class Either:
+    """At least one of the claims holds (Bonferroni's p)."""
+
+    claims: tuple[Claim, ...]
+
+    def p(self, runs: BySeed) -> float:
+        return min(1.0, len(self.claims) * min(claim.p(runs) for claim in self.claims))
+
+    def refuted(self, runs: BySeed) -> bool:
+        return all(claim.refuted(runs) for claim in self.claims)
+
+    def __str__(self) -> str:
+        return " or ".join(map(str, self.claims))
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    name: str
+    text: str
+    claims: tuple[Claim | Either, ...]
+
+
+def _beats(method: str, rival: str, view: str) -> tuple[Claim | Either, ...]:
+    """In KID and recall at least non-inferior, and better in one of them."""
+    return (
+        Claim("kid", method, rival, view, False, KID_MARGIN),
+        Claim("recall", method, rival, view, True, -RECALL_MARGIN),
+        Either(
+            (
+                Claim("kid", method, rival, view, False, 0.0),
+                Claim("recall", method, rival, view, True, 0.0),
+            )
+        ),
+    )
+
+
+HYPOTHESES = (
+    Hypothesis(
+        "H1",
+        "full tuning overfits",
+        (
+            Claim("gap", "full", BASELINE, "last", True, GAP_MARGIN),
+            Claim("copies", "full", None, "last", True, COPIES_MARGIN),
+        ),
+    ),
+    Hypothesis(
+        "H2",
+        "attention-only tuning overfits less than full tuning",
+        (
+            Claim("gap", "attention", "full", "last", False, 0.0),
+            Claim("copies", "attention", "full", "last", False, 0.0),
+        ),
+    ),
+    Hypothesis(
+        "H3",
+        "the adapter improves on attention-only tuning",
+        (
+            Claim("kid", "adapter+attention", "attention", "early", False, 0.0),
+            Claim("recall", "adapter+attention", "attention", "early", True, -RECALL_MARGIN),
+        ),
+    ),
+    Hypothesis(
+        "H4",
+        "A3FTA beats full tuning, last and early-stopped, and LoRA",
+        (
+            *_beats("gelu", "full", "last"),
+            *_beats("gelu", "full", "early"),
+            *_beats("gelu", "lora", "early"),
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """p: before Holm's correction; corrected: after it. word: what it comes to."""
+
+    hypothesis: Hypothesis
+    seeds: int
+    p: float
+    corrected: float
+    word: str
+
+
+def judge(runs: Sequence[Run], k: int) -> list[Verdict]:
+    """One verdict per hypothesis, from the runs of that k."""
+    by_seed: dict[int, dict[str, Run]] = {}
+    for run in runs:
+        if run.k == k:
+            by_seed.setdefault(run.seed, {})[run.method] = run
+    found = [max(claim.p(by_seed) for claim in h.claims) for h in HYPOTHESES]
+    verdicts = []
+    for hypothesis, p, corrected in zip(HYPOTHESES, found, holm(found), strict=True):
+        seeds = min(single.difference(by_seed).count for single in singles(hypothesis))
+        word = "inconclusive"
+        if seeds < _FEWEST:
+            word = "too few runs"
+        elif corrected < LEVEL:
+            word = "supported"
+        elif any(claim.refuted(by_seed) for claim in hypothesis.claims):
+            word = "not supported"
+        verdicts.append(Verdict(hypothesis, seeds, p, corrected, word))
+    return verdicts
+
+
+def singles(hypothesis: Hypothesis) -> list[Claim]:
+    """Every claim, those of an `Either` too."""
+    return [
+        single
+        for claim in hypothesis.claims
+        for single in (claim.claims if isinstance(claim, Either) else (claim,))
+    ]

@@ -1,0 +1,158 @@
+"""The work of a study, from what is missing: trials, then runs, a process each, to two CSVs.
+
+The processes compute, this one writes: a line at a time, as a run is finished. Whatever is cut
+off, at the next start what is in the files is done and the rest is not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from ..train.errors import TrainingError
+from . import run as runs
+from .methods import METHODS
+from .plan import Plan
+from .subject import Subject
+from .table import Line, Table, numbers, shown
+
+Load = Callable[[], Subject]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A call of `run.run` or `run.trial`; what it needs can be sent to a process."""
+
+    kind: str  # "run" or "trial"
+    arguments: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return " ".join([self.kind, *map(str, self.arguments[:4])])
+
+
+def trials(folder: Path, plan: Plan) -> Table:
+    return Table(folder / "tuning.csv", runs.TRIAL_COLUMNS, runs.TRIAL_KEY, plan.digest())
+
+
+def results(folder: Path, plan: Plan) -> Table:
+    return Table(folder / "runs.csv", runs.columns(plan), runs.KEY, plan.digest())
+
+
+def missing_trials(table: Table, plan: Plan) -> list[Job]:
+    done = {table.name(line) for line in table.read()}
+    return [
+        Job("trial", (name, rate, seed))
+        for name, rate, seed in plan.trials()
+        if (plan.pair, name, shown(rate), str(seed)) not in done
+    ]
+
+
+def missing_runs(
+    table: Table, plan: Plan, rates: Mapping[str, float], sheets: Path
+) -> list[Job]:  # fmt: skip
+    """Raises TrainingError for a run at another learning rate than the frozen one."""
+    done = set()
+    for line in table.read():
+        name, rate = line["method"], line["rate"]
+        if name in rates and rate != shown(rates[name]):
+            raise TrainingError(
+                f"{table.path}: {name}, k {line['k']}, seed {line['seed']} was trained at {rate}, "
+                f"the rate of the trials is {shown(rates[name])}"
+            )
+        done.add(table.name(line))
+    jobs = []
+    for name, k, seed in plan.runs():
+        if (plan.pair, name, str(k), str(seed)) not in done:
+            # of one seed: the report shows them side by side
+            shown_too = (k, seed) == (plan.ks[0], plan.seeds[0])
+            sheet = sheets / f"{name}.png" if shown_too else None
+            jobs.append(Job("run", (name, k, seed, rates.get(name, 0.0), sheet)))
+    return jobs
+
+
+def rates(
+    lines: Sequence[Line], plan: Plan, given: Mapping[str, float]
+) -> dict[str, float]:  # fmt: skip
+    """Of each method the learning rate with the lowest mean, over the tuning seeds, of the lowest
+    held-out loss, or the one that is given. Raises TrainingError while trials are missing."""
+    found: dict[str, float] = {}
+    for name in plan.trained():
+        if name in given:
+            found[name] = given[name]
+            continue
+        means = {}
+        for rate in METHODS[name].trials:
+            here = [
+                line for line in lines
+                if line["method"] == name and line["rate"] == shown(rate)
+            ]  # fmt: skip
+            if {int(line["seed"]) for line in here} != set(plan.tuning_seeds):
+                raise TrainingError(f"trials: {name} at {rate:g} is not tried yet on every seed")
+            best = [numbers(line["best"])[0] for line in here]
+            means[rate] = math.fsum(best) / len(best)
+        found[name] = min(means, key=lambda rate: (math.isnan(means[rate]), means[rate]))
+    return found
+
+
+# of a worker process: loaded once, used by all of its jobs
+_loaded: tuple[Subject, Plan] | None = None
+
+
+def _start(load: Load, plan: Plan) -> None:
+    import torch
+
+    global _loaded
+    # as many processes as cores, and the models are small
+    torch.set_num_threads(1)
+    _loaded = load(), plan
+
+
+def _do(job: Job) -> dict[str, Any]:
+    assert _loaded is not None
+    return getattr(runs, job.kind)(*_loaded, *job.arguments)
+
+
+def _result(future: Future[dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise TrainingError(
+            "a process was ended from outside, perhaps for its memory; what was finished is kept. "
+            "Start again, with fewer --processes if memory is short"
+        ) from error
+
+
+def work(jobs: Sequence[Job], load: Load, plan: Plan, processes: int) -> Iterator[
+    tuple[Job, dict[str, Any]]
+]:  # fmt: skip
+    """Yields every job with its line, as they are finished; `load` must be picklable."""
+    if not jobs:
+        return
+    if processes == 1:
+        _start(load, plan)
+        for job in jobs:
+            yield job, _do(job)
+        return
+    context = get_context("spawn")
+    with ProcessPoolExecutor(processes, context, _start, (load, plan)) as pool:
+        waiting: dict[Future[dict[str, Any]], Job] = {}
+        queue = iter(jobs)
+        try:
+            # few are handed out ahead, so that an interrupted study ends soon
+            for job in islice(queue, processes):
+                waiting[pool.submit(_do, job)] = job
+            while waiting:
+                done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield waiting.pop(future), _result(future)
+                    for job in islice(queue, 1):
+                        waiting[pool.submit(_do, job)] = job
+        finally:
+            pool.shutdown(cancel_futures=True, wait=False)

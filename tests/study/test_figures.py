@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from a3fta_kernels.study import figures
+from a3fta_kernels.study.methods import METHODS
+from tests.study.fakes import run
+
+
+def by_method():
+    return {
+        name: [
+            run(name, seed=seed, kid=0.1 * (i + 1) + 0.01 * seed, copies=0.02 * i)
+            for seed in range(3)
+        ]
+        for i, name in enumerate(METHODS)
+    }
+
+
+def test_every_method_has_a_colour_of_its_own():
+    assert set(figures.COLOURS) == set(METHODS)
+    assert len(set(figures.COLOURS.values())) == len(METHODS)
+
+
+def test_means_and_intervals_are_over_seeds():
+    mean, low, high = figures._mean([run(kid=[1, 2, 3]), run(kid=[3, 2, 3])], "kid", 10)
+    assert mean == [20, 20, 30]
+    assert low[0] < 20 < high[0] and low[1] == high[1] == 20
+
+
+def test_every_method_is_in_the_headline(tmp_path):
+    figures.headline(tmp_path / "headline.png", by_method(), 100.0, 0.01, "title")
+    image = np.asarray(Image.open(tmp_path / "headline.png").convert("RGB"))
+    colours = {tuple(c) for c in image.reshape(-1, 3)}
+    for method in set(METHODS) - {"base"}:
+        colour = figures.COLOURS[method]
+        rgb = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+        assert rgb in colours, method
+
+
+def test_grids_show_the_chosen_and_the_last_step(tmp_path, monkeypatch):
+    def gray(value):
+        return [Image.new("L", (4, 4), value)] * 25
+
+    drawn = {25: gray(25), 50: gray(50), 100: gray(100)}
+    figures.keep_samples(tmp_path / "full.png", drawn, gray(200)[:3])
+    sheet = np.asarray(Image.open(tmp_path / "full.png"))
+    assert sheet.shape == (16, 80)
+    assert [sheet[i, 0] for i in (0, 4, 8, 12)] == [200, 25, 50, 100] and sheet[0, -1] == 0
+    shown = []
+    from matplotlib.axes import Axes
+
+    monkeypatch.setattr(Axes, "imshow", lambda self, image, **_: shown.append(image[0, 0]))
+    figures.grids(tmp_path / "grid.png", tmp_path, {"full": [run(early=50)], "gelu": [run("gelu")]})
+    assert shown == [200, 50, 100] and (tmp_path / "grid.png").exists()

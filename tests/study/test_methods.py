@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import a3fta_kernels as a3fta
+from a3fta_kernels.study.methods import METHODS, method
+from tests.study.tiny import pipeline
+
+OUT = "to_out.0."
+
+
+def trained_names(name):
+    model = pipeline().unet
+    parameters = METHODS[name].prepare(model)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert all(p.requires_grad for p in parameters)
+    assert len(parameters) == sum(p.requires_grad for p in model.parameters())
+    return model, [names[id(p)] for p in parameters]
+
+
+def test_what_trains():
+    trained = {name: trained_names(name)[1] for name in METHODS}
+    assert trained["base"] == []
+    stock = [name for name, _ in pipeline().unet.named_parameters()]
+    assert trained["full"] == trained["l2sp"] == stock
+    linear = [n for n in stock if ".to_" in n]
+    assert sorted(trained["attention"]) == sorted(linear)
+    assert {n.split(".to_")[1][0] for n in linear} == {"q", "k", "v", "o"}
+    assert all("lora_" in n for n in trained["lora"])
+    assert {n.split(".lora_")[0].rsplit(".", 1)[1] for n in trained["lora"]} >= {"to_q", "0"}
+    for name in ("identity", "gelu", "film"):
+        assert trained[name] and all(".adapters." in n for n in trained[name])
+    assert set(trained["gelu"]) < set(trained["film"])
+    assert set(trained["adapter+attention"]) == set(trained["gelu"]) | set(linear)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_changes_before_it_trains(name):
+    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([5, 900]), torch.tensor([0, 1])
+    before = pipeline().unet.eval()
+    after = pipeline().unet
+    METHODS[name].prepare(after)
+    with torch.no_grad():
+        same = after.eval()(x, t, class_labels=y).sample
+        assert torch.allclose(same, before(x, t, class_labels=y).sample, atol=1e-6)
+
+
+def test_the_linear_adapter_is_lora_on_the_output_projection():
+    """A = w_down, B = scale * weight @ w_up: the same function, and the same steps down to it."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    ours, theirs = pipeline().unet, pipeline().unet
+    config = a3fta.AdapterConfig(rank=4, activation="identity", bias=False)
+    a3fta.inject(ours, config)
+    inject_adapter_in_model(
+        LoraConfig(r=4, lora_alpha=4, target_modules=["to_out.0"], use_rslora=False), theirs
+    )
+    layers = {n: m for n, m in ours.named_modules() if n.endswith("to_out.0")}
+    for name, layer in layers.items():
+        adapter, lora = layer.adapters["default"], theirs.get_submodule(name)
+        with torch.no_grad():
+            adapter.w_up.normal_(0, 0.3)
+            lora.lora_A["default"].weight.copy_(adapter.w_down)
+            lora.lora_B["default"].weight.copy_(layer.weight @ adapter.w_up)
+    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([5, 900]), torch.tensor([0, 1])
+    a, b = (m.eval()(x, t, class_labels=y).sample for m in (ours, theirs))
+    assert torch.allclose(a, b, atol=1e-5)
+    assert not torch.allclose(a, pipeline().unet.eval()(x, t, class_labels=y).sample, atol=1e-3)
+
+
+def test_every_method_has_as_many_learning_rates_and_one_of_a_kind():
+    trials = {name: m.trials for name, m in METHODS.items() if name != "base"}
+    assert len({len(t) for t in trials.values()}) == 1
+    assert all(list(t) == sorted(set(t)) for t in trials.values())
+    assert METHODS["l2sp"].pull > 0 and METHODS["full"].pull == 0
+
+
+def test_a_method_that_is_not_there_is_told():
+    with pytest.raises(ValueError, match=r"method: expected one of base, full, .*, got 'lorra'"):
+        method("lorra")

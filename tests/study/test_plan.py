@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from a3fta_kernels.study import plan as plans
+from a3fta_kernels.study.methods import METHODS
+from a3fta_kernels.study.plan import Plan
+
+
+def test_a_beginning_of_the_runs_is_balanced():
+    runs = list(Plan().runs())
+    assert len(runs) == len(set(runs)) == 3 * 10 * len(METHODS)
+    first = runs[: 2 * len(METHODS)]
+    assert {k for _, k, _ in first} == {20} and {seed for _, _, seed in first} == {0, 1}
+    assert [name for name, _, _ in first] == list(METHODS) * 2
+
+
+def test_every_method_has_as_many_trials():
+    counts = {name: 0 for name in Plan().trained()}
+    for name, _, _ in Plan().trials():
+        counts[name] += 1
+    assert len(set(counts.values())) == 1 and "base" not in counts
+
+
+def test_the_digest_is_of_what_a_line_means():
+    one = Plan()
+    for changes in ({"batch": 8}, {"checkpoints": (25, 50)}, {"pair": "greek"}, {"guidance": 2.0}):
+        assert dataclasses.replace(one, **changes).digest() != one.digest()
+    for changes in ({"ks": (5,)}, {"seeds": (3,)}, {"methods": ("base", "full")}):
+        assert dataclasses.replace(one, **changes).digest() == one.digest()
+
+
+def test_the_digest_knows_the_methods_numbers(monkeypatch):
+    before = Plan().digest()
+    for name in ("RANK", "LORA_RANK", "PULL", "VERSION"):
+        with monkeypatch.context() as patch:
+            patch.setattr(plans, name, 99)
+            assert Plan().digest() != before
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"methods": ("fll",)}, "method: expected one of base, full, .*, got 'fll'"),
+        ({"seeds": (1000,)}, "tuning_seeds: expected seeds that no run has"),
+        ({"checkpoints": (50, 25)}, "checkpoints: expected rising steps"),
+        ({"checkpoints": (0, 25)}, "checkpoints: expected rising steps"),
+    ],
+)
+def test_a_plan_that_cannot_be(changes, told):
+    with pytest.raises(ValueError, match=told):
+        dataclasses.replace(Plan(), **changes)

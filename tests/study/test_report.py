@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from a3fta_kernels.study import report
+from a3fta_kernels.study.methods import METHODS
+from a3fta_kernels.study.plan import Plan
+from a3fta_kernels.study.run import columns
+from a3fta_kernels.study.table import shown
+from tests.study.fakes import STEPS, run
+
+
+def line(one):
+    cells = {
+        "plan": "p", "pair": "digits", "method": one.method, "k": one.k, "seed": one.seed,
+        "rate": 1e-3, "parameters": 10, "step_ms": 5.0, "peak_bytes": 2048, "saved_bytes": 1024,
+        "seconds": 1.0, "early": one.early, "steps": list(one.steps), **one.curves,
+        "fold_steps": [], "fold_losses": [],
+    }  # fmt: skip
+    return {name: shown(cells[name]) for name in columns(Plan())}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "results").mkdir()
+    runs = [
+        run(name, seed=seed, kid=2.0 if name == "base" else [1, 0.5, 0.4 + 0.1 * seed])
+        for name in METHODS for seed in range(3)
+    ]  # fmt: skip
+    runs += [run(name, k=10) for name in METHODS]
+    # a seed that is not whole is in no table, and no k is in another's
+    runs.append(run("full", seed=3, kid=9.0))
+    trials = [
+        {"method": "full", "rate": shown(rate), "seed": "1000", "best": shown(0.3 + rate)}
+        for rate in METHODS["full"].trials
+    ]
+    path = report.write_report(
+        folder / "results", Plan(), [line(r) for r in runs], trials, folder / "PAGE.md"
+    )
+    return path, path.read_text()
+
+
+def table(text, heading):
+    part = text.split(f"### {heading}")[1].split("\n\n")[1]
+    return {
+        r.split("|")[1].strip(): [c.strip() for c in r.split("|")[2:-1]] for r in part.splitlines()
+    }
+
+
+def test_it_says_how_much_of_the_plan_is_in(page):
+    _, text = page
+    assert (
+        "**37 of the plan's 270 runs are in** (k = 20: 28 of 90, k = 10: 9 of 90, k = 50: 0" in text
+    )
+    assert text.count("at this scale |") == 4
+    assert "**Preliminary: 3 of 10 seeds are whole.**" in text
+
+
+def test_verdicts_of_all_seeds_are_not_preliminary(tmp_path, monkeypatch):
+    for name in ("headline", "curves"):
+        monkeypatch.setattr(report.figures, name, lambda *_: None)
+    plan = dataclasses.replace(Plan(), ks=(20,), seeds=(0, 1, 2))
+    runs = [line(run(name, seed=seed)) for name in METHODS for seed in range(3)]
+    text = report.write_report(tmp_path, plan, runs, []).read_text()
+    assert "**27 of the plan's 27 runs are in**" in text and "Preliminary" not in text
+
+
+def test_pictures_are_there_and_linked(page):
+    path, text = page
+    links = re.findall(r"\]\((.+?\.png)\)", text)
+    assert len(links) == 2 and all((path.parent / link).is_file() for link in links)
+
+
+def test_cells_are_means_over_whole_seeds_at_the_view(page):
+    _, text = page
+    last, early = table(text, "Last step, an"), table(text, "Stopped early, by")
+    at = last[""].index("KID")
+    assert last["full tuning"][at].startswith("25.00 ±")  # 0.5 of 2, by the mean of three seeds
+    assert early["full tuning"][at] == "25.00 ± 0.00"
+    assert last["base, not tuned"][at].startswith("100.00")
+    step = last[""].index("step")
+    assert last["full tuning"][step].startswith(str(STEPS[-1]))
+    assert early["full tuning"][step].startswith("50")
+    assert "## k = 10, 1 seeds" in text and "## k = 50" not in text
+
+
+def test_trials_are_told(page):
+    assert "- full tuning: **3e-05: 0.3000**; 0.0001: 0.3001" in page[1]
+    assert "0.001: 0.3010; at the end of its row" in page[1]
+    assert report._trials({1e-3: 2.0, 1e-2: 1.0, 1e-1: 3.0}).endswith(
+        "**0.01: 1.0000**; 0.1: 3.0000"
+    )
+
+
+def test_without_runs_it_says_so(tmp_path):
+    text = report.write_report(tmp_path, Plan(), [], []).read_text()
+    assert "**0 of the plan's 270 runs are in**" in text
+    assert text.count("**too few runs**") == 4
