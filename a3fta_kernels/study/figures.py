@@ -20,6 +20,7 @@ COLOURS = {
     "adapter+attention": "#b0477f",
 }  # fmt: skip
 INK, MUTED, PAPER, EDGE = "#1f2328", "#667078", "#fbfaf7", "#d8d5cd"
+_ENOUGH = 4  # seeds, for an interval that is worth drawing
 _SHOWN = 20  # samples in a row of the grid
 
 # method -> runs of one k
@@ -55,12 +56,13 @@ def trained(runs: ByMethod) -> dict[str, Sequence[Run]]:
 
 def headline(path: Path, runs: ByMethod, kid_scale: float, chance: float, title: str) -> None:
     """KID against the share of near-copies: a path over steps per method, from a small mark at
-    the first checkpoint to a large one at the last, a square where folds say to stop; shaded, the
-    95 % intervals of both."""
+    the first checkpoint to a large one at the last, a square where folds say to stop; shaded, from
+    four seeds on, the 95 % intervals of both."""
     figure, (ax,) = _page(9, 6)
+    paths = []
     for name, found in trained(runs).items():
         x, y, colour = _mean(found, "copies", 100), _mean(found, "kid", kid_scale), COLOURS[name]
-        _ribbon(ax, x, y, colour)
+        paths.append((found, x, y, colour))
         ax.plot(x[0], y[0], color=colour, linewidth=2, label=METHODS[name].label, zorder=3)
         ax.plot(x[0][0], y[0][0], "o", color=colour, markersize=4, zorder=4)
         ax.plot(x[0][-1], y[0][-1], "o", color=colour, markersize=10, markeredgecolor=PAPER,
@@ -76,6 +78,11 @@ def headline(path: Path, runs: ByMethod, kid_scale: float, chance: float, title:
     _plain(ax.xaxis)
     _plain(ax.yaxis)
     ax.set_xlim(left=-0.2)
+    # the paths say how far the axes go
+    ax.autoscale(False)
+    for found, x, y, colour in paths:
+        if len(found) >= _ENOUGH:
+            _ribbon(ax, x, y, colour)
     ax.set_xlabel("near-copies among samples, % (dotted: among real images)", color=INK)
     ax.set_ylabel("KID, % of the base's", color=INK)
     ax.set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold")
@@ -121,7 +128,10 @@ def curves(path: Path, runs: ByMethod, kid_scale: float) -> None:
     for ax, (metric, title, scale) in zip(axes, panels, strict=True):
         for name, found in trained(runs).items():
             mean, low, high = _mean(found, metric, scale)
-            ax.fill_between(found[0].steps, low, high, color=COLOURS[name], alpha=0.12, linewidth=0)
+            if len(found) >= _ENOUGH:
+                ax.fill_between(
+                    found[0].steps, low, high, color=COLOURS[name], alpha=0.12, linewidth=0
+                )
             ax.plot(found[0].steps, mean, color=COLOURS[name], linewidth=1.8,
                     label=METHODS[name].label)  # fmt: skip
         ax.set_title(title, loc="left", color=INK, fontsize=11)

@@ -155,8 +155,8 @@ class _Report:
             f"![KID against the share of near-copies]({self.link / 'headline.png'})",
             "",
             "KID rewards copying: low and to the left is what is wanted. A small dot is the first "
-            "checkpoint, a large one the last, a square is where folds say to stop; shaded, 95 % "
-            "intervals over seeds.",
+            "checkpoint, a large one the last, a square is where folds say to stop; shaded, from "
+            "four seeds on, 95 % intervals over seeds.",
             "",
             f"![Curves over steps]({self.link / 'curves.png'})",
             "",

@@ -12,7 +12,7 @@ def by_method():
     return {
         name: [
             run(name, seed=seed, kid=0.1 * (i + 1) + 0.01 * seed, copies=0.02 * i)
-            for seed in range(3)
+            for seed in range(4)
         ]
         for i, name in enumerate(METHODS)
     }
