@@ -355,7 +355,5 @@ def test_a_lost_context_ends_its_process(tmp_path):
 def test_without_xdist_a_lost_context_ends_the_run():
     reason = "E   RuntimeError: CUDA error: misaligned address"
     report = types.SimpleNamespace(failed=True, nodeid="test_it", longrepr=reason)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("PYTEST_XDIST_WORKER", raising=False)
-        with pytest.raises(pytest.exit.Exception, match="context is lost"):
-            gpu_tests.pytest_runtest_logreport(report)
+    with pytest.raises(pytest.exit.Exception, match="context is lost"):
+        gpu_tests.Watch(worker=False).pytest_runtest_logreport(report)
