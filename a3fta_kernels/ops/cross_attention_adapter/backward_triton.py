@@ -48,6 +48,7 @@ from .tiles_triton import (
     softmax,
     store_rows,
     tall_blocks,
+    tall_warps,
     text_arguments,
     times,
     variants,
@@ -237,7 +238,7 @@ def query_grad_configs(
     elif head_dim > 128:
         sizes = [(16, 4, 1), (16, 8, 1)]
     elif capability in (90, 100, 103) or head_dim > 96:
-        sizes = [(64, 8, 2), (16, 4, 2)]
+        sizes = [(64, tall_warps(capability), 2), (16, 4, 2)]
     else:  # without wgmma a product's operands stand in registers too
         sizes = [(16, 4, 2)]
     # a mask by query is one more tile
@@ -247,7 +248,7 @@ def query_grad_configs(
 
 def key_grad_configs(head_dim: int, itemsize: int, block_r: int, capability: int) -> list[Config]:
     if head_dim <= HEAD_BLOCK:
-        sizes = [(64, 64, 8, 1), (32, 32, 4, 1)]
+        sizes = [(64, 64, tall_warps(capability), 1), (32, 32, 4, 1)]
     elif head_dim <= 96 and capability in (100, 103):
         sizes = [(64, 64, 8, 1)]
     elif 96 < head_dim <= 128:

@@ -67,6 +67,15 @@ def tall_blocks(head_dim: int, capability: int) -> bool:
     return not (capability == 90 and head_meta(head_dim)["TAIL_D"])
 
 
+def tall_warps(capability: int) -> int:
+    """Warps for a block of 64 rows.
+
+    wgmma takes 64 rows by four warps. In a chain of products Triton gives eight all the rows, of
+    which half are not there, and its version 3.6 then computes wrong values.
+    """
+    return 4 if capability == 90 else 8
+
+
 def key_meta(keys: int) -> dict[str, int]:
     """Block sizes for the keys."""
     cut = blocks(keys, KEY_BLOCK, ratio=8)

@@ -52,6 +52,7 @@ from .tiles_triton import (
     softmax,
     store_rows,
     tall_blocks,
+    tall_warps,
     text_arguments,
     times,
     variants,
@@ -141,7 +142,7 @@ def attention_down_configs(
     elif head_dim <= HEAD_BLOCK:
         sizes = [(64, 4, 2), (32, 4, 2), (16, 4, 2)]
     elif capability in (90, 100, 103):
-        sizes = [(64, 8, 2), (32, 8, 1), (16, 8, 1)]
+        sizes = [(64, tall_warps(capability), 2), (32, 8, 1), (16, 8, 1)]
     else:  # without wgmma a product's operands stand in registers too
         sizes = [(32, 8, 1), (16, 8, 1)]
     # a mask by query is one more tile
