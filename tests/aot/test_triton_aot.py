@@ -97,17 +97,17 @@ _PRODUCT = re.compile(r"warp_group_dot .*-> tensor<(\d+)x\d+x\w+, (#mma\d*)>")
 
 @pytest.mark.parametrize("name", ["attention_down_kernel", "query_grad_kernel", "key_grad_kernel"])
 def test_no_product_has_warps_without_rows(name):
-    """On sm_90 Triton 3.6 computes wrong values where warps reach past a product's rows."""
+    """On sm_90 some code of Triton 3.6 was wrong where warps reach past a product's rows."""
     tall = [
         b for b in aot.builds()
         if b.name == name and b.capability == 90 and b.dtype == "bf16"
         and b.config.meta["BLOCK_M"] == 64
     ]  # fmt: skip
-    text = aot.compiled(tall[0]).asm["ttgir"]
+    widest = max(tall, key=lambda b: b.config.num_warps)
+    text = aot.compiled(widest).asm["ttgir"]
     warps = {layout: int(count) for layout, count in _WGMMA.findall(text)}
     products = [(int(rows), warps[layout]) for rows, layout in _PRODUCT.findall(text)]
     assert products and all(16 * count <= rows for rows, count in products)
-    assert {b.config.num_warps for b in tall} == {4}
 
 
 def test_no_kernel_reads_a_global_that_is_nan():

@@ -70,8 +70,8 @@ def tall_blocks(head_dim: int, capability: int) -> bool:
 def tall_warps(capability: int) -> int:
     """Warps for a block of 64 rows.
 
-    wgmma takes 64 rows by four warps. In a chain of products Triton gives eight all the rows, of
-    which half are not there, and its version 3.6 then computes wrong values.
+    wgmma takes 64 rows by four warps. In a chain of products Triton gives eight 128 rows, of which
+    half are not there: some of the wrong values above were of such code.
     """
     return 4 if capability == 90 else 8
 
