@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,12 @@ _PLAN = ("batch", "samples", "sample_steps", "folds", "tuning_k", "guidance", "c
 def _rate(text: str) -> tuple[str, float]:
     name, _, rate = text.partition("=")
     try:
-        return name, float(rate)
+        found = float(rate)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected NAME=RATE, got {text}") from None
+        found = math.nan
+    if not (math.isfinite(found) and found > 0):
+        raise argparse.ArgumentTypeError(f"expected NAME=RATE, a rate above 0, got {text}")
+    return name, found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +97,8 @@ def _plan(args: argparse.Namespace) -> Any:
     if args.seeds:
         changes["seeds"] = tuple(args.seeds)
     for name, _ in args.rates or ():
-        method(name)
+        if not method(name).trials:
+            raise CommandError(f"rates: {name} is not trained, so it has none")
     return dataclasses.replace(Plan(), pair=_name(args), **changes)
 
 

@@ -157,17 +157,24 @@ def keep_samples(path: Path, drawn: Mapping[int, Sequence[Any]], train: Sequence
     sheet.save(path)
 
 
-def grids(path: Path, folder: Path, runs: ByMethod) -> None:
-    """Of every method whose samples were kept: training images, then samples at the step that
-    folds chose and at the last."""
+def sheet_path(folder: Path, method: str, k: int, seed: int) -> Path:
+    return folder / f"{method}-{k}-{seed}.png"
+
+
+def grids(path: Path, folder: Path, runs: ByMethod) -> bool:
+    """Of the first run of every method, if its samples were kept: training images, then samples at
+    the step that folds chose and at the last. Whether there are any."""
     from PIL import Image
 
     rows: list[tuple[str, Any]] = []
     for name in METHODS:
-        sheet = folder / f"{name}.png"
-        if not sheet.exists() or not runs.get(name):
+        if not runs.get(name):
             continue
-        run, image = runs[name][0], np.asarray(Image.open(sheet))
+        run = runs[name][0]
+        sheet = sheet_path(folder, name, run.k, run.seed)
+        if not sheet.exists():
+            continue
+        image = np.asarray(Image.open(sheet))
         side = image.shape[1] // _SHOWN  # images are squares
         lines = [image[i : i + side] for i in range(0, len(image), side)]
         if not rows:
@@ -176,6 +183,8 @@ def grids(path: Path, folder: Path, runs: ByMethod) -> None:
             if name != BASELINE or what == "last step":
                 label = f"{METHODS[name].label}, {what} ({step})"
                 rows.append((label, lines[1 + run.steps.index(step)]))
+    if not rows:
+        return False
     figure, _ = _page(12, 0.46 * len(rows) + 0.2)
     figure.clf()
     for ax, (label, line) in zip(np.atleast_1d(figure.subplots(len(rows), 1)), rows, strict=True):
@@ -185,6 +194,7 @@ def grids(path: Path, folder: Path, runs: ByMethod) -> None:
         for spine in ax.spines.values():
             spine.set_visible(False)
     figure.savefig(path, dpi=110, facecolor=PAPER, bbox_inches="tight")
+    return True
 
 
 def _spaced(line: Any) -> Any:

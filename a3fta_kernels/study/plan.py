@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -55,6 +56,17 @@ class Plan:
             raise ValueError("tuning_seeds: expected seeds that no run has, got some of them")
         if list(self.checkpoints) != sorted(set(self.checkpoints)) or self.checkpoints[0] < 1:
             raise ValueError(f"checkpoints: expected rising steps, got {self.checkpoints}")
+        for name, found in (("k", self.ks), ("seeds", self.seeds), ("methods", self.methods)):
+            if len(set(found)) < len(found):
+                raise ValueError(f"{name}: expected each once, got {' '.join(map(str, found))}")
+        # the folds are of the k images, and need one each
+        if min(self.ks) < self.folds:
+            raise ValueError(f"k: expected at least the {self.folds} folds, got {min(self.ks)}")
+        for name, value in (("folds", self.folds), ("samples", self.samples)):
+            if value < 2:
+                raise ValueError(f"{name}: expected at least 2, got {value}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance: expected a finite number, got {self.guidance}")
 
     def digest(self) -> str:
         """Of all that a line means, and not of which lines there are."""

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..train.errors import TrainingError
 from . import figures
 from .hypotheses import (
     COPIES_MARGIN,
@@ -34,10 +35,18 @@ def write_report(
 ) -> Path:  # fmt: skip
     """Draws the figures into `folder` and writes the report to `path` (STUDY.md of the folder)."""
     path = path or folder / "STUDY.md"
-    runs = [parse(line) for line in lines]
+    runs = [_parsed(line, folder) for line in lines]
     report = _Report(folder, plan, runs, trials, Path(os.path.relpath(folder, path.parent)))
     path.write_text("\n".join(report.lines()) + "\n", encoding="utf-8")
     return path
+
+
+def _parsed(line: Line, folder: Path) -> Run:
+    try:
+        return parse(line)
+    except ValueError as error:
+        which = f"{line['method']}, k {line['k']}, seed {line['seed']}"
+        raise TrainingError(f"{folder / 'runs.csv'}: {which}: {error}") from error
 
 
 class _Report:
@@ -161,9 +170,7 @@ class _Report:
             f"![Curves over steps]({self.link / 'curves.png'})",
             "",
         ]
-        samples = self.folder / "samples"
-        if samples.is_dir():
-            figures.grids(self.folder / "grid.png", samples, runs)
+        if figures.grids(self.folder / "grid.png", self.folder / "samples", runs):
             seed = next(iter(runs.values()))[0].seed
             lines += [f"![Samples of seed {seed}]({self.link / 'grid.png'})", ""]
         return lines

@@ -51,11 +51,16 @@ class Subject:
                 raise ValueError(f"parts[{name!r}]: expected images of no other part, got some")
             seen.update(part)
 
+    def check(self, k: int, part: str = "pool") -> None:
+        """Raises ValueError where k images are too many for a part."""
+        name, count = "k" if part == "pool" else f"{part}_k", len(self.parts[part])
+        if k >= count:
+            raise ValueError(f"{name}: expected less than the {count} images of {part}, got {k}")
+
     def subset(self, k: int, seed: int, part: str = "pool") -> tuple[int, ...]:
         """k images of a part, of its classes in proportion."""
+        self.check(k, part)
         pool = self.parts[part]
-        if k >= len(pool):
-            raise ValueError(f"k: expected less than the {len(pool)} images of {part}, got {k}")
         groups = None if self.labels is None else [self.labels[i] for i in pool]
         chosen = split(len(pool), "holdout", holdout=k, seed=seed, groups=groups).heldout
         return tuple(pool[i] for i in chosen)

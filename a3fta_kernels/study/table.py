@@ -29,7 +29,10 @@ class Table:
         """The finished runs. Raises TrainingError for a file of other columns or another plan."""
         if not self.path.exists():
             return []
-        text = self.path.read_text(encoding="utf-8")
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise TrainingError(f"{self.path}: expected text in UTF-8: {error}") from error
         whole = text[: text.rfind("\n") + 1]
         if not whole:
             return []

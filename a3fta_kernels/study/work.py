@@ -7,17 +7,21 @@ off, at the next start what is in the files is done and the rest is not.
 from __future__ import annotations
 
 import math
+import os
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from ..train.errors import TrainingError
 from . import run as runs
+from .figures import sheet_path
 from .methods import METHODS
 from .plan import Plan
 from .subject import Subject
@@ -64,7 +68,7 @@ def missing_runs(
         if name in rates and rate != shown(rates[name]):
             raise TrainingError(
                 f"{table.path}: {name}, k {line['k']}, seed {line['seed']} was trained at {rate}, "
-                f"the rate of the trials is {shown(rates[name])}"
+                f"the rate of the trials, or the one that is given, is {shown(rates[name])}"
             )
         done.add(table.name(line))
     jobs = []
@@ -72,7 +76,7 @@ def missing_runs(
         if (plan.pair, name, str(k), str(seed)) not in done:
             # of one seed: the report shows them side by side
             shown_too = (k, seed) == (plan.ks[0], plan.seeds[0])
-            sheet = sheets / f"{name}.png" if shown_too else None
+            sheet = sheet_path(sheets, name, k, seed) if shown_too else None
             jobs.append(Job("run", (name, k, seed, rates.get(name, 0.0), sheet)))
     return jobs
 
@@ -105,13 +109,38 @@ def rates(
 _loaded: tuple[Subject, Plan] | None = None
 
 
-def _start(load: Load, plan: Plan) -> None:
+def _subject(load: Load, plan: Plan, jobs: Sequence[Job]) -> Subject:
+    """Raises ValueError where it has too few images for the plan, before a run needs them."""
+    subject = load()
+    for k in plan.ks:
+        subject.check(k)
+    if any(job.kind == "trial" for job in jobs):
+        subject.check(plan.tuning_k, "tuning")
+    return subject
+
+
+def _start(subject: Subject, plan: Plan) -> None:
     import torch
 
     global _loaded
     # as many processes as cores, and the models are small
     torch.set_num_threads(1)
-    _loaded = load(), plan
+    _loaded = subject, plan
+
+
+def _start_process(load: Load, plan: Plan) -> None:
+    parent = parent_process()
+    if parent is not None:
+        # Ctrl-C is told by the parent alone
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        Thread(target=_end_with, args=(parent,), daemon=True).start()
+    _start(load(), plan)
+
+
+def _end_with(parent: Any) -> None:
+    """A killed parent cannot end its processes, which would wait for more to do for ever."""
+    parent.join()
+    os._exit(1)
 
 
 def _do(job: Job) -> dict[str, Any]:
@@ -135,24 +164,35 @@ def work(jobs: Sequence[Job], load: Load, plan: Plan, processes: int) -> Iterato
     """Yields every job with its line, as they are finished; `load` must be picklable."""
     if not jobs:
         return
+    # here first: what it makes is made once, and what is wrong with it is told as it is
+    subject = _subject(load, plan, jobs)
     if processes == 1:
-        _start(load, plan)
+        _start(subject, plan)
         for job in jobs:
             yield job, _do(job)
         return
+    del subject
     context = get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _start, (load, plan)) as pool:
+    with ProcessPoolExecutor(processes, context, _start_process, (load, plan)) as pool:
         waiting: dict[Future[dict[str, Any]], Job] = {}
         queue = iter(jobs)
+        failed: Future[dict[str, Any]] | None = None
         try:
             # few are handed out ahead, so that an interrupted study ends soon
             for job in islice(queue, processes):
                 waiting[pool.submit(_do, job)] = job
             while waiting:
                 done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                # one that failed ends the study, after what the others have finished
                 for future in done:
-                    yield waiting.pop(future), _result(future)
-                    for job in islice(queue, 1):
+                    job = waiting.pop(future)
+                    if future.exception() is not None:
+                        failed = future
+                        continue
+                    yield job, future.result()
+                    for job in islice(queue, 0 if failed else 1):
                         waiting[pool.submit(_do, job)] = job
+            if failed:
+                _result(failed)
         finally:
             pool.shutdown(cancel_futures=True, wait=False)

@@ -67,6 +67,8 @@ def test_two_methods_and_sixty_steps(own, tmp_path, capsys):
     [
         (["--methods", "lorra"], "method: expected one of base, full"),
         (["--rates", "lorra=1"], "method: expected one of base, full"),
+        (["--rates", "base=1"], "rates: base is not trained"),
+        (["--k", "20", "20"], "k: expected each once, got 20 20"),
         (["--pair", "klingon"], "pair: expected one of digits"),
         (["--model", "m"], "--model and --images: expected both or neither"),
         (["--seeds", "1000"], "tuning_seeds: expected seeds that no run has"),
@@ -78,7 +80,8 @@ def test_bad_input_is_told_and_nothing_is_written(arguments, told, tmp_path, cap
     assert not (tmp_path / "new").exists()
 
 
-def test_a_rate_is_a_name_and_a_number(capsys):
+@pytest.mark.parametrize("text", ["full", "full=x", "full=nan", "full=inf", "full=0", "full=-1"])
+def test_a_rate_is_a_name_and_a_number_above_0(text, capsys):
     with pytest.raises(SystemExit):
-        main(["study", "--rates", "full"])
-    assert "expected NAME=RATE, got full" in capsys.readouterr().err
+        main(["study", "--rates", text])
+    assert f"expected NAME=RATE, a rate above 0, got {text}" in capsys.readouterr().err

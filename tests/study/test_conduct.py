@@ -39,7 +39,7 @@ def quick(monkeypatch):
 
 def study(folder, plan=None, **options):
     said = []
-    conduct(folder, plan or tiny.plan(), lambda: None, processes=1, say=said.append, **options)
+    conduct(folder, plan or tiny.plan(), tiny.make, processes=1, say=said.append, **options)
     return said
 
 

@@ -44,13 +44,18 @@ def test_grids_show_the_chosen_and_the_last_step(tmp_path, monkeypatch):
         return [Image.new("L", (4, 4), value)] * 25
 
     drawn = {25: gray(25), 50: gray(50), 100: gray(100)}
-    figures.keep_samples(tmp_path / "full.png", drawn, gray(200)[:3])
-    sheet = np.asarray(Image.open(tmp_path / "full.png"))
+    kept = figures.sheet_path(tmp_path, "full", 20, 0)
+    figures.keep_samples(kept, drawn, gray(200)[:3])
+    sheet = np.asarray(Image.open(kept))
     assert sheet.shape == (16, 80)
     assert [sheet[i, 0] for i in (0, 4, 8, 12)] == [200, 25, 50, 100] and sheet[0, -1] == 0
     shown = []
     from matplotlib.axes import Axes
 
     monkeypatch.setattr(Axes, "imshow", lambda self, image, **_: shown.append(image[0, 0]))
-    figures.grids(tmp_path / "grid.png", tmp_path, {"full": [run(early=50)], "gelu": [run("gelu")]})
-    assert shown == [200, 50, 100] and (tmp_path / "grid.png").exists()
+    page = tmp_path / "grid.png"
+    # samples of one seed, or k, do not stand for another's
+    for other in (run(seed=1, early=50), run(k=10, early=50)):
+        assert not figures.grids(page, tmp_path, {"full": [other]}) and not page.exists()
+    assert figures.grids(page, tmp_path, {"full": [run(early=50)], "gelu": [run("gelu")]})
+    assert shown == [200, 50, 100] and page.exists()

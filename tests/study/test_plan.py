@@ -47,6 +47,13 @@ def test_the_digest_knows_the_methods_numbers(monkeypatch):
         ({"seeds": (1000,)}, "tuning_seeds: expected seeds that no run has"),
         ({"checkpoints": (50, 25)}, "checkpoints: expected rising steps"),
         ({"checkpoints": (0, 25)}, "checkpoints: expected rising steps"),
+        # a run that is done twice would make a file that the next start refuses
+        ({"ks": (20, 20)}, "k: expected each once, got 20 20"),
+        ({"seeds": (0, 1, 0)}, "seeds: expected each once, got 0 1 0"),
+        ({"ks": (20, 2)}, "k: expected at least the 3 folds, got 2"),
+        ({"folds": 1}, "folds: expected at least 2, got 1"),
+        ({"samples": 1}, "samples: expected at least 2, got 1"),
+        ({"guidance": float("nan")}, "guidance: expected a finite number, got nan"),
     ],
 )
 def test_a_plan_that_cannot_be(changes, told):

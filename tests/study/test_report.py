@@ -10,6 +10,7 @@ from a3fta_kernels.study.methods import METHODS
 from a3fta_kernels.study.plan import Plan
 from a3fta_kernels.study.run import columns
 from a3fta_kernels.study.table import shown
+from a3fta_kernels.train.errors import TrainingError
 from tests.study.fakes import STEPS, run
 
 
@@ -94,6 +95,12 @@ def test_trials_are_told(page):
     assert report._trials({1e-3: 2.0, 1e-2: 1.0, 1e-1: 3.0}).endswith(
         "**0.01: 1.0000**; 0.1: 3.0000"
     )
+
+
+def test_a_cell_that_is_no_number_is_told(tmp_path):
+    bad = line(run("full", seed=3)) | {"early": "soon"}
+    with pytest.raises(TrainingError, match=r"runs\.csv: full, k 20, seed 3: .*'soon'"):
+        report.write_report(tmp_path, Plan(), [bad], [])
 
 
 def test_without_runs_it_says_so(tmp_path):

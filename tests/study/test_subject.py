@@ -23,6 +23,8 @@ def test_parts_are_apart(subject):
 def test_k_is_less_than_there_is(subject):
     with pytest.raises(ValueError, match="k: expected less than the 20 images of pool, got 20"):
         subject.subset(20, 0)
+    with pytest.raises(ValueError, match="tuning_k: expected less than the 10 images of tuning"):
+        subject.check(10, "tuning")
 
 
 def test_samples_are_told_what_the_training_images_are(subject):

@@ -71,6 +71,14 @@ def test_a_damaged_file_is_told(tmp_path, text, told):
         one.read()
 
 
+def test_bytes_that_are_no_text_are_told(tmp_path):
+    one = table(tmp_path)
+    one.append(line())
+    one.path.write_bytes(one.path.read_bytes() + b"\xff\n")
+    with pytest.raises(TrainingError, match=r"runs\.csv: expected text in UTF-8"):
+        one.read()
+
+
 def test_a_folder_has_one_study_at_a_time(tmp_path):
     told = pytest.raises(TrainingError, match="in use by another study")
     with owned(tmp_path), told, owned(tmp_path):

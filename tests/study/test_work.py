@@ -1,8 +1,15 @@
 from __future__ import annotations
 
+import os
 import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from threading import Barrier
 
 import pytest
 
@@ -102,7 +109,7 @@ def test_an_interrupted_study_hands_out_nothing_more(monkeypatch):
     monkeypatch.setattr(work, "ProcessPoolExecutor", ThreadPoolExecutor)
     monkeypatch.setattr(work.runs, "trial", lambda *job: begun.append(job) or {})
     jobs = [work.Job("trial", (i,)) for i in range(9)]
-    for _ in work.work(jobs, dict, tiny.plan(), 2):
+    for _ in work.work(jobs, tiny.make, tiny.plan(), 2):
         break
     assert 1 <= len(begun) <= 2
 
@@ -114,4 +121,67 @@ def test_a_process_that_is_killed_is_told(monkeypatch):
     monkeypatch.setattr(work, "ProcessPoolExecutor", ThreadPoolExecutor)
     monkeypatch.setattr(work.runs, "trial", killed)
     with pytest.raises(TrainingError, match="what was finished is kept"):
-        list(work.work([work.Job("trial", (0,))], dict, tiny.plan(), 2))
+        list(work.work([work.Job("trial", (0,))], tiny.make, tiny.plan(), 2))
+
+
+def test_what_cannot_be_loaded_is_told_as_it_is_before_a_process_starts(monkeypatch):
+    def damaged():
+        raise TrainingError("base is damaged")
+
+    monkeypatch.setattr(work, "ProcessPoolExecutor", None)
+    jobs = [work.Job("trial", ("full", 1e-3, 100))]
+    with pytest.raises(TrainingError, match="base is damaged"):
+        next(work.work(jobs, damaged, tiny.plan(), 2))
+    for told, plan in (("^k", tiny.plan(ks=(6, 20))), ("tuning_k", tiny.plan(tuning_k=10))):
+        with pytest.raises(ValueError, match=f"{told}: expected less than"):
+            next(work.work(jobs, tiny.make, plan, 2))
+    # with given rates there is nothing to tune
+    monkeypatch.setattr(work.runs, "run", lambda *_: {})
+    runs = [work.Job("run", ("full", 6, 0, 1e-3, None))]
+    assert list(work.work(runs, tiny.make, tiny.plan(tuning_k=10), 1)) == [(runs[0], {})]
+
+
+def test_what_others_finish_is_kept_when_one_fails(monkeypatch):
+    both = Barrier(2, timeout=30)
+
+    def job(subject, plan, name):
+        if name in ("bad", "good"):
+            both.wait()
+        if name == "bad":
+            raise ValueError("bad")
+        time.sleep(0.1)
+        return {}
+
+    monkeypatch.setattr(work, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(work.runs, "trial", job)
+    jobs, kept = [work.Job("trial", (name,)) for name in ("bad", "good", "next")], []
+    with pytest.raises(ValueError, match="bad"):
+        for done, _ in work.work(jobs, tiny.make, tiny.plan(), 2):
+            kept.append(str(done))
+    assert kept == ["trial good"]
+
+
+def test_processes_end_with_their_parent_and_leave_an_interruption_to_it():
+    """A parent that is killed, whose child is told by the end of its output."""
+    script = textwrap.dedent(
+        """
+        import os, signal, sys, time
+        from multiprocessing import get_context
+        def child():
+            from a3fta_kernels.study import work
+            work._start_process(lambda: None, None)
+            quiet = signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+            print("quiet" if quiet else "loud", flush=True)
+            time.sleep(60)
+        if __name__ == "__main__":
+            get_context("fork").Process(target=child).start()
+            time.sleep(60)
+        """
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"quiet\n"
+        os.kill(parent.pid, signal.SIGKILL)
+        began = time.monotonic()
+        assert parent.stdout.read() == b""  # the end: no process holds it open
+        assert time.monotonic() - began < 30
