@@ -156,7 +156,7 @@ def _deal(labels: Tensor, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]
 
 def _letters(pair: Pair) -> tuple[Tensor, Tensor, dict[str, tuple[int, ...]]]:
     """Every shape (a letter in a font) is in one part alone, and is varied there."""
-    drawn, letters = glyphs.render(glyphs.SCRIPTS[pair.target], pair.frame)
+    drawn, letters = _unseen(pair)
     draw = generator("study", "letters", pair.target)
     x, labels, parts = [], [], {}
     begin = 0
@@ -168,6 +168,17 @@ def _letters(pair: Pair) -> tuple[Tensor, Tensor, dict[str, tuple[int, ...]]]:
         parts[name] = tuple(range(begin, begin + len(again)))
         begin += len(again)
     return torch.cat(x), torch.cat(labels), parts
+
+
+def _unseen(pair: Pair) -> tuple[Tensor, Tensor]:
+    """The target's glyphs and letters, without letters that some font draws as a source's letter:
+    a Cyrillic and a Latin A are the same picture, which the base has learned."""
+    drawn, letters = glyphs.render(glyphs.SCRIPTS[pair.target], pair.frame)
+    source, _ = glyphs.render(glyphs.SCRIPTS[pair.source], pair.frame)
+    seen = {glyph.numpy().tobytes() for glyph in source}
+    known = [i for i, glyph in enumerate(drawn) if glyph.numpy().tobytes() in seen]
+    new = ~torch.isin(letters, letters[known])
+    return drawn[new], letters[new].unique(return_inverse=True)[1]
 
 
 def _shares(count: int, draw: torch.Generator) -> dict[str, Tensor]:

@@ -121,3 +121,16 @@ def test_the_second_base_is_another_of_the_same_target(tmp_path, monkeypatch, di
 def test_another_pair_is_told(tmp_path):
     with pytest.raises(ValueError, match=r"pair: expected one of digits, .*, got 'klingon'"):
         pairs.load("klingon", tmp_path)
+
+
+def test_letters_that_the_base_has_learned_are_left_out(small):
+    pair = pairs.PAIRS["greek"]
+    drawn, letters = pairs._unseen(pair)
+    characters, fonts = glyphs.SCRIPTS["greek"].characters, glyphs.SCRIPTS["greek"].fonts
+    # of the first 20 capitals those that are not among A to T, a class each
+    alike = "\u0391\u0392\u0395\u0397\u0399\u039a\u039c\u039d\u039f\u03a1\u03a4"
+    new = [c for c in characters if c not in alike]
+    assert letters.unique().tolist() == list(range(len(new)))
+    assert len(drawn) == len(letters) == len(new) * len(fonts)
+    source, _ = glyphs.render(glyphs.SCRIPTS["latin"], pair.frame)
+    assert not any(torch.equal(one, other) for one in drawn for other in source)
