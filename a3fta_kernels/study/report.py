@@ -273,7 +273,23 @@ class _Report:
             "- Held-out images are for measuring alone; *oracle* stops by them, which nobody can.",
             "- An adapter can be switched off: then nothing of the source is forgotten. The source "
             "loss is with it on.",
+            "",
+            "## What to hold against it",
+            "",
+            "- A learning rate is chosen by the lowest loss at any step, and *last* judges the "
+            "last one: a lower rate with about the same lowest loss would overfit later. How "
+            "much of what *last* shows is the rate's, this plan cannot say.",
+            f"- {self._settled()} For the others *converged* is the last step.",
+            "- *Supported* is corrected for four hypotheses; *not supported* rests on one interval "
+            "that is not.",
+            "- Seeds share one base, one reference, one held-out set and one pool: the intervals "
+            "are about these, and subsets of a larger k overlap.",
         ]
+
+    def _settled(self) -> str:
+        tuned = [r for r in self.runs if r.method != BASELINE]
+        settled = sum(step_of(r, "converged") < r.steps[-1] for r in tuned)
+        return f"{settled} of {len(tuned)} runs had converged before their last step."
 
 
 _ABOUT = {
