@@ -246,42 +246,23 @@ class Launcher:
         self.configs = configs
         self._chosen: dict[tuple, Config] = {}
 
-    def __call__(
-        self,
-        plan: Plan,
-        like: Tensor,
-        rank: int,
-        *key: Any,
-        suits: Callable[[dict[str, int]], bool] = lambda meta: True,
-    ) -> None:
+    def __call__(self, plan: Plan, like: Tensor, rank: int, *key: Any) -> None:
         """Launches on `like`'s device what `plan(tile sizes)` returns: a grid and the arguments.
 
-        `rank` is the rank block, `key` what else the best tiles depend on; `suits` says of tile
-        sizes whether they can compute this call, as the first of the list always can. The last
-        plan asked for is the one whose results stand; a kernel overwrites its outputs, as it may
-        run often.
+        `rank` is the rank block, `key` what else the best tiles depend on. The last plan asked for
+        is the one whose results stand; a kernel overwrites its outputs, as it may run often.
         """
         device = like.device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                self._launch(plan, like, rank, key, suits)
+                self._launch(plan, like, rank, key)
         else:
-            self._launch(plan, like, rank, key, suits)
+            self._launch(plan, like, rank, key)
 
-    def candidates(
-        self, like: Tensor, rank: int, suits: Callable[[dict[str, int]], bool]
-    ) -> list[Config]:
-        listed = self.configs(like.element_size(), rank, chip(like.device).capability)
-        return [choice for choice in listed if suits(choice.meta)]
+    def candidates(self, like: Tensor, rank: int) -> list[Config]:
+        return self.configs(like.element_size(), rank, chip(like.device).capability)
 
-    def _launch(
-        self,
-        plan: Plan,
-        like: Tensor,
-        rank: int,
-        key: tuple,
-        suits: Callable[[dict[str, int]], bool],
-    ) -> None:
+    def _launch(self, plan: Plan, like: Tensor, rank: int, key: tuple) -> None:
         def prepared(choice: Config) -> Callable[[], Any]:
             grid, arguments = plan(choice.meta)
             return functools.partial(
@@ -291,7 +272,7 @@ class Launcher:
         full = (like.device, like.dtype, rank, *key)
         choice = self._chosen.get(full)
         if choice is None:
-            candidates = self.candidates(like, rank, suits)
+            candidates = self.candidates(like, rank)
             choice = candidates[0]
             if like.is_cuda and not torch.cuda.is_current_stream_capturing():
                 choice = self._chosen[full] = fastest(prepared, candidates)

@@ -87,13 +87,6 @@ def learn(images: Sequence[Image.Image], labels: Tensor, seed: int) -> Network:
     return network
 
 
-def accuracy(network: Network, images: Sequence[Image.Image], labels: Tensor) -> float:
-    """Share of images whose class it reads."""
-    # the head was trained on features that were not scaled yet
-    raw = network.extract(images) * network.spread + network.center
-    return float((network.head(raw).argmax(1) == labels).double().mean())
-
-
 def save(network: Network, path: Path) -> None:
     from safetensors.torch import save_file
 

@@ -19,8 +19,8 @@ def learned():
 
 def test_the_network_reads_what_it_has_not_seen(learned):
     network, images, labels = learned
-    assert features.accuracy(network, images[40:], labels[40:]) > 0.9
-    assert features.accuracy(network, images[40:], 1 - labels[40:]) < 0.1
+    assert tiny.accuracy(network, images[40:], labels[40:]) > 0.9
+    assert tiny.accuracy(network, images[40:], 1 - labels[40:]) < 0.1
 
 
 def test_features_are_scaled_over_what_it_learned_from(learned):

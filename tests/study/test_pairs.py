@@ -9,6 +9,7 @@ from diffusers import UNet2DModel
 
 from a3fta_kernels.study import bases, features, glyphs, pairs
 from a3fta_kernels.study.subject import PARTS
+from tests.study import tiny
 
 COMMITTED = Path(__file__).resolve().parents[2] / "benchmarks" / "study" / "digits"
 
@@ -43,7 +44,7 @@ def test_the_feature_network_reads_handwriting(digits):
     network = features.load(COMMITTED / "features" / "digits.safetensors", 8, 10)
     part = digits.parts["reference"]
     labels = torch.tensor([digits.labels[i] for i in part])
-    assert features.accuracy(network, [digits.images[i] for i in part], labels) > 0.9
+    assert tiny.accuracy(network, [digits.images[i] for i in part], labels) > 0.9
 
 
 def test_real_images_are_worth_more_than_others(digits):

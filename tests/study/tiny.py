@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from PIL import Image
+from torch import Tensor
 
 from a3fta_kernels.study import bases, features
 from a3fta_kernels.study.plan import Plan
@@ -73,3 +76,10 @@ def make() -> Subject:
         size=(SIDE, SIDE),
         source=rows[:3],
     )
+
+
+def accuracy(network: features.Network, images: Sequence[Image.Image], labels: Tensor) -> float:
+    """Share of images whose class a feature network reads."""
+    # the head was trained on features that were not scaled yet
+    raw = network.extract(images) * network.spread + network.center
+    return float((network.head(raw).argmax(1) == labels).double().mean())
