@@ -62,7 +62,7 @@ PAIRS = {
 
 def load(name: str, folder: Path) -> Subject:
     """The pair of that name. Its base and its feature network are made in `folder` where they are
-    not there yet: some minutes of one core."""
+    not there yet, by one core."""
     check_choice("pair", name, PAIRS)
     pair = PAIRS[name]
     again = f"-{pair.seed}" if pair.seed else ""
