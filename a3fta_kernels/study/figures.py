@@ -19,12 +19,18 @@ COLOURS = {
     "lora": "#6b7f3a", "identity": "#7fb3c8", "gelu": "#0b6e99", "film": "#123f5c",
     "adapter+attention": "#b0477f",
 }  # fmt: skip
+# of a search's candidates, in turn
+_OTHERS = ("#4c78a8", "#e45756", "#54a24b", "#b79a20", "#9d755d", "#bab0ac", "#72b7b2", "#ff9da6")
 INK, MUTED, PAPER, EDGE = "#1f2328", "#667078", "#fbfaf7", "#d8d5cd"
 _ENOUGH = 4  # seeds, for an interval that is worth drawing
 _SHOWN = 20  # samples in a row of the grid
 
 # method -> runs of one k
 ByMethod = Mapping[str, Sequence[Run]]
+
+
+def _colour(name: str) -> str:
+    return COLOURS.get(name) or _OTHERS[list(METHODS).index(name) % len(_OTHERS)]
 
 
 def _page(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any]]:
@@ -61,7 +67,7 @@ def headline(path: Path, runs: ByMethod, kid_scale: float, chance: float, title:
     figure, (ax,) = _page(9, 6)
     paths = []
     for name, found in trained(runs).items():
-        x, y, colour = _mean(found, "copies", 100), _mean(found, "kid", kid_scale), COLOURS[name]
+        x, y, colour = _mean(found, "copies", 100), _mean(found, "kid", kid_scale), _colour(name)
         paths.append((found, x, y, colour))
         ax.plot(x[0], y[0], color=colour, linewidth=2, label=METHODS[name].label, zorder=3)
         ax.plot(x[0][0], y[0][0], "o", color=colour, markersize=4, zorder=4)
@@ -130,9 +136,9 @@ def curves(path: Path, runs: ByMethod, kid_scale: float) -> None:
             mean, low, high = _mean(found, metric, scale)
             if len(found) >= _ENOUGH:
                 ax.fill_between(
-                    found[0].steps, low, high, color=COLOURS[name], alpha=0.12, linewidth=0
+                    found[0].steps, low, high, color=_colour(name), alpha=0.12, linewidth=0
                 )
-            ax.plot(found[0].steps, mean, color=COLOURS[name], linewidth=1.8,
+            ax.plot(found[0].steps, mean, color=_colour(name), linewidth=1.8,
                     label=METHODS[name].label)  # fmt: skip
         ax.set_title(title, loc="left", color=INK, fontsize=11)
         ax.set_xlabel("step", color=MUTED)

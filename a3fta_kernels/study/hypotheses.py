@@ -1,7 +1,7 @@
-"""The four hypotheses, as written in PLAN.md, and what the runs say of them.
+"""The four hypotheses, as written in PLAN.md, those about a contender, and what the runs say.
 
 A hypothesis is a list of claims that must all hold, so its p is the largest of theirs; Holm's
-correction is over the four. It is not supported where the interval of a claim lies on the wrong
+correction is over all that are judged. It is not supported where the interval of a claim lies on the wrong
 side of its bound as a whole.
 """
 
@@ -27,7 +27,7 @@ BySeed = Mapping[int, Mapping[str, Run]]
 @dataclass(frozen=True)
 class Claim:
     """The mean over seeds of `metric` of `method` less that of `rival` (None: less nothing) is
-    above the bound, or below it. view: where both are taken."""
+    above the bound, or below it. view: where both are taken, or the rival at `rival_view`."""
 
     metric: str
     method: str
@@ -35,6 +35,7 @@ class Claim:
     view: str
     above: bool
     bound: float
+    rival_view: str = ""
 
     def difference(self, runs: BySeed) -> Difference:
         """Of the seeds that have both."""
@@ -46,7 +47,11 @@ class Claim:
         for seed in sorted(runs):
             pair = [runs[seed].get(name) for name in (self.method, self.rival) if name]
             if None not in pair:
-                ours, *theirs = [scale * value(r, self.view, self.metric) for r in pair if r]
+                views = (self.view, self.rival_view or self.view)
+                ours, *theirs = [
+                    scale * value(run, view, self.metric)
+                    for run, view in zip(pair, views, strict=False) if run
+                ]  # fmt: skip
                 found.append(ours - math.fsum(theirs))
         return difference(found)
 
@@ -61,6 +66,7 @@ class Claim:
     def __str__(self) -> str:
         unit = " % of the base's" if self.metric.startswith("kid") else ""
         than = f" less that of {self.rival}" if self.rival else ""
+        than += f" ({self.rival_view})" if self.rival_view else ""
         side = "above" if self.above else "below"
         return f"{self.metric} of {self.method}{than}, {self.view}: {side} {self.bound:g}{unit}"
 
@@ -139,6 +145,34 @@ HYPOTHESES = (
 )
 
 
+def contest(contender: str) -> tuple[Hypothesis, ...]:
+    """About a design that a search has found, on seeds that the search has not seen."""
+    return (
+        Hypothesis(
+            "H5",
+            f"{contender} beats full tuning, last and stopped by folds, and LoRA",
+            (
+                *_beats(contender, "full", "last"),
+                *_beats(contender, "full", "passes"),
+                *_beats(contender, "lora", "passes"),
+            ),
+        ),
+        Hypothesis(
+            "H6",
+            f"{contender} beats attention-only tuning",
+            _beats(contender, "attention", "passes"),
+        ),
+        Hypothesis(
+            "H7",
+            "as many passes as folds made are better than as many steps",
+            tuple(
+                Claim("kid", name, name, "passes", False, 0.0, "early")
+                for name in (contender, "full", "attention", "lora")
+            ),
+        ),
+    )
+
+
 @dataclass(frozen=True)
 class Verdict:
     """p: before Holm's correction; corrected: after it. word: what it comes to."""
@@ -150,15 +184,17 @@ class Verdict:
     word: str
 
 
-def judge(runs: Sequence[Run], k: int) -> list[Verdict]:
+def judge(
+    runs: Sequence[Run], k: int, hypotheses: Sequence[Hypothesis] = HYPOTHESES
+) -> list[Verdict]:  # fmt: skip
     """One verdict per hypothesis, from the runs of that k."""
     by_seed: dict[int, dict[str, Run]] = {}
     for run in runs:
         if run.k == k:
             by_seed.setdefault(run.seed, {})[run.method] = run
-    found = [max(claim.p(by_seed) for claim in h.claims) for h in HYPOTHESES]
+    found = [max(claim.p(by_seed) for claim in h.claims) for h in hypotheses]
     verdicts = []
-    for hypothesis, p, corrected in zip(HYPOTHESES, found, holm(found), strict=True):
+    for hypothesis, p, corrected in zip(hypotheses, found, holm(found), strict=True):
         seeds = min(single.difference(by_seed).count for single in singles(hypothesis))
         word = "inconclusive"
         if seeds < _FEWEST:
