@@ -22,6 +22,7 @@ from ..train.batches import generator
 from ..train.families.family import to_images
 from ..train.families.unconditional import Unconditional
 from . import bases, features, glyphs
+from .plan import SEARCH
 from .subject import Subject
 
 # images per class of each part, the rest is the pool; "features" teach the feature network
@@ -37,7 +38,7 @@ _SOURCE = 50  # images for forgetting
 class Pair:
     """source, target: names in glyphs.SCRIPTS, or target "handwritten". channels: of the base's
     levels. steps, batch, rate, seed: of its pre-training; pairs of one source, side and seed share
-    the base. search: whether its parts are those of a search."""
+    the base."""
 
     source: str
     target: str
@@ -48,13 +49,12 @@ class Pair:
     batch: int = 64
     rate: float = 2e-3
     seed: int = 0
-    search: bool = False
 
 
 _DIGIT, _LETTER = glyphs.Frame(8, 4, 96, 64), glyphs.Frame(16, 4, 192, 128)
 PAIRS = {
     "digits": Pair("digits", "handwritten", _DIGIT, (32, 48), True),
-    "digits-search": Pair("digits", "handwritten", _DIGIT, (32, 48), True, search=True),
+    f"digits{SEARCH}": Pair("digits", "handwritten", _DIGIT, (32, 48), True),
     "digits-2": Pair("digits", "handwritten", _DIGIT, (48, 64), True, seed=1),
     **{
         script: Pair("latin", script, _LETTER, (32, 48, 64), False)
@@ -78,7 +78,7 @@ def load(name: str, folder: Path) -> Subject:
         pair,
         [images[i] for i in learned],
         labels[learned],
-        folder / "features" / f"{name.removesuffix('-search')}.safetensors",
+        folder / "features" / f"{name.removesuffix(SEARCH)}.safetensors",
     )
     pristine = base.pipeline()
 
@@ -94,7 +94,7 @@ def load(name: str, folder: Path) -> Subject:
         digests=[f"{name} {i}" for i in range(len(x))],
         images=images,
         labels=labels.tolist(),
-        parts=_turned(parts) if pair.search else parts,
+        parts=_turned(parts) if name.endswith(SEARCH) else parts,
         extractors={"network": network.extract, "pixels": features.pixels},
         size=(side, side),
         source=_source(pair),

@@ -17,6 +17,8 @@ from .methods import BASELINE, HEADLINE, LORA_RANK, METHODS, PULL, RANK, method
 
 # raised where a change of the code changes what a line means
 VERSION = 1
+# the end of the name of a pair whose images are for choosing a design
+SEARCH = "-search"
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,11 @@ class Plan:
         facts |= {"version": VERSION, "rank": RANK, "lora_rank": LORA_RANK, "pull": PULL}
         text = json.dumps(facts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def search(self) -> bool:
+        """Whether it looks for a design, and judges no hypothesis."""
+        return self.pair.endswith(SEARCH)
 
     def runs(self) -> Iterator[tuple[str, int, int]]:
         """(method, k, seed), in an order in which any beginning is of use: all methods of a seed

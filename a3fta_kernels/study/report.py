@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..train.errors import TrainingError
-from . import figures
+from . import figures, ranking
 from .hypotheses import (
     COPIES_MARGIN,
     GAP_MARGIN,
@@ -70,7 +70,8 @@ class _Report:
 
     def lines(self) -> list[str]:
         plan = self.plan
-        found = [*self._head(), *self._verdicts()]
+        found = self._head()
+        found += ranking.lines(self.of(plan.ks[0])) if plan.search else self._verdicts()
         for k in plan.ks:
             runs = self.of(k)
             if figures.trained(runs):

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from a3fta_kernels.study.hypotheses import HYPOTHESES, Claim, Either, judge, singles
+from a3fta_kernels.study.hypotheses import HYPOTHESES, Claim, Either, contest, judge, singles
 from a3fta_kernels.study.methods import METHODS
 from a3fta_kernels.study.views import VIEWS
 from tests.study.fakes import run
@@ -19,9 +21,14 @@ def study(seeds=6, **changes):
         "adapter+attention": {"kid": 0.5, "recall": 0.7},
     }
     for name, values in changes.items():
-        world[name.replace("_", "+")] |= values
+        world.setdefault(name.replace("_", "+"), {}).update(values)
+
+    def noisy(value, seed):
+        one = 0.01 * (seed % 3)
+        return [v + one for v in value] if isinstance(value, list) else value + one
+
     return [
-        run(name, seed=seed, **{m: v + 0.01 * (seed % 3) for m, v in values.items()})
+        run(name, seed=seed, **{m: noisy(v, seed) for m, v in values.items()})
         for seed in range(seeds)
         for name, values in world.items()
     ]
@@ -87,9 +94,32 @@ def test_kid_is_in_percent_of_the_bases():
 
 
 def test_hypotheses_are_of_methods_and_views_that_there_are():
-    for hypothesis in HYPOTHESES:
+    for hypothesis in (*HYPOTHESES, *contest("film")):
         for claim in singles(hypothesis):
             assert claim.method in METHODS and claim.rival in (None, *METHODS)
-            assert claim.view in VIEWS
+            assert claim.view in VIEWS and (claim.rival_view or claim.view) in VIEWS
     assert any(isinstance(claim, Either) for claim in HYPOTHESES[3].claims)
     assert len(singles(HYPOTHESES[3])) == 12
+
+
+def test_a_contender_is_judged_after_as_many_passes():
+    """Early is step 50, as many passes are step 100, which is last too."""
+    runs = study(film={"kid": [1.9, 1.8, 0.4], "recall": 0.7})
+    runs = [replace(r, curves=_falling(r)) for r in runs]
+    assert [v.word for v in judge(runs, 20, contest("film"))] == ["supported"] * 3
+    # as good after as many steps, no better after as many passes
+    flat = [replace(r, curves=r.curves | {"kid": [1.0] * 3}) if _is(r, "lora") else r for r in runs]
+    assert [v.word for v in judge(flat, 20, contest("film"))][2] != "supported"
+    worse = study(film={"kid": [0.1, 0.1, 1.5], "recall": 0.7})
+    assert [v.word for v in judge(worse, 20, contest("film"))][:2] == ["not supported"] * 2
+    assert "kid of film less that of film (early), passes: below 0" in str(contest("film")[2].claims[0])
+
+
+def _is(one, name):
+    return one.method == name
+
+
+def _falling(one):
+    """KID of a checkpoint is above that of the next."""
+    kid = one.curves["kid"]
+    return one.curves | {"kid": [v + 0.5 * (len(kid) - 1 - i) for i, v in enumerate(kid)]}
