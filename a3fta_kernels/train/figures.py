@@ -283,9 +283,9 @@ def _choice(ax: Any, run: Run, curve: Curve | None) -> None:
     if run.chosen is None:
         return
     ax.axvline(run.chosen, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1.5)
-    value = curve.at(run.chosen) if curve else None
+    value = curve.at(run.judged) if curve and run.judged is not None else None
     if value is not None:
-        ax.plot([run.chosen], [value], "o", color=HELDOUT, markersize=8, markeredgecolor=PAPER,
+        ax.plot([run.judged], [value], "o", color=HELDOUT, markersize=8, markeredgecolor=PAPER,
                 markeredgewidth=1.5, zorder=4)  # fmt: skip
     left, right = ax.get_xlim()
     place = (run.chosen - left) / (right - left)

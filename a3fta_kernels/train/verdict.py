@@ -74,12 +74,18 @@ def _choice(run: Run) -> list[str]:
         ]
     curve = run.heldout
     said = f"Chosen: step {run.chosen:,} of {tried:,}"
-    value, start = (curve.at(run.chosen), curve.at(0)) if curve else (None, None)
+    judged = run.chosen if run.judged is None else run.judged
+    value, start = (curve.at(judged), curve.at(0)) if curve else (None, None)
     if value is None:
         said += "."
     elif run.settings.get("choose") == "last":
         said += f", the last one, as asked for; {judged_by(run)} there: {number(value)}"
         said += _below(value, start)
+    elif judged != run.chosen:
+        said += (
+            f", as many passes over all photos as the folds made over theirs by step {judged:,}, "
+            f"by {judged_by(run)} there: {number(value)}{_below(value, start)}"
+        )
     else:
         said += f", by {judged_by(run)}: {number(value)}{_below(value, start)}"
     sentences = [said]
