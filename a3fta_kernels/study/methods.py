@@ -21,6 +21,9 @@ RANK, LORA_RANK, PULL = 32, 16, 0.01
 _LORA_JOINT = ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
 
+Prepare = Callable[[nn.Module], list[nn.Parameter]]
+
+
 @dataclass(frozen=True)
 class Method:
     """`prepare(model)` makes it ready and returns what trains; none: nothing does.
@@ -29,7 +32,7 @@ class Method:
     """
 
     label: str
-    prepare: Callable[[nn.Module], list[nn.Parameter]]
+    prepare: Prepare
     trials: tuple[float, ...] = ()
     pull: float = 0.0
 
@@ -62,7 +65,7 @@ def _attention(model: nn.Module) -> list[nn.Parameter]:
     return chosen
 
 
-def _lora(*targets: str) -> Callable[[nn.Module], list[nn.Parameter]]:
+def _lora(*targets: str) -> Prepare:
     """On layers whose names end so: PEFT finds them by that."""
 
     def prepare(model: nn.Module) -> list[nn.Parameter]:
@@ -77,7 +80,7 @@ def _lora(*targets: str) -> Callable[[nn.Module], list[nn.Parameter]]:
     return prepare
 
 
-def _adapter(**options: Any) -> Callable[[nn.Module], list[nn.Parameter]]:
+def _adapter(**options: Any) -> Prepare:
     config = AdapterConfig(**{"rank": RANK, **options})
 
     def prepare(model: nn.Module) -> list[nn.Parameter]:
@@ -87,8 +90,9 @@ def _adapter(**options: Any) -> Callable[[nn.Module], list[nn.Parameter]]:
     return prepare
 
 
-def _together(*prepares: Callable[[nn.Module], list[nn.Parameter]]) -> Any:
-    """One after the other; each freezes what it does not train, so that what trains is said last."""
+def _together(*prepares: Prepare) -> Prepare:
+    """One after the other. Each freezes all else, also what those before it train: at the end all
+    of that trains again."""
 
     def prepare(model: nn.Module) -> list[nn.Parameter]:
         chosen = [parameter for one in prepares for parameter in one(model)]

@@ -112,7 +112,9 @@ def test_a_contender_is_judged_after_as_many_passes():
     assert [v.word for v in judge(flat, 20, contest("film"))][2] != "supported"
     worse = study(film={"kid": [0.1, 0.1, 1.5], "recall": 0.7})
     assert [v.word for v in judge(worse, 20, contest("film"))][:2] == ["not supported"] * 2
-    assert "kid of film less that of film (early), passes: below 0" in str(contest("film")[2].claims[0])
+    assert "kid of film less that of film (early), passes: below 0" in str(
+        contest("film")[2].claims[0]
+    )
 
 
 def _is(one, name):

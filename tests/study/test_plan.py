@@ -34,7 +34,12 @@ def test_the_digest_is_of_what_a_line_means():
     one = Plan()
     for changes in ({"batch": 8}, {"checkpoints": (25, 50)}, {"pair": "greek"}, {"guidance": 2.0}):
         assert dataclasses.replace(one, **changes).digest() != one.digest()
-    for changes in ({"ks": (5,)}, {"seeds": (3,)}, {"methods": ("base", "full")}, {"contender": "film"}):
+    for changes in (
+        {"ks": (5,)},
+        {"seeds": (3,)},
+        {"methods": ("base", "full")},
+        {"contender": "film"},
+    ):
         assert dataclasses.replace(one, **changes).digest() == one.digest()
 
 
