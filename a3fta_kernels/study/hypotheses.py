@@ -1,8 +1,8 @@
 """The four hypotheses, as written in PLAN.md, those about a contender, and what the runs say.
 
 A hypothesis is a list of claims that must all hold, so its p is the largest of theirs; Holm's
-correction is over all that are judged. It is not supported where the interval of a claim lies on the wrong
-side of its bound as a whole.
+correction is over all that are judged. It is not supported where the interval of a claim lies on
+the wrong side of its bound as a whole.
 """
 
 from __future__ import annotations

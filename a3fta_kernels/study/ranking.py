@@ -34,7 +34,7 @@ class Rank:
 
 
 def rank(runs: Mapping[str, Sequence[Run]]) -> list[Rank]:
-    """By KID. runs: by method, of the same seeds, those of the base and of full tuning among them."""
+    """By KID. runs: by method, of the same seeds, with those of the base and of full tuning."""
     scale = 100 / _mean([run.at("kid", 0) for run in runs[BASELINE]])
 
     def at(name: str, metric: str) -> float:

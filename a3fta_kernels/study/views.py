@@ -1,11 +1,11 @@
 """The lines of a results file as runs, and the steps at which runs are compared.
 
-last: the end of the equal budget. early: where folds inside the k images say to stop. passes: after
-as many passes over the k images as the folds made over their part of them. oracle: the lowest loss
-of the large held-out set, which nobody has. converged: the first checkpoint after which the training
-loss falls by less than `FLAT` until the end. matched: where the training loss is closest to the
-highest of the lowest training losses of the methods of that k and seed, so that all methods have
-learned as much of their images.
+last: the end of the equal budget. early: where folds inside the k images say to stop. passes:
+after as many passes over the k images as the folds made over their part of them. oracle: the
+lowest loss of the large held-out set, which nobody has. converged: the first checkpoint after
+which the training loss falls by less than `FLAT` until the end. matched: where the training loss
+is closest to the highest of the lowest training losses of the methods of that k and seed, so that
+all methods have learned as much of their images.
 """
 
 from __future__ import annotations
