@@ -29,12 +29,14 @@ class Method:
     """`prepare(model)` makes it ready and returns what trains; none: nothing does.
 
     trials: learning rates that are tried, the same number for every method. pull: L2-SP's.
+    rival: of a design that reaches further, the method that reaches as far without A3FTA.
     """
 
     label: str
     prepare: Prepare
     trials: tuple[float, ...] = ()
     pull: float = 0.0
+    rival: str = ""
 
 
 def _nothing(model: nn.Module) -> list[nn.Parameter]:
@@ -125,7 +127,13 @@ METHODS = {
 HEADLINE = tuple(METHODS)
 METHODS |= {
     "full-slow": Method("full tuning, slower", _full, (1e-5, 3e-5, 1e-4, 3e-4)),
+    "lora-slow": Method(
+        f"PEFT LoRA r{LORA_RANK}, qkvo, slower rates", _lora(*_QKV, "to_out.0"), _ATTENTION
+    ),
     "affine": Method("norms and biases", _affine, _ATTENTION),
+    "lora+affine": Method(
+        "LoRA + norms and biases", _together(_affine, _lora(*_QKV, "to_out.0")), _ATTENTION
+    ),
     "rank-8": Method("A3FTA, rank 8", _adapter(rank=8), _SMALL),
     "rank-64": Method("A3FTA, rank 64", _adapter(rank=64), _SMALL),
     "post": Method("A3FTA behind the projection", _adapter(placement="post"), _SMALL),
@@ -138,23 +146,26 @@ METHODS |= {
     "dropout": Method("A3FTA, dropout", _adapter(dropout=0.1, drop_path=0.1), _SMALL),
     "film+attention": Method(
         "A3FTA time-aware + attention", _adapter(design="film", train="adapter+attention"),
-        _ATTENTION,
+        _ATTENTION, rival="attention",
     ),
-    "gelu+lora": Method("A3FTA + LoRA on qkv", _together(_adapter(), _lora(*_QKV)), _ATTENTION),
+    "gelu+lora": Method(
+        "A3FTA + LoRA on qkv", _together(_adapter(), _lora(*_QKV)), _ATTENTION, rival="lora-slow"
+    ),
     "film+lora": Method(
         "A3FTA time-aware + LoRA on qkv", _together(_adapter(design="film"), _lora(*_QKV)),
-        _ATTENTION,
+        _ATTENTION, rival="lora-slow",
     ),
     "gelu+affine": Method(
-        "A3FTA + norms and biases", _together(_affine, _adapter()), _ATTENTION
+        "A3FTA + norms and biases", _together(_affine, _adapter()), _ATTENTION, rival="affine"
     ),
     "film+affine": Method(
         "A3FTA time-aware + norms and biases", _together(_affine, _adapter(design="film")),
-        _ATTENTION,
+        _ATTENTION, rival="affine",
     ),
     "film+lora+affine": Method(
         "A3FTA time-aware + LoRA on qkv + norms and biases",
         _together(_affine, _adapter(design="film"), _lora(*_QKV)), _ATTENTION,
+        rival="lora+affine",
     ),
 }  # fmt: skip
 BASELINE = "base"

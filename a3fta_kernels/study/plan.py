@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..checks import check_choice
+from .hypotheses import contestants
 from .methods import BASELINE, HEADLINE, LORA_RANK, METHODS, PULL, RANK, method
 
 # raised where a change of the code changes what a line means
@@ -59,6 +60,14 @@ class Plan:
             method(name)
         if self.contender:
             check_choice("contender", self.contender, self.trained())
+            if self.search:
+                raise ValueError("contender: a search chooses one, and judges none")
+            missing = [n for n in contestants(self.contender) if n not in self.methods]
+            if missing:
+                raise ValueError(
+                    f"methods: expected those that {self.contender} is judged against too, got no "
+                    f"{', '.join(missing)}"
+                )
         if set(self.seeds) & set(self.tuning_seeds):
             raise ValueError("tuning_seeds: expected seeds that no run has, got some of them")
         if list(self.checkpoints) != sorted(set(self.checkpoints)) or self.checkpoints[0] < 1:

@@ -18,7 +18,7 @@ COPIES = 0.02
 VIEW = "passes"
 _RIVAL = "full"
 # they are measured beside the candidates, and are none
-_BESIDE = {*HEADLINE, "full-slow", "affine"}
+_BESIDE = {*HEADLINE, "full-slow", "lora-slow", "affine", "lora+affine"}
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,15 @@ def winner(ranks: Sequence[Rank]) -> Rank | None:
     return next((r for r in ranks if not r.reason and math.isfinite(r.kid)), None)
 
 
-def lines(runs: Mapping[str, Sequence[Run]]) -> list[str]:
-    """The section of a report."""
+def lines(runs: Mapping[str, Sequence[Run]], seeds: int) -> list[str]:
+    """The section of a report; seeds: of the plan."""
     head = ["## The rule of the search", ""]
     if not {BASELINE, _RIVAL} <= set(runs):
         return [*head, f"It needs runs of {BASELINE} and {_RIVAL}; they are not in yet.", ""]
     ranks = rank(runs)
     first, count = winner(ranks), len(runs[_RIVAL])
-    said = f"**{METHODS[first.method].label}**" if first else "none"
+    said = f"**{METHODS[first.method].label}** (`{first.method}`)" if first else "none"
+    so_far = "" if count >= seeds else f" **Preliminary: {count} of {seeds} seeds are whole.**"
     table = [
         f"| {METHODS[r.method].label} | {r.kid:.2f} | {100 * r.recall:.1f} | "
         f"{100 * r.copies:.1f} | {r.heldout:.4f} | {r.reason or 'can win'} |"
@@ -79,7 +80,7 @@ def lines(runs: Mapping[str, Sequence[Run]]) -> list[str]:
     return [
         *head,
         f"After as many passes over the images as the folds made; means over {count} seeds. "
-        f"It chooses: {said}.",
+        f"It chooses: {said}.{so_far}",
         "",
         "| | KID, % of the base's | recall, % | near-copies, % | held-out | |",
         "|---|---:|---:|---:|---:|---|",

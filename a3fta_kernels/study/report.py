@@ -71,7 +71,10 @@ class _Report:
     def lines(self) -> list[str]:
         plan = self.plan
         found = self._head()
-        found += ranking.lines(self.of(plan.ks[0])) if plan.search else self._verdicts()
+        if plan.search:
+            found += ranking.lines(self.of(plan.ks[0]), len(plan.seeds))
+        else:
+            found += self._verdicts()
         for k in plan.ks:
             runs = self.of(k)
             if figures.trained(runs):
@@ -107,7 +110,8 @@ class _Report:
             "|---|---|---|---:|---:|---:|",
         ]
         asked = contest(self.plan.contender) if self.plan.contender else HYPOTHESES
-        verdicts = judge(self.runs, k, asked)
+        runs = [run for run in self.runs if run.seed in self.plan.seeds]
+        verdicts = judge(runs, k, asked)
         seeds = min(v.seeds for v in verdicts)
         if seeds < len(self.plan.seeds):
             lines[1:1] = [
@@ -128,7 +132,7 @@ class _Report:
     def _claims(self, verdict: Verdict, k: int) -> list[str]:
         by_seed: dict[int, dict[str, Run]] = {}
         for run in self.runs:
-            if run.k == k:
+            if run.k == k and run.seed in self.plan.seeds:
                 by_seed.setdefault(run.seed, {})[run.method] = run
         rows = []
         for claim in verdict.hypothesis.claims:

@@ -243,11 +243,14 @@ def _train(
         mixed = monitor.average(curves, [len(fold) for fold in folds])
         best = monitor.best_step(mixed)
         if settings.choose == "best" and best is not None:
-            last.stop = min(monitor.same_passes(best, len(curves)), settings.steps)
+            wanted = monitor.same_passes(best, len(curves))
+            last.stop = min(wanted, settings.steps)
             reason = (
                 f"as many passes over all photos as the folds made over theirs by step {best}, "
                 f"which has the lowest mean loss of the photos left out of {len(curves)} folds"
             )
+            if wanted > settings.steps:
+                reason = f"the last step; {reason}, would take {wanted}"
     _reset(model, start)
     result = train(last)
     step = result.step

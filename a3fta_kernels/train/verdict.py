@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .monitor import same_passes
 from .run_files import Curve, Run, is_copy
 
 FEW = 4  # with fewer photos held out, their choice of a step is half luck
@@ -82,8 +83,10 @@ def _choice(run: Run) -> list[str]:
         said += f", the last one, as asked for; {judged_by(run)} there: {number(value)}"
         said += _below(value, start)
     elif judged != run.chosen:
+        wanted = same_passes(judged, len(run.folds))
+        many = "as many" if wanted == run.chosen else f"the last; {wanted:,} would be as many"
         said += (
-            f", as many passes over all photos as the folds made over theirs by step {judged:,}, "
+            f", {many} passes over all photos as the folds made over theirs by step {judged:,}, "
             f"by {judged_by(run)} there: {number(value)}{_below(value, start)}"
         )
     else:
@@ -137,9 +140,11 @@ def _overfitting(run: Run) -> list[str]:
     best, last = curve.best(), curve.steps[-1]
     lowest = min(curve.values)
     since = overfits_from(curve)
+    # a fold sees its photos more often: its steps are not the last run's
+    who = "it overfits" if run.judged == run.chosen else "the folds overfit"
     if since is not None:
         said = (
-            f"From step {since:,} on it overfits: the held-out loss is lowest at step {best:,} "
+            f"From step {since:,} on {who}: the held-out loss is lowest at step {best:,} "
             f"({number(lowest)}) and {_above(curve.values[-1], lowest)} higher at step "
             f"{last:,}{_training_meanwhile(run, best, last)}."
         )

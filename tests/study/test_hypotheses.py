@@ -1,10 +1,16 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
-from a3fta_kernels.study.hypotheses import HYPOTHESES, Claim, Either, contest, judge, singles
+from a3fta_kernels.study.hypotheses import (
+    HYPOTHESES,
+    Claim,
+    Either,
+    contest,
+    contestants,
+    judge,
+    singles,
+)
 from a3fta_kernels.study.methods import METHODS
 from a3fta_kernels.study.views import VIEWS
 from tests.study.fakes import run
@@ -21,7 +27,8 @@ def study(seeds=6, **changes):
         "adapter+attention": {"kid": 0.5, "recall": 0.7},
     }
     for name, values in changes.items():
-        world.setdefault(name.replace("_", "+"), {}).update(values)
+        name = name.replace("_slow", "-slow").replace("_", "+")
+        world.setdefault(name, {}).update(values)
 
     def noisy(value, seed):
         one = 0.01 * (seed % 3)
@@ -102,26 +109,50 @@ def test_hypotheses_are_of_methods_and_views_that_there_are():
     assert len(singles(HYPOTHESES[3])) == 12
 
 
-def test_a_contender_is_judged_after_as_many_passes():
-    """Early is step 50, as many passes are step 100, which is last too."""
-    runs = study(film={"kid": [1.9, 1.8, 0.4], "recall": 0.7})
-    runs = [replace(r, curves=_falling(r)) for r in runs]
-    assert [v.word for v in judge(runs, 20, contest("film"))] == ["supported"] * 3
-    # as good after as many steps, no better after as many passes
-    flat = [replace(r, curves=r.curves | {"kid": [1.0] * 3}) if _is(r, "lora") else r for r in runs]
-    assert [v.word for v in judge(flat, 20, contest("film"))][2] != "supported"
-    worse = study(film={"kid": [0.1, 0.1, 1.5], "recall": 0.7})
-    assert [v.word for v in judge(worse, 20, contest("film"))][:2] == ["not supported"] * 2
-    assert "kid of film less that of film (early), passes: below 0" in str(
-        contest("film")[2].claims[0]
+def contenders(**changes):
+    """A world in which film beats its rivals: early is step 50, passes is step 100, last too."""
+    world = {name: {"kid": [1.5, 1.2, 0.8]} for name in ("lora_slow", "full_slow", "film")}
+    world |= {"full": {"kid": [1.5, 1.2, 1.0]}, "attention": {"kid": [1.5, 1.2, 0.8]}}
+    world["film"] = {"kid": [1.5, 0.9, 0.4], "recall": 0.7}
+    world["gelu"] = {"kid": [1.5, 1.2, 0.8]}
+    return study(**(world | changes))
+
+
+def test_a_contender_is_judged_against_what_reaches_as_far():
+    asked = contest("film")
+    assert [h.name for h in asked] == ["H5", "H6", "H7", "H8"]
+    assert {c.rival for c in singles(asked[1])} == {"lora-slow"}
+    assert {c.rival for c in singles(contest("film+affine")[1])} == {"affine"}
+    assert [v.word for v in judge(contenders(), 20, asked)] == ["supported"] * 4
+
+
+@pytest.mark.parametrize(
+    "changes, number",
+    [
+        ({"full": {"kid": [1.5, 0.2, 1.0]}}, 0),  # better where folds stop it, not after
+        ({"full_slow": {"kid": 0.2}}, 0),
+        ({"lora_slow": {"kid": 0.2}}, 1),
+        ({"attention": {"kid": 0.2}}, 2),
+        ({"gelu": {"kid": [1.5, 0.7, 0.8]}}, 3),  # worse after as many passes
+        ({"gelu": {"kid": [1.5, 1.2, 0.8], "recall": [0.7, 0.7, 0.5]}}, 3),  # better, for recall
+    ],
+)
+def test_a_rival_that_is_better_somewhere(changes, number):
+    words = [v.word for v in judge(contenders(**changes), 20, contest("film"))]
+    assert words[number] == "not supported"
+    assert all(w == "supported" for i, w in enumerate(words) if i not in (number, 2))
+
+
+def test_a_claim_names_both_views():
+    claim = contest("film")[3].claims[0]
+    assert str(claim) == "kid of film less that of film (early), passes: below 0 % of the base's"
+
+
+def test_nobody_is_measured_against_itself():
+    assert contestants("film+affine")[:2] == ("base", "film+affine")
+    assert {"full", "full-slow", "attention", "lora-slow", "affine", "gelu", "film"} <= set(
+        contestants("film+affine")
     )
-
-
-def _is(one, name):
-    return one.method == name
-
-
-def _falling(one):
-    """KID of a checkpoint is above that of the next."""
-    kid = one.curves["kid"]
-    return one.curves | {"kid": [v + 0.5 * (len(kid) - 1 - i) for i, v in enumerate(kid)]}
+    for name in ("full", "attention", "lora-slow"):
+        with pytest.raises(ValueError, match="contender: expected none of its rivals"):
+            contestants(name)

@@ -42,13 +42,20 @@ def test_what_trains_of_designs_that_reach_further():
     }  # fmt: skip
     vectors = {n for n, p in pipeline().unet.named_parameters() if p.ndim == 1}
     assert trained["affine"] == vectors
-    assert trained["full-slow"] == trained["full"]
+    assert trained["full-slow"] == trained["full"] and trained["lora-slow"] == trained["lora"]
+    assert trained["lora+affine"] == trained["lora"] | vectors
     assert trained["gelu+affine"] == trained["gelu"] | vectors
     assert trained["film+affine"] == trained["film"] | vectors
     qkv = {n for n in trained["lora"] if ".to_out." not in n}
     assert qkv and trained["gelu+lora"] == trained["gelu"] | qkv
     assert trained["film+lora"] == trained["film"] | qkv
     assert trained["film+lora+affine"] == trained["film"] | qkv | vectors
+    # a rival reaches as far: what it has not is the adapters, but for LoRA on `out` in their place
+    for name, each in METHODS.items():
+        if each.rival:
+            rest = {n for n in trained[name] - trained[each.rival] if ".adapters." not in n}
+            more = {n for n in trained[each.rival] - trained[name] if ".to_out." not in n}
+            assert not rest and not more, name
     assert trained["film+attention"] == trained["film"] | trained["attention"]
 
 

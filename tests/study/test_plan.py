@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from a3fta_kernels.study import plan as plans
+from a3fta_kernels.study.hypotheses import contestants
 from a3fta_kernels.study.methods import HEADLINE, METHODS
 from a3fta_kernels.study.plan import Plan
 
@@ -34,13 +35,10 @@ def test_the_digest_is_of_what_a_line_means():
     one = Plan()
     for changes in ({"batch": 8}, {"checkpoints": (25, 50)}, {"pair": "greek"}, {"guidance": 2.0}):
         assert dataclasses.replace(one, **changes).digest() != one.digest()
-    for changes in (
-        {"ks": (5,)},
-        {"seeds": (3,)},
-        {"methods": ("base", "full")},
-        {"contender": "film"},
-    ):
+    for changes in ({"ks": (5,)}, {"seeds": (3,)}, {"methods": ("base", "full")}):
         assert dataclasses.replace(one, **changes).digest() == one.digest()
+    judged = dataclasses.replace(one, methods=contestants("film"), contender="film")
+    assert judged.digest() == one.digest()
 
 
 def test_the_shipped_lines_are_of_this_plan():
@@ -69,6 +67,12 @@ def test_the_digest_knows_the_methods_numbers(monkeypatch):
         ({"folds": 1}, "folds: expected at least 2, got 1"),
         ({"contender": "rank-8"}, "contender: expected one of full, .*, got 'rank-8'"),
         ({"contender": "base"}, "contender: expected one of full, .*, got 'base'"),
+        ({"contender": "full"}, "contender: expected none of its rivals, got 'full'"),
+        (
+            {"contender": "film"},
+            "methods: expected those that film .*, got no full-slow, lora-slow",
+        ),
+        ({"contender": "film", "pair": "digits-search"}, "contender: a search chooses one"),
         ({"samples": 1}, "samples: expected at least 2, got 1"),
         ({"guidance": float("nan")}, "guidance: expected a finite number, got nan"),
     ],

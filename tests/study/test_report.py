@@ -6,6 +6,7 @@ import re
 import pytest
 
 from a3fta_kernels.study import report
+from a3fta_kernels.study.hypotheses import contestants
 from a3fta_kernels.study.methods import HEADLINE, METHODS
 from a3fta_kernels.study.plan import Plan
 from a3fta_kernels.study.run import columns
@@ -112,11 +113,15 @@ def test_without_runs_it_says_so(tmp_path):
 def test_a_contender_is_judged_in_place_of_the_headline(tmp_path, monkeypatch):
     for name in ("headline", "curves"):
         monkeypatch.setattr(report.figures, name, lambda *_: None)
-    plan = dataclasses.replace(Plan(), ks=(20,), seeds=(0, 1, 2), contender="film")
-    runs = [line(run(name, seed=seed)) for name in HEADLINE for seed in range(3)]
+    names = contestants("film")
+    plan = dataclasses.replace(
+        Plan(), ks=(20,), seeds=(0, 1, 2), methods=names, contender="film"
+    )  # fmt: skip
+    # seeds of another plan in the same folder are not this one's
+    runs = [line(run(name, seed=seed)) for name in names for seed in range(5)]
     text = report.write_report(tmp_path, plan, runs, []).read_text()
     assert "| H5 | film beats full tuning" in text and "| H4 |" not in text
-    assert text.count("at this scale |") == 3
+    assert text.count("at this scale | 3 |") == 4 and "Preliminary" not in text
 
 
 def test_a_search_has_a_rule_and_no_verdicts(tmp_path, monkeypatch):
@@ -135,7 +140,7 @@ def test_a_search_has_a_rule_and_no_verdicts(tmp_path, monkeypatch):
         for name in names for seed in (0, 1)
     ]  # fmt: skip
     text = report.write_report(tmp_path, plan, runs, []).read_text()
-    assert "means over 2 seeds. It chooses: **A3FTA gated**." in text
+    assert "means over 2 seeds. It chooses: **A3FTA gated** (`gated`).\n" in text
     assert "Verdicts" not in text
     order = re.findall(r"^\| (.+?) \| \d+\.\d\d \| .* \| (.+) \|$", text.split("## k =")[0], re.M)
     assert order == [
@@ -143,5 +148,8 @@ def test_a_search_has_a_rule_and_no_verdicts(tmp_path, monkeypatch):
         ("A3FTA, rank 64", "recall below 45.0 %"), ("A3FTA gated", "can win"),
         ("A3FTA behind the projection", "can win"), ("full tuning", "no candidate"),
     ]  # fmt: skip
+    more = dataclasses.replace(plan, seeds=(0, 1, 2))
+    text = report.write_report(tmp_path, more, runs, []).read_text()
+    assert "**Preliminary: 2 of 3 seeds are whole.**" in text
     nothing = report.write_report(tmp_path, plan, runs[:2], []).read_text()
     assert "It needs runs of base and full" in nothing

@@ -148,9 +148,8 @@ def test_folds_decide_how_long_the_last_run_is(tmp_path, monkeypatch):
     assert summary["folds_best"] == best == 4
     # all five are seen as often as the folds saw their half
     assert summary["chosen_step"] == summary["steps_done"] == 8
-    assert (
-        "as many passes over all photos as the folds made over theirs by step 4" in summary["why"]
-    )
+    why = "as many passes over all photos as the folds made over theirs by step 4, which has"
+    assert summary["why"].startswith(why)
     # and the report judges by the same mean
     curve = run_files.Run(run).heldout
     assert curve.steps == list(means) and curve.values == pytest.approx(list(means.values()))

@@ -162,6 +162,9 @@ def test_a_model_that_diverged_is_not_chosen(settings, tmp_path, monkeypatch, he
     best = min(whole or {4})
     # of two folds, both of which trained on half of the photos
     assert summary["chosen_step"] == (min(2 * best, 4) if heldout == "kfold" else best)
+    assert summary["why"].startswith("the last step") == (best == 4 and heldout == "kfold") or (
+        not whole
+    )
 
 
 def test_a_damaged_checkpoint_is_not_made_the_adapter(settings, tmp_path, monkeypatch):

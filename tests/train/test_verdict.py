@@ -123,6 +123,11 @@ def test_folds_speak_for_a_later_step(tmp_path):
         "Chosen: step 450 of 600, as many passes over all photos as the folds made over theirs by "
         f"step 300, by the mean held-out loss of 3 folds there: {loss:.4g}, " in said(folder)
     )
+    since = overfits_from(Run(folder).heldout)
+    assert f"From step {since} on the folds overfit:" in said(folder)
+    # fewer steps than that many passes
+    (folder / "summary.json").write_text(json.dumps(summary | {"chosen_step": 400}))
+    assert "Chosen: step 400 of 600, the last; 450 would be as many passes over" in said(folder)
     # who asks for the last step gets its own loss
     last = run_folder(tmp_path / "last", heldout=0, folds=3, settings={"choose": "last"})
     (last / "summary.json").write_text(json.dumps(summary | {"chosen_step": 600}))
