@@ -290,7 +290,10 @@ def _choice(ax: Any, run: Run, curve: Curve | None) -> None:
     left, right = ax.get_xlim()
     place = (run.chosen - left) / (right - left)
     side = "left" if place < 0.15 else "right" if place > 0.85 else "center"
-    ax.text(run.chosen, 1.02, f"chosen: step {run.chosen:,}", transform=ax.get_xaxis_transform(),
+    said = f"chosen: step {run.chosen:,}"
+    if run.judged != run.chosen:
+        said += f", by the folds' step {run.judged:,}"
+    ax.text(run.chosen, 1.02, said, transform=ax.get_xaxis_transform(),
             ha=side, va="bottom", fontsize=SMALL, color=INK)  # fmt: skip
 
 

@@ -118,7 +118,7 @@ def test_the_dot_is_where_the_folds_were_best(tmp_path):
         json.dumps(summary | {"folds_best": 300, "chosen_step": 450})
     )
     ax = figures.curves(Run(folder)).axes[0]
-    assert "chosen: step 450" in [t.get_text() for t in ax.texts]
+    assert "chosen: step 450, by the folds' step 300" in [t.get_text() for t in ax.texts]
     dot = next(line for line in ax.lines if line.get_markersize() == 8)
     assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (300, Run(folder).heldout.at(300))
 
