@@ -50,7 +50,8 @@ def record(run: Path, target: Path) -> None:
     found = run_files.Run(run)
     curve, summary = found.heldout, found.summary
     assert curve is not None
-    facts = {name: summary[name] for name in ("chosen_step", "why", "rule", "device", "versions")}
+    told = ("chosen_step", "folds_best", "why", "rule", "device", "versions")
+    facts = {name: summary[name] for name in told}
     facts |= {"steps": curve.steps, "heldout_mean": curve.values}
     facts["folds"] = {str(fold.fold): fold.best() for fold in found.folds}
     target.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

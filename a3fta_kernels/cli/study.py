@@ -46,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rates", nargs="+", type=_rate, metavar="NAME=RATE", help="in place of trials"
     )
+    parser.add_argument("--contender", default="", help="the method that the report judges")
+    parser.add_argument("--bases", type=Path, help="where the pair's base is (the folder)")
     own = parser.add_argument_group("a pipeline of your own")
     own.add_argument("--model", help="as in `a3fta finetune`; takes the place of --pair")
     own.add_argument("--images", help="folder of photos, as in `a3fta finetune --data`")
@@ -99,7 +101,7 @@ def _plan(args: argparse.Namespace) -> Any:
     for name, _ in args.rates or ():
         if not method(name).trials:
             raise CommandError(f"rates: {name} is not trained, so it has none")
-    return dataclasses.replace(Plan(), pair=_name(args), **changes)
+    return dataclasses.replace(Plan(), pair=_name(args), contender=args.contender, **changes)
 
 
 def _name(args: argparse.Namespace) -> str:
@@ -123,4 +125,4 @@ def _load(args: argparse.Namespace) -> Any:
     from ..study import pairs
 
     check_choice("pair", args.pair, pairs.PAIRS)
-    return functools.partial(pairs.load, args.pair, args.folder)
+    return functools.partial(pairs.load, args.pair, args.bases or args.folder)

@@ -19,12 +19,20 @@ COLOURS = {
     "lora": "#6b7f3a", "identity": "#7fb3c8", "gelu": "#0b6e99", "film": "#123f5c",
     "adapter+attention": "#b0477f",
 }  # fmt: skip
+# of a search's candidates, in turn
+_OTHERS = ("#4c78a8", "#e45756", "#54a24b", "#b79a20", "#9d755d", "#bab0ac", "#72b7b2", "#ff9da6")
 INK, MUTED, PAPER, EDGE = "#1f2328", "#667078", "#fbfaf7", "#d8d5cd"
 _ENOUGH = 4  # seeds, for an interval that is worth drawing
 _SHOWN = 20  # samples in a row of the grid
 
 # method -> runs of one k
 ByMethod = Mapping[str, Sequence[Run]]
+
+
+def _colours(runs: ByMethod) -> dict[str, str]:
+    """Candidates that are drawn together differ."""
+    others = [name for name in METHODS if name in runs and name not in COLOURS]
+    return COLOURS | {name: _OTHERS[i % len(_OTHERS)] for i, name in enumerate(others)}
 
 
 def _page(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any]]:
@@ -59,9 +67,10 @@ def headline(path: Path, runs: ByMethod, kid_scale: float, chance: float, title:
     the first checkpoint to a large one at the last, a square where folds say to stop; shaded, from
     four seeds on, the 95 % intervals of both."""
     figure, (ax,) = _page(9, 6)
+    colours = _colours(runs)
     paths = []
     for name, found in trained(runs).items():
-        x, y, colour = _mean(found, "copies", 100), _mean(found, "kid", kid_scale), COLOURS[name]
+        x, y, colour = _mean(found, "copies", 100), _mean(found, "kid", kid_scale), colours[name]
         paths.append((found, x, y, colour))
         ax.plot(x[0], y[0], color=colour, linewidth=2, label=METHODS[name].label, zorder=3)
         ax.plot(x[0][0], y[0][0], "o", color=colour, markersize=4, zorder=4)
@@ -125,14 +134,15 @@ def curves(path: Path, runs: ByMethod, kid_scale: float) -> None:
         ("copies", "near-copies, %", 100.0),
     )  # fmt: skip
     figure, axes = _page(18, 3.8, len(panels))
+    colours = _colours(runs)
     for ax, (metric, title, scale) in zip(axes, panels, strict=True):
         for name, found in trained(runs).items():
             mean, low, high = _mean(found, metric, scale)
             if len(found) >= _ENOUGH:
                 ax.fill_between(
-                    found[0].steps, low, high, color=COLOURS[name], alpha=0.12, linewidth=0
+                    found[0].steps, low, high, color=colours[name], alpha=0.12, linewidth=0
                 )
-            ax.plot(found[0].steps, mean, color=COLOURS[name], linewidth=1.8,
+            ax.plot(found[0].steps, mean, color=colours[name], linewidth=1.8,
                     label=METHODS[name].label)  # fmt: skip
         ax.set_title(title, loc="left", color=INK, fontsize=11)
         ax.set_xlabel("step", color=MUTED)

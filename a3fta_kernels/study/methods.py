@@ -18,9 +18,10 @@ from ..inject import inject, trainable_parameters
 from ..planning import plan_injection
 
 RANK, LORA_RANK, PULL = 32, 16, 0.01
-# PEFT finds them by the ends of their names
-_LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 _LORA_JOINT = ["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+
+
+Prepare = Callable[[nn.Module], list[nn.Parameter]]
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,14 @@ class Method:
     """`prepare(model)` makes it ready and returns what trains; none: nothing does.
 
     trials: learning rates that are tried, the same number for every method. pull: L2-SP's.
+    rival: of a design that reaches further, the method that reaches as far without A3FTA.
     """
 
     label: str
-    prepare: Callable[[nn.Module], list[nn.Parameter]]
+    prepare: Prepare
     trials: tuple[float, ...] = ()
     pull: float = 0.0
+    rival: str = ""
 
 
 def _nothing(model: nn.Module) -> list[nn.Parameter]:
@@ -43,6 +46,15 @@ def _nothing(model: nn.Module) -> list[nn.Parameter]:
 
 def _full(model: nn.Module) -> list[nn.Parameter]:
     return list(model.requires_grad_(True).parameters())
+
+
+def _affine(model: nn.Module) -> list[nn.Parameter]:
+    """Gains and shifts of all norms, and all biases."""
+    chosen = [p for p in model.parameters() if p.ndim == 1]
+    model.requires_grad_(False)
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    return chosen
 
 
 def _attention(model: nn.Module) -> list[nn.Parameter]:
@@ -55,17 +67,22 @@ def _attention(model: nn.Module) -> list[nn.Parameter]:
     return chosen
 
 
-def _lora(model: nn.Module) -> list[nn.Parameter]:
-    from peft import LoraConfig, inject_adapter_in_model
+def _lora(*targets: str) -> Prepare:
+    """On layers whose names end so: PEFT finds them by that."""
 
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    joint = [name for name in _LORA_JOINT if name in names]
-    config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=[*_LORA_TARGETS, *joint])
-    inject_adapter_in_model(config, model.requires_grad_(False))
-    return [p for p in model.parameters() if p.requires_grad]
+    def prepare(model: nn.Module) -> list[nn.Parameter]:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        joint = [name for name in _LORA_JOINT if name in names]
+        config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=[*targets, *joint])
+        inject_adapter_in_model(config, model.requires_grad_(False))
+        return [p for name, p in model.named_parameters() if ".lora_" in name]
+
+    return prepare
 
 
-def _adapter(**options: Any) -> Callable[[nn.Module], list[nn.Parameter]]:
+def _adapter(**options: Any) -> Prepare:
     config = AdapterConfig(**{"rank": RANK, **options})
 
     def prepare(model: nn.Module) -> list[nn.Parameter]:
@@ -75,16 +92,30 @@ def _adapter(**options: Any) -> Callable[[nn.Module], list[nn.Parameter]]:
     return prepare
 
 
+def _together(*prepares: Prepare) -> Prepare:
+    """One after the other. Each freezes all else, also what those before it train: at the end all
+    of that trains again."""
+
+    def prepare(model: nn.Module) -> list[nn.Parameter]:
+        chosen = [parameter for one in prepares for parameter in one(model)]
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        return chosen
+
+    return prepare
+
+
 _WHOLE = (3e-5, 1e-4, 3e-4, 1e-3)
 _ATTENTION = (3e-4, 1e-3, 3e-3, 1e-2)
 _SMALL = (1e-3, 3e-3, 1e-2, 3e-2)
+_QKV = ("to_q", "to_k", "to_v")
 
 METHODS = {
     "base": Method("base, not tuned", _nothing),
     "full": Method("full tuning", _full, _WHOLE),
     "attention": Method("attention only", _attention, _ATTENTION),
     "l2sp": Method("L2-SP", _full, _WHOLE, PULL),
-    "lora": Method(f"PEFT LoRA r{LORA_RANK}, qkvo", _lora, _SMALL),
+    "lora": Method(f"PEFT LoRA r{LORA_RANK}, qkvo", _lora(*_QKV, "to_out.0"), _SMALL),
     "identity": Method("A3FTA identity", _adapter(activation="identity"), _SMALL),
     "gelu": Method("A3FTA GELU", _adapter(), _SMALL),
     "film": Method("A3FTA time-aware", _adapter(design="film"), _SMALL),
@@ -92,6 +123,51 @@ METHODS = {
         "A3FTA + attention", _adapter(train="adapter+attention"), _ATTENTION
     ),
 }
+# what a plan compares where it does not say; the others are of the search for a better design
+HEADLINE = tuple(METHODS)
+METHODS |= {
+    "full-slow": Method("full tuning, slower", _full, (1e-5, 3e-5, 1e-4, 3e-4)),
+    "lora-slow": Method(
+        f"PEFT LoRA r{LORA_RANK}, qkvo, slower rates", _lora(*_QKV, "to_out.0"), _ATTENTION
+    ),
+    "affine": Method("norms and biases", _affine, _ATTENTION),
+    "lora+affine": Method(
+        "LoRA + norms and biases", _together(_affine, _lora(*_QKV, "to_out.0")), _ATTENTION
+    ),
+    "rank-8": Method("A3FTA, rank 8", _adapter(rank=8), _SMALL),
+    "rank-64": Method("A3FTA, rank 64", _adapter(rank=64), _SMALL),
+    "post": Method("A3FTA behind the projection", _adapter(placement="post"), _SMALL),
+    "parallel": Method("A3FTA beside attention", _adapter(placement="parallel"), _SMALL),
+    "gated": Method("A3FTA gated", _adapter(design="gated"), _SMALL),
+    "rescaled": Method("A3FTA rescaled", _adapter(design="rescaled"), _SMALL),
+    "time_scaled": Method("A3FTA time-scaled", _adapter(design="time_scaled"), _SMALL),
+    "time_rank": Method("A3FTA, rank 8 to 32 over time", _adapter(time_rank=8), _SMALL),
+    "layer_norm": Method("A3FTA, normed", _adapter(layer_norm=True), _SMALL),
+    "dropout": Method("A3FTA, dropout", _adapter(dropout=0.1, drop_path=0.1), _SMALL),
+    "film+attention": Method(
+        "A3FTA time-aware + attention", _adapter(design="film", train="adapter+attention"),
+        _ATTENTION, rival="attention",
+    ),
+    "gelu+lora": Method(
+        "A3FTA + LoRA on qkv", _together(_adapter(), _lora(*_QKV)), _ATTENTION, rival="lora-slow"
+    ),
+    "film+lora": Method(
+        "A3FTA time-aware + LoRA on qkv", _together(_adapter(design="film"), _lora(*_QKV)),
+        _ATTENTION, rival="lora-slow",
+    ),
+    "gelu+affine": Method(
+        "A3FTA + norms and biases", _together(_affine, _adapter()), _ATTENTION, rival="affine"
+    ),
+    "film+affine": Method(
+        "A3FTA time-aware + norms and biases", _together(_affine, _adapter(design="film")),
+        _ATTENTION, rival="affine",
+    ),
+    "film+lora+affine": Method(
+        "A3FTA time-aware + LoRA on qkv + norms and biases",
+        _together(_affine, _adapter(design="film"), _lora(*_QKV)), _ATTENTION,
+        rival="lora+affine",
+    ),
+}  # fmt: skip
 BASELINE = "base"
 
 

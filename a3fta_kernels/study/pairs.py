@@ -2,6 +2,8 @@
 
 digits: printed digits, then handwritten ones (scikit-learn, 8 x 8); digits-2: the same from another
 base. A script by its name: Latin letters, then letters of that script, never seen (16 x 16).
+digits-search: digits for choosing a design, on images that no run of digits trains on, stops by or
+is judged by.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from ..train.batches import generator
 from ..train.families.family import to_images
 from ..train.families.unconditional import Unconditional
 from . import bases, features, glyphs
+from .plan import SEARCH
 from .subject import Subject
 
 # images per class of each part, the rest is the pool; "features" teach the feature network
@@ -51,6 +54,7 @@ class Pair:
 _DIGIT, _LETTER = glyphs.Frame(8, 4, 96, 64), glyphs.Frame(16, 4, 192, 128)
 PAIRS = {
     "digits": Pair("digits", "handwritten", _DIGIT, (32, 48), True),
+    f"digits{SEARCH}": Pair("digits", "handwritten", _DIGIT, (32, 48), True),
     "digits-2": Pair("digits", "handwritten", _DIGIT, (48, 64), True, seed=1),
     **{
         script: Pair("latin", script, _LETTER, (32, 48, 64), False)
@@ -74,7 +78,7 @@ def load(name: str, folder: Path) -> Subject:
         pair,
         [images[i] for i in learned],
         labels[learned],
-        folder / "features" / f"{name}.safetensors",
+        folder / "features" / f"{name.removesuffix(SEARCH)}.safetensors",
     )
     pristine = base.pipeline()
 
@@ -90,7 +94,7 @@ def load(name: str, folder: Path) -> Subject:
         digests=[f"{name} {i}" for i in range(len(x))],
         images=images,
         labels=labels.tolist(),
-        parts=parts,
+        parts=_turned(parts) if name.endswith(SEARCH) else parts,
         extractors={"network": network.extract, "pixels": features.pixels},
         size=(side, side),
         source=_source(pair),
@@ -152,6 +156,18 @@ def _deal(labels: Tensor, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]
             mixed = mixed[size:]
         parts["pool"] += mixed
     return {name: tuple(sorted(part)) for name, part in parts.items()}
+
+
+def _turned(parts: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """For a search: its runs train on images of the trials, and the pool is its reference."""
+    one, other = (slice(i, None, 2) for i in (0, 1))
+    return {
+        "pool": parts["tuning"][one],
+        "heldout": parts["tuning_heldout"][one],
+        "tuning": parts["tuning"][other],
+        "tuning_heldout": parts["tuning_heldout"][other],
+        "reference": parts["pool"],
+    }
 
 
 def _letters(pair: Pair) -> tuple[Tensor, Tensor, dict[str, tuple[int, ...]]]:

@@ -12,10 +12,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .methods import BASELINE, LORA_RANK, METHODS, PULL, RANK, method
+from ..checks import check_choice
+from .hypotheses import contestants
+from .methods import BASELINE, HEADLINE, LORA_RANK, METHODS, PULL, RANK, method
 
 # raised where a change of the code changes what a line means
 VERSION = 1
+# the end of the name of a pair whose images are for choosing a design
+SEARCH = "-search"
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,13 @@ class Plan:
     `heldout_draws` per held-out image, `fold_draws` per image left out of a fold.
     samples, sample_steps: per checkpoint. folds, patience: of the choice of a step inside k.
     tuning_k, tuning_seeds: of the trials of learning rates, whose images are apart.
+    contender: the method that the report's hypotheses are about; "": the four of the headline.
     """
 
     pair: str = "digits"
     ks: tuple[int, ...] = (20, 10, 50)
     seeds: tuple[int, ...] = tuple(range(10))
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[str, ...] = HEADLINE
     checkpoints: tuple[int, ...] = (25, 50, 75, 100, 150, 200, 300, 400)
     batch: int = 16
     warmup: int = 20
@@ -48,10 +53,21 @@ class Plan:
     patience: int = 2
     tuning_k: int = 20
     tuning_seeds: tuple[int, ...] = (1000, 1001)
+    contender: str = ""
 
     def __post_init__(self) -> None:
         for name in self.methods:
             method(name)
+        if self.contender:
+            check_choice("contender", self.contender, self.trained())
+            if self.search:
+                raise ValueError("contender: a search chooses one, and judges none")
+            missing = [n for n in contestants(self.contender) if n not in self.methods]
+            if missing:
+                raise ValueError(
+                    f"methods: expected those that {self.contender} is judged against too, got no "
+                    f"{', '.join(missing)}"
+                )
         if set(self.seeds) & set(self.tuning_seeds):
             raise ValueError("tuning_seeds: expected seeds that no run has, got some of them")
         if list(self.checkpoints) != sorted(set(self.checkpoints)) or self.checkpoints[0] < 1:
@@ -71,11 +87,16 @@ class Plan:
     def digest(self) -> str:
         """Of all that a line means, and not of which lines there are."""
         facts = dataclasses.asdict(self)
-        for name in ("ks", "seeds", "methods"):
+        for name in ("ks", "seeds", "methods", "contender"):
             del facts[name]
         facts |= {"version": VERSION, "rank": RANK, "lora_rank": LORA_RANK, "pull": PULL}
         text = json.dumps(facts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def search(self) -> bool:
+        """Whether it looks for a design, and judges no hypothesis."""
+        return self.pair.endswith(SEARCH)
 
     def runs(self) -> Iterator[tuple[str, int, int]]:
         """(method, k, seed), in an order in which any beginning is of use: all methods of a seed

@@ -8,16 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..train.errors import TrainingError
-from . import figures
+from . import figures, ranking
 from .hypotheses import (
     COPIES_MARGIN,
     GAP_MARGIN,
+    HYPOTHESES,
     KID_MARGIN,
     LEVEL,
     RECALL_MARGIN,
     Claim,
     Either,
     Verdict,
+    contest,
     judge,
 )  # fmt: skip
 from .methods import BASELINE, METHODS
@@ -35,15 +37,15 @@ def write_report(
 ) -> Path:  # fmt: skip
     """Draws the figures into `folder` and writes the report to `path` (STUDY.md of the folder)."""
     path = path or folder / "STUDY.md"
-    runs = [_parsed(line, folder) for line in lines]
+    runs = [_parsed(line, folder, plan.folds) for line in lines]
     report = _Report(folder, plan, runs, trials, Path(os.path.relpath(folder, path.parent)))
     path.write_text("\n".join(report.lines()) + "\n", encoding="utf-8")
     return path
 
 
-def _parsed(line: Line, folder: Path) -> Run:
+def _parsed(line: Line, folder: Path, folds: int) -> Run:
     try:
-        return parse(line)
+        return parse(line, folds)
     except ValueError as error:
         which = f"{line['method']}, k {line['k']}, seed {line['seed']}"
         raise TrainingError(f"{folder / 'runs.csv'}: {which}: {error}") from error
@@ -68,7 +70,11 @@ class _Report:
 
     def lines(self) -> list[str]:
         plan = self.plan
-        found = [*self._head(), *self._verdicts()]
+        found = self._head()
+        if plan.search:
+            found += ranking.lines(self.of(plan.ks[0]), len(plan.seeds))
+        else:
+            found += self._verdicts()
         for k in plan.ks:
             runs = self.of(k)
             if figures.trained(runs):
@@ -103,7 +109,9 @@ class _Report:
             "| | hypothesis | verdict | seeds | p | p, Holm |",
             "|---|---|---|---:|---:|---:|",
         ]
-        verdicts = judge(self.runs, k)
+        asked = contest(self.plan.contender) if self.plan.contender else HYPOTHESES
+        runs = [run for run in self.runs if run.seed in self.plan.seeds]
+        verdicts = judge(runs, k, asked)
         seeds = min(v.seeds for v in verdicts)
         if seeds < len(self.plan.seeds):
             lines[1:1] = [
@@ -124,7 +132,7 @@ class _Report:
     def _claims(self, verdict: Verdict, k: int) -> list[str]:
         by_seed: dict[int, dict[str, Run]] = {}
         for run in self.runs:
-            if run.k == k:
+            if run.k == k and run.seed in self.plan.seeds:
                 by_seed.setdefault(run.seed, {})[run.method] = run
         rows = []
         for claim in verdict.hypothesis.claims:
@@ -144,7 +152,7 @@ class _Report:
         lines = [f"## k = {k}, {count} seeds", ""]
         if first:
             lines += self._figures(k, runs)
-        views = VIEWS if first else ("last", "early")
+        views = VIEWS if first else ("last", "early", "passes")
         for view in views:
             lines += [f"### {_ABOUT[view]}", "", *self._table(runs, view, ""), ""]
         if first:
@@ -269,7 +277,7 @@ class _Report:
             "percent. A near-copy is closer to a training image than 99 % of real images that "
             "nobody trained on.",
             f"- Margins: KID {KID_MARGIN:g} points, recall {RECALL_MARGIN:g}, copies "
-            f"{COPIES_MARGIN:g}, gap {GAP_MARGIN:g}; level {LEVEL:g}, Holm over four.",
+            f"{COPIES_MARGIN:g}, gap {GAP_MARGIN:g}; level {LEVEL:g}, Holm over all.",
             "- Held-out images are for measuring alone; *oracle* stops by them, which nobody can.",
             "- An adapter can be switched off: then nothing of the source is forgotten. The source "
             "loss is with it on.",
@@ -280,7 +288,7 @@ class _Report:
             "last one: a lower rate with about the same lowest loss would overfit later. How "
             "much of what *last* shows is the rate's, this plan cannot say.",
             f"- {self._settled()} For the others *converged* is the last step.",
-            "- *Supported* is corrected for four hypotheses; *not supported* rests on one interval "
+            "- *Supported* is corrected for all hypotheses; *not supported* rests on one interval "
             "that is not.",
             "- Seeds share one base, one reference, one held-out set and one pool: the intervals "
             "are about these, and subsets of a larger k overlap.",
@@ -295,6 +303,7 @@ class _Report:
 _ABOUT = {
     "last": "Last step, an equal budget",
     "early": "Stopped early, by folds inside the k images",
+    "passes": "Stopped after as many passes over the images as the folds made",
     "oracle": "Oracle: the lowest loss of the large held-out set",
     "converged": "Converged: less than 2 % of training loss are to come; else the last step",
     "matched": "At matched training loss",

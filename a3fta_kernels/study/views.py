@@ -1,6 +1,7 @@
 """The lines of a results file as runs, and the steps at which runs are compared.
 
-last: the end of the equal budget. early: where folds inside the k images say to stop. oracle: the
+last: the end of the equal budget. early: where folds inside the k images say to stop. passes:
+after as many passes over the k images as the folds made over their part of them. oracle: the
 lowest loss of the large held-out set, which nobody has. converged: the first checkpoint after
 which the training loss falls by less than `FLAT` until the end. matched: where the training loss
 is closest to the highest of the lowest training losses of the methods of that k and seed, so that
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 from .table import Line, numbers
 
-VIEWS = ("last", "early", "oracle", "converged", "matched")
+VIEWS = ("last", "early", "passes", "oracle", "converged", "matched")
 FLAT = 0.02
 
 # cells of a line that are not lists
@@ -27,7 +28,8 @@ _SINGLE = {
 
 @dataclass(frozen=True)
 class Run:
-    """curves: a value per checkpoint in `steps`, by the column's name."""
+    """curves: a value per checkpoint in `steps`, by the column's name. longer: steps of a pass over
+    the k images, per step of one over what a fold trains on."""
 
     method: str
     k: int
@@ -40,6 +42,7 @@ class Run:
     step_ms: float
     steps: tuple[int, ...]
     curves: dict[str, list[float]]
+    longer: float
 
     @property
     def gap(self) -> list[float]:
@@ -52,7 +55,8 @@ class Run:
         return values[self.steps.index(step)]
 
 
-def parse(line: Line) -> Run:
+def parse(line: Line, folds: int) -> Run:
+    """folds: of the plan."""
     return Run(
         method=line["method"],
         k=int(line["k"]),
@@ -65,6 +69,7 @@ def parse(line: Line) -> Run:
         step_ms=float(line["step_ms"]),
         steps=tuple(int(step) for step in line["steps"].split()),
         curves={name: numbers(cell) for name, cell in line.items() if name not in _SINGLE},
+        longer=folds / (folds - 1),
     )
 
 
@@ -83,6 +88,8 @@ def step_of(run: Run, view: str, level: float = math.nan) -> int:
     train = run.curves["train"]
     if view == "early":
         return run.early
+    if view == "passes":
+        return _nearest(run.steps, run.longer * run.early)
     if view == "oracle":
         return run.steps[_least(run.curves["heldout"])]
     if view == "converged":
@@ -93,6 +100,11 @@ def step_of(run: Run, view: str, level: float = math.nan) -> int:
     if view != "last":
         raise ValueError(f"view: expected one of {', '.join(VIEWS)}, got {view!r}")
     return run.steps[-1]
+
+
+def _nearest(steps: Sequence[int], wanted: float) -> int:
+    """In proportion, as checkpoints lie; the earlier of two. The base has step 0 alone."""
+    return min(steps, key=lambda step: abs(math.log(max(step, 1) / max(wanted, 1))))
 
 
 def _least(values: Sequence[float]) -> int:

@@ -283,14 +283,17 @@ def _choice(ax: Any, run: Run, curve: Curve | None) -> None:
     if run.chosen is None:
         return
     ax.axvline(run.chosen, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1.5)
-    value = curve.at(run.chosen) if curve else None
+    value = curve.at(run.judged) if curve and run.judged is not None else None
     if value is not None:
-        ax.plot([run.chosen], [value], "o", color=HELDOUT, markersize=8, markeredgecolor=PAPER,
+        ax.plot([run.judged], [value], "o", color=HELDOUT, markersize=8, markeredgecolor=PAPER,
                 markeredgewidth=1.5, zorder=4)  # fmt: skip
     left, right = ax.get_xlim()
     place = (run.chosen - left) / (right - left)
     side = "left" if place < 0.15 else "right" if place > 0.85 else "center"
-    ax.text(run.chosen, 1.02, f"chosen: step {run.chosen:,}", transform=ax.get_xaxis_transform(),
+    said = f"chosen: step {run.chosen:,}"
+    if run.judged != run.chosen:
+        said += f", by the folds' step {run.judged:,}"
+    ax.text(run.chosen, 1.02, said, transform=ax.get_xaxis_transform(),
             ha=side, va="bottom", fontsize=SMALL, color=INK)  # fmt: skip
 
 

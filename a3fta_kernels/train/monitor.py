@@ -111,6 +111,12 @@ def best_step(evaluations: Sequence[dict[str, Any]]) -> int | None:
     return min(judged, key=lambda e: e["heldout_mean"])["step"] if judged else None
 
 
+def same_passes(step: int, folds: int) -> int:
+    """Steps after which all photos have been seen as often as a fold, which trains without a part
+    of `folds`, has seen its own by `step`: it has fewer, and sees each of them more often."""
+    return round(step * folds / (folds - 1))
+
+
 def exhausted(evaluations: Sequence[dict[str, Any]], patience: int) -> bool:
     """Whether the last `patience` evaluations brought no lower held-out loss; 0: never."""
     best = best_step(evaluations)

@@ -226,7 +226,7 @@ def _train(
     # of a fold only its losses are of use later; all of them run to the end, as they are compared
     # at the steps that all have reached
     short = dataclasses.replace(settings, checkpoint_limit=1, patience=0)
-    curves, folds = [], data.split.folds
+    curves, folds, best = [], data.split.folds, None
     reason = "the last step; nothing was held out"
     if data.split.heldout or folds:
         reason = "the last step; no held-out loss was a number"
@@ -243,8 +243,14 @@ def _train(
         mixed = monitor.average(curves, [len(fold) for fold in folds])
         best = monitor.best_step(mixed)
         if settings.choose == "best" and best is not None:
-            last.stop = best
-            reason = f"the lowest mean loss of the photos left out of {len(curves)} folds"
+            wanted = monitor.same_passes(best, len(curves))
+            last.stop = min(wanted, settings.steps)
+            reason = (
+                f"as many passes over all photos as the folds made over theirs by step {best}, "
+                f"which has the lowest mean loss of the photos left out of {len(curves)} folds"
+            )
+            if wanted > settings.steps:
+                reason = f"the last step; {reason}, would take {wanted}"
     _reset(model, start)
     result = train(last)
     step = result.step
@@ -252,7 +258,7 @@ def _train(
         step, reason = result.best, f"the lowest loss of {len(data.split.heldout)} held-out photos"
     elif settings.choose == "last":
         reason = "the last step, as asked for"
-    return result, {"step": step, "why": reason}, _curves(curves)
+    return result, {"step": step, "why": reason, "folds_best": best}, _curves(curves)
 
 
 def _reset(model: nn.Module, start: Sequence[torch.Tensor]) -> None:
@@ -315,6 +321,7 @@ def _summary(
     return {
         "chosen_step": chosen["step"],
         "why": chosen["why"],
+        "folds_best": chosen["folds_best"],
         "steps_done": result.step,
         "stopped_early": result.stopped_early,
         "rule": data.split.rule,

@@ -158,6 +158,14 @@ class Run:
         return self.summary.get("chosen_step")
 
     @property
+    def judged(self) -> int | None:
+        """The step at which the held-out loss speaks for the chosen one: of folds, which see
+        their photos more often, an earlier one."""
+        if self.settings.get("choose") == "last":
+            return self.chosen
+        return self.summary.get("folds_best") or self.chosen
+
+    @property
     def last_step(self) -> int:
         """The last step that any file knows of."""
         rows = (self.log, self.evaluations, self.samples)

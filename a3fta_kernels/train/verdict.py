@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .monitor import same_passes
 from .run_files import Curve, Run, is_copy
 
 FEW = 4  # with fewer photos held out, their choice of a step is half luck
@@ -74,12 +75,20 @@ def _choice(run: Run) -> list[str]:
         ]
     curve = run.heldout
     said = f"Chosen: step {run.chosen:,} of {tried:,}"
-    value, start = (curve.at(run.chosen), curve.at(0)) if curve else (None, None)
+    judged = run.chosen if run.judged is None else run.judged
+    value, start = (curve.at(judged), curve.at(0)) if curve else (None, None)
     if value is None:
         said += "."
     elif run.settings.get("choose") == "last":
         said += f", the last one, as asked for; {judged_by(run)} there: {number(value)}"
         said += _below(value, start)
+    elif judged != run.chosen:
+        wanted = same_passes(judged, len(run.folds))
+        many = "as many" if wanted == run.chosen else f"the last; {wanted:,} would be as many"
+        said += (
+            f", {many} passes over all photos as the folds made over theirs by step {judged:,}, "
+            f"by {judged_by(run)} there: {number(value)}{_below(value, start)}"
+        )
     else:
         said += f", by {judged_by(run)}: {number(value)}{_below(value, start)}"
     sentences = [said]
@@ -131,9 +140,11 @@ def _overfitting(run: Run) -> list[str]:
     best, last = curve.best(), curve.steps[-1]
     lowest = min(curve.values)
     since = overfits_from(curve)
+    # a fold sees its photos more often: its steps are not the last run's
+    who = "it overfits" if run.judged == run.chosen else "the folds overfit"
     if since is not None:
         said = (
-            f"From step {since:,} on it overfits: the held-out loss is lowest at step {best:,} "
+            f"From step {since:,} on {who}: the held-out loss is lowest at step {best:,} "
             f"({number(lowest)}) and {_above(curve.values[-1], lowest)} higher at step "
             f"{last:,}{_training_meanwhile(run, best, last)}."
         )

@@ -70,6 +70,7 @@ def test_two_methods_and_sixty_steps(own, tmp_path, capsys):
         (["--rates", "base=1"], "rates: base is not trained"),
         (["--k", "20", "20"], "k: expected each once, got 20 20"),
         (["--pair", "klingon"], "pair: expected one of digits"),
+        (["--contender", "rank-8"], "contender: expected one of full"),
         (["--model", "m"], "--model and --images: expected both or neither"),
         (["--seeds", "1000"], "tuning_seeds: expected seeds that no run has"),
     ],

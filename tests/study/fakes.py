@@ -23,4 +23,4 @@ def run(method: str = "full", k: int = 20, seed: int = 0, early: int = 50, **cur
         for name, v in (plain | curves).items()
     }
     early = 0 if method == "base" else early
-    return Run(method, k, seed, early, 10, 2048, 1024, 1e-3, 5.0, steps, told)
+    return Run(method, k, seed, early, 10, 2048, 1024, 1e-3, 5.0, steps, told, 1.5)

@@ -2,7 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from a3fta_kernels.study.hypotheses import HYPOTHESES, Claim, Either, judge, singles
+from a3fta_kernels.study.hypotheses import (
+    HYPOTHESES,
+    Claim,
+    Either,
+    contest,
+    contestants,
+    judge,
+    singles,
+)
 from a3fta_kernels.study.methods import METHODS
 from a3fta_kernels.study.views import VIEWS
 from tests.study.fakes import run
@@ -19,9 +27,15 @@ def study(seeds=6, **changes):
         "adapter+attention": {"kid": 0.5, "recall": 0.7},
     }
     for name, values in changes.items():
-        world[name.replace("_", "+")] |= values
+        name = name.replace("_slow", "-slow").replace("_", "+")
+        world.setdefault(name, {}).update(values)
+
+    def noisy(value, seed):
+        one = 0.01 * (seed % 3)
+        return [v + one for v in value] if isinstance(value, list) else value + one
+
     return [
-        run(name, seed=seed, **{m: v + 0.01 * (seed % 3) for m, v in values.items()})
+        run(name, seed=seed, **{m: noisy(v, seed) for m, v in values.items()})
         for seed in range(seeds)
         for name, values in world.items()
     ]
@@ -87,9 +101,58 @@ def test_kid_is_in_percent_of_the_bases():
 
 
 def test_hypotheses_are_of_methods_and_views_that_there_are():
-    for hypothesis in HYPOTHESES:
+    for hypothesis in (*HYPOTHESES, *contest("film")):
         for claim in singles(hypothesis):
             assert claim.method in METHODS and claim.rival in (None, *METHODS)
-            assert claim.view in VIEWS
+            assert claim.view in VIEWS and (claim.rival_view or claim.view) in VIEWS
     assert any(isinstance(claim, Either) for claim in HYPOTHESES[3].claims)
     assert len(singles(HYPOTHESES[3])) == 12
+
+
+def contenders(**changes):
+    """A world in which film beats its rivals: early is step 50, passes is step 100, last too."""
+    world = {name: {"kid": [1.5, 1.2, 0.8]} for name in ("lora_slow", "full_slow", "film")}
+    world |= {"full": {"kid": [1.5, 1.2, 1.0]}, "attention": {"kid": [1.5, 1.2, 0.8]}}
+    world["film"] = {"kid": [1.5, 0.9, 0.4], "recall": 0.7}
+    world["gelu"] = {"kid": [1.5, 1.2, 0.8]}
+    return study(**(world | changes))
+
+
+def test_a_contender_is_judged_against_what_reaches_as_far():
+    asked = contest("film")
+    assert [h.name for h in asked] == ["H5", "H6", "H7", "H8"]
+    assert {c.rival for c in singles(asked[1])} == {"lora-slow"}
+    assert {c.rival for c in singles(contest("film+affine")[1])} == {"affine"}
+    assert [v.word for v in judge(contenders(), 20, asked)] == ["supported"] * 4
+
+
+@pytest.mark.parametrize(
+    "changes, number",
+    [
+        ({"full": {"kid": [1.5, 0.2, 1.0]}}, 0),  # better where folds stop it, not after
+        ({"full_slow": {"kid": 0.2}}, 0),
+        ({"lora_slow": {"kid": 0.2}}, 1),
+        ({"attention": {"kid": 0.2}}, 2),
+        ({"gelu": {"kid": [1.5, 0.7, 0.8]}}, 3),  # worse after as many passes
+        ({"gelu": {"kid": [1.5, 1.2, 0.8], "recall": [0.7, 0.7, 0.5]}}, 3),  # better, for recall
+    ],
+)
+def test_a_rival_that_is_better_somewhere(changes, number):
+    words = [v.word for v in judge(contenders(**changes), 20, contest("film"))]
+    assert words[number] == "not supported"
+    assert all(w == "supported" for i, w in enumerate(words) if i not in (number, 2))
+
+
+def test_a_claim_names_both_views():
+    claim = contest("film")[3].claims[0]
+    assert str(claim) == "kid of film less that of film (early), passes: below 0 % of the base's"
+
+
+def test_nobody_is_measured_against_itself():
+    assert contestants("film+affine")[:2] == ("base", "film+affine")
+    assert {"full", "full-slow", "attention", "lora-slow", "affine", "gelu", "film"} <= set(
+        contestants("film+affine")
+    )
+    for name in ("full", "attention", "lora-slow"):
+        with pytest.raises(ValueError, match="contender: expected none of its rivals"):
+            contestants(name)

@@ -35,6 +35,46 @@ def test_what_trains():
     assert set(trained["adapter+attention"]) == set(trained["gelu"]) | set(linear)
 
 
+def test_what_trains_of_designs_that_reach_further():
+    trained = {
+        # PEFT wraps what it is on
+        name: {n.replace(".base_layer", "") for n in trained_names(name)[1]} for name in METHODS
+    }  # fmt: skip
+    vectors = {n for n, p in pipeline().unet.named_parameters() if p.ndim == 1}
+    assert trained["affine"] == vectors
+    assert trained["full-slow"] == trained["full"] and trained["lora-slow"] == trained["lora"]
+    assert trained["lora+affine"] == trained["lora"] | vectors
+    assert trained["gelu+affine"] == trained["gelu"] | vectors
+    assert trained["film+affine"] == trained["film"] | vectors
+    qkv = {n for n in trained["lora"] if ".to_out." not in n}
+    assert qkv and trained["gelu+lora"] == trained["gelu"] | qkv
+    assert trained["film+lora"] == trained["film"] | qkv
+    assert trained["film+lora+affine"] == trained["film"] | qkv | vectors
+    # a rival reaches as far: what it has not is the adapters, but for LoRA on `out` in their place
+    for name, each in METHODS.items():
+        if each.rival:
+            rest = {n for n in trained[name] - trained[each.rival] if ".adapters." not in n}
+            more = {n for n in trained[each.rival] - trained[name] if ".to_out." not in n}
+            assert not rest and not more, name
+    assert trained["film+attention"] == trained["film"] | trained["attention"]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "base"])
+def test_all_that_trains_is_told_where_to_go(name):
+    """The fused backward is for frozen weights: one that trains beside must not be left out."""
+    model = pipeline().unet.train()
+    parameters = METHODS[name].prepare(model)
+    for parameter in parameters:
+        # what starts at 0 would hide what trains before it
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    x, t, y = torch.randn(4, 1, 8, 8), torch.tensor([5, 900, 80, 300]), torch.tensor([0, 1, 0, 1])
+    model(x, t, class_labels=y).sample.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in parameters)
+    silent = [n for n, p in model.named_parameters() if p.requires_grad and not p.grad.any()]
+    # a shift of all keys changes no attention
+    assert all(n.endswith("to_k.bias") for n in silent)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_nothing_changes_before_it_trains(name):
     x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([5, 900]), torch.tensor([0, 1])

@@ -119,6 +119,22 @@ def test_the_second_base_is_another_of_the_same_target(tmp_path, monkeypatch, di
     assert all(a["mean"].equal(b["mean"]) for a, b in zip(second.rows, digits.rows, strict=True))
 
 
+def test_a_search_trains_on_nothing_and_is_judged_by_nothing_of_the_runs(digits):
+    search = pairs.load("digits-search", COMMITTED)
+    assert search.rows[7]["mean"].equal(digits.rows[7]["mean"])
+
+    def of(subject, *names):
+        return {i for name in names for i in subject.parts[name]}
+
+    assert of(search, "pool", "tuning") == of(digits, "tuning")
+    assert of(search, "heldout", "tuning_heldout") == of(digits, "tuning_heldout")
+    assert of(search, "reference") == of(digits, "pool")
+    assert not of(search, *PARTS) & of(digits, "reference", "heldout")
+    # every class is in every part
+    for name in PARTS:
+        assert len({search.labels[i] for i in search.parts[name]}) == 10
+
+
 def test_another_pair_is_told(tmp_path):
     with pytest.raises(ValueError, match=r"pair: expected one of digits, .*, got 'klingon'"):
         pairs.load("klingon", tmp_path)

@@ -6,7 +6,8 @@ import re
 import pytest
 
 from a3fta_kernels.study import report
-from a3fta_kernels.study.methods import METHODS
+from a3fta_kernels.study.hypotheses import contestants
+from a3fta_kernels.study.methods import HEADLINE, METHODS
 from a3fta_kernels.study.plan import Plan
 from a3fta_kernels.study.run import columns
 from a3fta_kernels.study.table import shown
@@ -30,9 +31,9 @@ def page(tmp_path_factory):
     (folder / "results").mkdir()
     runs = [
         run(name, seed=seed, kid=2.0 if name == "base" else [1, 0.5, 0.4 + 0.1 * seed])
-        for name in METHODS for seed in range(3)
+        for name in HEADLINE for seed in range(3)
     ]  # fmt: skip
-    runs += [run(name, k=10) for name in METHODS]
+    runs += [run(name, k=10) for name in HEADLINE]
     # a seed that is not whole is in no table, and no k is in another's
     runs.append(run("full", seed=3, kid=9.0))
     trials = [
@@ -65,7 +66,7 @@ def test_verdicts_of_all_seeds_are_not_preliminary(tmp_path, monkeypatch):
     for name in ("headline", "curves"):
         monkeypatch.setattr(report.figures, name, lambda *_: None)
     plan = dataclasses.replace(Plan(), ks=(20,), seeds=(0, 1, 2))
-    runs = [line(run(name, seed=seed)) for name in METHODS for seed in range(3)]
+    runs = [line(run(name, seed=seed)) for name in HEADLINE for seed in range(3)]
     text = report.write_report(tmp_path, plan, runs, []).read_text()
     assert "**27 of the plan's 27 runs are in**" in text and "Preliminary" not in text
 
@@ -107,3 +108,48 @@ def test_without_runs_it_says_so(tmp_path):
     text = report.write_report(tmp_path, Plan(), [], []).read_text()
     assert "**0 of the plan's 270 runs are in**" in text
     assert text.count("**too few runs**") == 4
+
+
+def test_a_contender_is_judged_in_place_of_the_headline(tmp_path, monkeypatch):
+    for name in ("headline", "curves"):
+        monkeypatch.setattr(report.figures, name, lambda *_: None)
+    names = contestants("film")
+    plan = dataclasses.replace(
+        Plan(), ks=(20,), seeds=(0, 1, 2), methods=names, contender="film"
+    )  # fmt: skip
+    # seeds of another plan in the same folder are not this one's
+    runs = [line(run(name, seed=seed)) for name in names for seed in range(5)]
+    text = report.write_report(tmp_path, plan, runs, []).read_text()
+    assert "| H5 | film beats full tuning" in text and "| H4 |" not in text
+    assert text.count("at this scale | 3 |") == 4 and "Preliminary" not in text
+
+
+def test_a_search_has_a_rule_and_no_verdicts(tmp_path, monkeypatch):
+    for name in ("headline", "curves"):
+        monkeypatch.setattr(report.figures, name, lambda *_: None)
+    names = ("base", "full", "gelu", "rank-8", "rank-64", "post", "gated")
+    plan = dataclasses.replace(
+        Plan(), ks=(20,), seeds=(0, 1), pair="digits-search", methods=names
+    )  # fmt: skip
+    worth = {
+        "base": {"kid": 1.0}, "gelu": {"kid": 0.1}, "rank-8": {"kid": 0.2, "copies": 0.02},
+        "rank-64": {"kid": 0.3, "recall": 0.44}, "post": {"kid": 0.45}, "gated": {"kid": 0.4},
+    }  # fmt: skip
+    runs = [
+        line(run(name, seed=seed, **({"copies": 0.0} | worth.get(name, {}))))
+        for name in names for seed in (0, 1)
+    ]  # fmt: skip
+    text = report.write_report(tmp_path, plan, runs, []).read_text()
+    assert "means over 2 seeds. It chooses: **A3FTA gated** (`gated`).\n" in text
+    assert "Verdicts" not in text
+    order = re.findall(r"^\| (.+?) \| \d+\.\d\d \| .* \| (.+) \|$", text.split("## k =")[0], re.M)
+    assert order == [
+        ("A3FTA GELU", "no candidate"), ("A3FTA, rank 8", "copies, 2 % or more"),
+        ("A3FTA, rank 64", "recall below 45.0 %"), ("A3FTA gated", "can win"),
+        ("A3FTA behind the projection", "can win"), ("full tuning", "no candidate"),
+    ]  # fmt: skip
+    more = dataclasses.replace(plan, seeds=(0, 1, 2))
+    text = report.write_report(tmp_path, more, runs, []).read_text()
+    assert "**Preliminary: 2 of 3 seeds are whole.**" in text
+    nothing = report.write_report(tmp_path, plan, runs[:2], []).read_text()
+    assert "It needs runs of base and full" in nothing

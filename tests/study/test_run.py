@@ -87,7 +87,7 @@ def test_the_base_is_measured_once_and_trains_nothing(subject):
     assert found["steps"] == [0] and found["parameters"] == found["early"] == 0
     assert len(found["kid"]) == 1 and found["fold_steps"] == []
     # no step was taken, so images of the base's own kind and others are alike
-    assert parse({k: _text(v) for k, v in found.items()} | {"plan": ""}).at("kid", 0)
+    assert parse({k: _text(v) for k, v in found.items()} | {"plan": ""}, 3).at("kid", 0)
 
 
 def _text(value):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -23,6 +24,14 @@ def test_views_are_steps():
         step_of(one, "best")
 
 
+def test_passes_are_steps_in_proportion_at_the_nearest_checkpoint():
+    one = run()  # checkpoints 25, 50, 100; 1.5 times as long
+    at = {early: step_of(replace(one, early=early), "passes") for early in (25, 50, 100)}
+    assert at == {25: 50, 50: 100, 100: 100}  # 37.5, 75 and 150
+    assert step_of(replace(one, early=50, longer=4 / 3), "passes") == 50  # 67 is nearer to 50
+    assert step_of(run("base"), "passes") == 0
+
+
 def test_what_has_diverged_is_never_chosen():
     one = run(train=[0.9, 0.5, math.nan], heldout=[0.6, 0.5, math.nan])
     assert step_of(one, "oracle") == 50
@@ -42,7 +51,7 @@ def test_a_line_becomes_a_run():
         "parameters": "12", "step_ms": "nan", "peak_bytes": "7", "saved_bytes": "5",
         "seconds": "3.5", "early": "2", "steps": shown([2, 4]),
     }  # fmt: skip
-    found = parse(cells)
+    found = parse(cells, folds=4)
     assert (found.method, found.k, found.seed, found.early, found.steps) == (
         "gelu",
         6,
@@ -50,5 +59,6 @@ def test_a_line_becomes_a_run():
         2,
         (2, 4),
     )
+    assert found.longer == pytest.approx(4 / 3)
     assert found.at("kid_2", 4) == 0.25 and found.rate == 0.001
     assert found.curves["heldout_bin2"] == [0.5, 0.25]

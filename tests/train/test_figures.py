@@ -111,6 +111,18 @@ def test_curves_hold_the_numbers(drawn, tmp_path):
     assert dot.get_xdata()[0] == 300 and dot.get_ydata()[0] == min(held.get_ydata())
 
 
+def test_the_dot_is_where_the_folds_were_best(tmp_path):
+    folder = run_folder(tmp_path, heldout=0, folds=3)
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(
+        json.dumps(summary | {"folds_best": 300, "chosen_step": 450})
+    )
+    ax = figures.curves(Run(folder)).axes[0]
+    assert "chosen: step 450, by the folds' step 300" in [t.get_text() for t in ax.texts]
+    dot = next(line for line in ax.lines if line.get_markersize() == 8)
+    assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (300, Run(folder).heldout.at(300))
+
+
 def test_the_band_spans_the_folds(drawn):
     ax = drawn["kfold"]["curves"].axes[0]
     (band,) = ax.collections

@@ -206,3 +206,10 @@ def test_a_fold_that_diverged_leaves_its_step_out():
 def test_a_mean_of_what_is_not_finite_is_none():
     assert monitor.mean([1.0, 2.0]) == 1.5
     assert monitor.mean([1.0, math.nan]) is None and monitor.mean([math.inf, 1.0]) is None
+
+
+def test_photos_are_seen_as_often_as_a_folds():
+    for folds, photos in ((2, 6), (3, 12), (5, 20)):
+        for step in (1, 40, 125):
+            seen = step * photos / (photos - photos // folds)  # of a fold's, in batches of one pass
+            assert abs(monitor.same_passes(step, folds) - seen) <= 0.5

@@ -133,26 +133,30 @@ def test_folds_decide_how_long_the_last_run_is(tmp_path, monkeypatch):
         return entry
 
     monkeypatch.setattr(Trainer, "evaluate", overfitting)
-    settings = setting_out(tmp_path, 5, heldout="kfold", folds=2, steps=8, sample_every=0)
+    settings = setting_out(tmp_path, 5, heldout="kfold", folds=2, steps=12, sample_every=0)
     finetune(settings)
     run = tmp_path / "run"
     summary, photos = read_json(run / "summary.json"), read_json(run / "photos.json")["used"]
     sizes = [sum(p["fold"] == f for p in photos) for f in (1, 2)]
     curves = [records.read(run / "folds" / f, records.EVALUATIONS) for f in ("1", "2")]
-    assert sorted(sizes) == [2, 3] and [len(c) for c in curves] == [5, 5]
+    assert sorted(sizes) == [2, 3] and [len(c) for c in curves] == [7, 7]
     means = {
         at[0]["step"]: sum(n * e["heldout_mean"] for n, e in zip(sizes, at, strict=True)) / 5
         for at in zip(*curves, strict=True)
     }
     best = min((step for step in means if step), key=lambda step: means[step])
-    assert summary["chosen_step"] == summary["steps_done"] == best == 4
+    assert summary["folds_best"] == best == 4
+    # all five are seen as often as the folds saw their half
+    assert summary["chosen_step"] == summary["steps_done"] == 8
+    why = "as many passes over all photos as the folds made over theirs by step 4, which has"
+    assert summary["why"].startswith(why)
     # and the report judges by the same mean
     curve = run_files.Run(run).heldout
     assert curve.steps == list(means) and curve.values == pytest.approx(list(means.values()))
     assert summary["rule"] == "kfold" and [c["fold"] for c in summary["fold_curves"]] == [1, 2]
     # it trained on all photos, and each fold on the others
     assert records.read(run, records.EVALUATIONS)[-1]["heldout"] is None
-    assert checkpoints.steps(run / "checkpoints")[-1] == best
+    assert checkpoints.steps(run / "checkpoints")[-1] == 8
 
 
 def test_patience_ends_a_run(tmp_path):

@@ -113,6 +113,29 @@ def test_a_run_that_only_got_worse(tmp_path):
     assert "no step is better than the untouched base" in said(folder)
 
 
+def test_folds_speak_for_a_later_step(tmp_path):
+    folder = run_folder(tmp_path, heldout=0, folds=3)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary |= {"folds_best": 300, "chosen_step": 450}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    loss = Run(folder).heldout.at(300)
+    assert (
+        "Chosen: step 450 of 600, as many passes over all photos as the folds made over theirs by "
+        f"step 300, by the mean held-out loss of 3 folds there: {loss:.4g}, " in said(folder)
+    )
+    since = overfits_from(Run(folder).heldout)
+    assert f"From step {since} on the folds overfit:" in said(folder)
+    # fewer steps than that many passes
+    (folder / "summary.json").write_text(json.dumps(summary | {"chosen_step": 400}))
+    assert "Chosen: step 400 of 600, the last; 450 would be as many passes over" in said(folder)
+    # who asks for the last step gets its own loss
+    last = run_folder(tmp_path / "last", heldout=0, folds=3, settings={"choose": "last"})
+    (last / "summary.json").write_text(json.dumps(summary | {"chosen_step": 600}))
+    loss = Run(last).heldout.at(600)
+    assert "Chosen: step 600 of 600, the last one, as asked for" in said(last)
+    assert f"there: {loss:.4g}" in said(last)
+
+
 def test_unfinished_runs(tmp_path):
     text = said(run_folder(tmp_path / "a", steps=3, samples_every=0, finished=False))
     assert "has not finished: step 3 of 3 is the last one on record" in text
