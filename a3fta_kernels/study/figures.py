@@ -23,6 +23,7 @@ COLOURS = {
 _OTHERS = ("#4c78a8", "#e45756", "#54a24b", "#b79a20", "#9d755d", "#bab0ac", "#72b7b2", "#ff9da6")
 INK, MUTED, PAPER, EDGE = "#1f2328", "#667078", "#fbfaf7", "#d8d5cd"
 _ENOUGH = 4  # seeds, for an interval that is worth drawing
+_MANY = 10  # methods, of which the intervals hide each other
 _SHOWN = 20  # samples in a row of the grid
 
 # method -> runs of one k
@@ -33,6 +34,11 @@ def _colours(runs: ByMethod) -> dict[str, str]:
     """Candidates that are drawn together differ."""
     others = [name for name in METHODS if name in runs and name not in COLOURS]
     return COLOURS | {name: _OTHERS[i % len(_OTHERS)] for i, name in enumerate(others)}
+
+
+def _shaded(runs: ByMethod) -> bool:
+    found = trained(runs)
+    return len(found) <= _MANY and all(len(one) >= _ENOUGH for one in found.values())
 
 
 def _page(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any]]:
@@ -65,13 +71,13 @@ def trained(runs: ByMethod) -> dict[str, Sequence[Run]]:
 def headline(path: Path, runs: ByMethod, kid_scale: float, chance: float, title: str) -> None:
     """KID against the share of near-copies: a path over steps per method, from a small mark at
     the first checkpoint to a large one at the last, a square where folds say to stop; shaded, from
-    four seeds on, the 95 % intervals of both."""
+    four seeds on and to ten methods, the 95 % intervals of both."""
     figure, (ax,) = _page(9, 6)
     colours = _colours(runs)
     paths = []
     for name, found in trained(runs).items():
         x, y, colour = _mean(found, "copies", 100), _mean(found, "kid", kid_scale), colours[name]
-        paths.append((found, x, y, colour))
+        paths.append((x, y, colour))
         ax.plot(x[0], y[0], color=colour, linewidth=2, label=METHODS[name].label, zorder=3)
         ax.plot(x[0][0], y[0][0], "o", color=colour, markersize=4, zorder=4)
         ax.plot(x[0][-1], y[0][-1], "o", color=colour, markersize=10, markeredgecolor=PAPER,
@@ -89,8 +95,8 @@ def headline(path: Path, runs: ByMethod, kid_scale: float, chance: float, title:
     ax.set_xlim(left=-0.2)
     # the paths say how far the axes go
     ax.autoscale(False)
-    for found, x, y, colour in paths:
-        if len(found) >= _ENOUGH:
+    if _shaded(runs):
+        for x, y, colour in paths:
             _ribbon(ax, x, y, colour)
     ax.set_xlabel("near-copies among samples, % (dotted: among real images)", color=INK)
     ax.set_ylabel("KID, % of the base's", color=INK)
@@ -138,7 +144,7 @@ def curves(path: Path, runs: ByMethod, kid_scale: float) -> None:
     for ax, (metric, title, scale) in zip(axes, panels, strict=True):
         for name, found in trained(runs).items():
             mean, low, high = _mean(found, metric, scale)
-            if len(found) >= _ENOUGH:
+            if _shaded(runs):
                 ax.fill_between(
                     found[0].steps, low, high, color=colours[name], alpha=0.12, linewidth=0
                 )
@@ -149,7 +155,10 @@ def curves(path: Path, runs: ByMethod, kid_scale: float) -> None:
         if metric == "kid":
             ax.set_yscale("symlog", linthresh=2)
             _plain(ax.yaxis)
-    axes[-1].legend(frameon=False, fontsize=8, labelcolor=INK)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8,
+        labelcolor=INK,
+    )  # fmt: skip
     figure.savefig(path, dpi=100, facecolor=PAPER)
 
 

@@ -173,7 +173,7 @@ class _Report:
             "",
             "KID rewards copying: low and to the left is what is wanted. A small dot is the first "
             "checkpoint, a large one the last, a square is where folds say to stop; shaded, from "
-            "four seeds on, 95 % intervals over seeds.",
+            "four seeds on and to ten methods, 95 % intervals over seeds.",
             "",
             f"![Curves over steps]({self.link / 'curves.png'})",
             "",
