@@ -16,6 +16,7 @@
     bench-block      a whole transformer block
     bench-step       whole training steps of SDXL and SD1.5: results/step_<device>.json
     bench-step-compile          beside rivals under torch.compile
+    bench-inference  a call of an adapted denoiser: results/inference_<device>.json
     targets          what the results met and missed, by how much, and what bounds it
 
 `test` and `bench` stand for all of their kind; `bench` ends with the targets.
@@ -71,13 +72,17 @@ BENCHES = {
     "bench-block": ["--only", "block"],
     "bench-step": ["--only", r"\| (adapters|full) \|"],
     "bench-step-compile": ["--only", r"batch 4 \| compiled \|"],
+    "bench-inference": [],
     "bench-geglu": ["--only", "geglu"],
     "bench-quantize": ["--only", "quantize"],
     "bench-group-norm": ["--only", "group_norm"],
     "bench-layer-norm": ["--only", "layer_norm"],
 }
 # of a stage, where it is not run.py
-SCRIPTS = dict.fromkeys(("bench-step", "bench-step-compile"), "benchmarks/bench_step.py")
+SCRIPTS = {
+    **dict.fromkeys(("bench-step", "bench-step-compile"), "benchmarks/bench_step.py"),
+    "bench-inference": "benchmarks/bench_inference.py",
+}
 STAGES = ("build", "test-ops", "test-train", "test-rest", "sanitize", *BENCHES, "targets")
 GROUPS = {
     "all": STAGES, "test": ("test-ops", "test-train", "test-rest"), "bench": (*BENCHES, "targets")
