@@ -41,10 +41,11 @@ format: setup ## let ruff rewrite what it can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: setup ## every op, backend and workload; saved bytes; whole training steps
+bench: setup ## every op, backend and workload; saved bytes; whole training steps; calls of samplers
 	$(PY) benchmarks/run.py
 	$(PY) -m benchmarks.count_saved
 	$(PY) benchmarks/bench_step.py
+	$(PY) benchmarks/bench_inference.py
 
 report: setup ## benchmarks/REPORT.md and its figures, from benchmarks/results
 	$(PY) -m benchmarks.report
