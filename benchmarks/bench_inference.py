@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -35,7 +34,7 @@ from torch import Tensor, nn  # noqa: E402
 
 import a3fta_kernels as a3fta  # noqa: E402
 from benchmarks import measure, step_measure  # noqa: E402
-from benchmarks.bench_step import environment  # noqa: E402
+from benchmarks.bench_step import asked, environment, parsed  # noqa: E402
 from benchmarks.run import write  # noqa: E402
 from benchmarks.step_methods import RANK, fill, lora  # noqa: E402
 from benchmarks.step_models import Model, models  # noqa: E402
@@ -170,16 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--commit", default="", help="named in the results where git is not there")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    options = parser.parse_args(arguments)
-    for name in ("only", "without"):
-        try:
-            re.compile(getattr(options, name))
-        except re.error as error:
-            parser.error(f"--{name}: expected a regular expression: {error}")
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available() and not options.list:
-        print("bench_inference: --device cuda, but no GPU is usable here", file=sys.stderr)
-        return 2
+    options, device = parsed(parser, arguments)
     plan = chosen(device.type, options)
     if not plan:
         parser.error(f"--only {options.only!r}, --without {options.without!r}: no cell is left")
@@ -194,13 +184,9 @@ def chosen(device: str, options: argparse.Namespace) -> list[tuple[Model, tuple[
     found = {}
     for model in models(device, options.quick):
         of_images = replace(model, batch=BATCH)
-
-        def wanted(cell: Cell, model: Model = of_images) -> bool:
-            name = f"{model} | {cell}"
-            out = options.without and re.search(options.without, name)
-            return bool(re.search(options.only, name)) and not out
-
-        cells = tuple(cell for cell in CELLS if cell == FROZEN or wanted(cell))
+        cells = tuple(
+            cell for cell in CELLS if cell == FROZEN or asked(f"{of_images} | {cell}", options)
+        )
         if len(cells) > 1:
             found[of_images.name] = of_images, cells
     return list(found.values())

@@ -54,6 +54,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="on the CPU too")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    options, device = parsed(parser, arguments)
+    plan = list(chosen(device.type, options))
+    if not plan:
+        parser.error(f"--only {options.only!r}, --without {options.without!r}: no cell is left")
+    if options.list:
+        print("\n".join(full_name(m, b, c) for m, b in plan for c in b.cells))
+        return 0
+    return run(plan, device, options)
+
+
+def parsed(
+    parser: argparse.ArgumentParser, arguments: list[str] | None
+) -> tuple[argparse.Namespace, torch.device]:
+    """The options and their device. Exits where a pattern is none, or the device is not here."""
     options = parser.parse_args(arguments)
     for name in ("only", "without"):
         try:
@@ -62,15 +76,14 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--{name}: expected a regular expression: {error}")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available() and not options.list:
-        print("bench_step: --device cuda, but no GPU is usable here", file=sys.stderr)
-        return 2
-    plan = list(chosen(device.type, options))
-    if not plan:
-        parser.error(f"--only {options.only!r}, --without {options.without!r}: no cell is left")
-    if options.list:
-        print("\n".join(full_name(m, b, c) for m, b in plan for c in b.cells))
-        return 0
-    return run(plan, device, options)
+        parser.exit(2, f"{parser.prog}: --device cuda, but no GPU is usable here\n")
+    return options, device
+
+
+def asked(name: str, options: argparse.Namespace) -> bool:
+    """Whether a cell of that name is to be measured."""
+    out = options.without and re.search(options.without, name)
+    return bool(re.search(options.only, name)) and not out
 
 
 def full_name(model: Model, batch: Batch, cell: Cell) -> str:
@@ -87,9 +100,7 @@ def chosen(device: str, options: argparse.Namespace) -> Iterator[tuple[Model, Ba
             batch = table[index]
 
             def wanted(cell: Cell, model: Model = model, batch: Batch = batch) -> bool:
-                name = full_name(model, batch, cell)
-                out = options.without and re.search(options.without, name)
-                return bool(re.search(options.only, name)) and not out
+                return asked(full_name(model, batch, cell), options)
 
             # the anchor alone would compare with nothing
             found = step_measure.needed(batch, wanted)
