@@ -96,7 +96,7 @@ LAYERS = [
     ["study.hypotheses"],
     ["study.plan", "study.subject"],
     ["study.pairs", "study.pretrained", "study.training"],
-    ["study.figures", "study.ranking"],
+    ["study.figures", "study.notes", "study.ranking"],
     ["study.report", "study.run"],
     ["study.work"],
     ["study.conduct"],

@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", choices=STAGES, help="this stage alone")
     parser.add_argument("--report", type=Path, help="where to write it (STUDY.md of the folder)")
     parser.add_argument("--limit", type=positive, help="stop after so many trials and runs")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which none begins")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="these alone (all)")
     parser.add_argument("--k", nargs="+", type=positive, help="sizes of training sets (20 10 50)")
     parser.add_argument("--seeds", nargs="+", type=int, help="these (0 to 9)")
@@ -47,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rates", nargs="+", type=_rate, metavar="NAME=RATE", help="in place of trials"
     )
     parser.add_argument("--contender", default="", help="the method that the report judges")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="(cpu for a pair; for a pipeline cuda, if any)"
+    )
     parser.add_argument("--bases", type=Path, help="where the pair's base is (the folder)")
     own = parser.add_argument_group("a pipeline of your own")
     own.add_argument("--model", help="as in `a3fta finetune`; takes the place of --pair")
@@ -74,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
             conduct(
                 args.folder, plan, load, processes=args.processes,
                 stages=(args.only,) if args.only else STAGES, limit=args.limit,
-                given=dict(args.rates or ()), report=args.report,
+                minutes=args.minutes, given=dict(args.rates or ()), report=args.report,
                 say=functools.partial(print, flush=True),
             )  # fmt: skip
     except (TrainingError, ValueError) as error:
@@ -114,15 +118,19 @@ def _name(args: argparse.Namespace) -> str:
 
 def _load(args: argparse.Namespace) -> Any:
     """What makes the subject, in this process or another."""
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise CommandError("--device: expected cpu where PyTorch finds no GPU, got cuda")
     if args.model:
         from ..study import pretrained
 
         return functools.partial(
             pretrained.load, args.model, args.images, args.folder, args.trigger, args.features,
-            args.resolution,
+            args.resolution, args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         )  # fmt: skip
     from ..checks import check_choice
     from ..study import pairs
 
     check_choice("pair", args.pair, pairs.PAIRS)
-    return functools.partial(pairs.load, args.pair, args.bases or args.folder)
+    return functools.partial(pairs.load, args.pair, args.bases or args.folder, args.device or "cpu")

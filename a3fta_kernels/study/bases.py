@@ -70,13 +70,16 @@ def pretrain(
     lr: float,
     seed: int,
     log_every: int = 200,
+    device: str = "cpu",
 ) -> nn.Module:
-    """The average of a model trained on what `batch(generator)` draws: images, classes."""
+    """The average of a model trained on what `batch(generator)` draws, on the CPU: images,
+    classes."""
     from diffusers import DDPMScheduler, UNet2DModel
 
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model: Any = UNet2DModel(**unet)
+    model.to(device)
     average = copy.deepcopy(model).requires_grad_(False)
     scheduler: Any = DDPMScheduler(**schedule)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
@@ -85,14 +88,15 @@ def pretrain(
         optimizer,
         lambda i: min((i + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(i / steps, 1.0)))),
     )
-    start, recent = time.monotonic(), 0.0
+    start, recent = time.monotonic(), torch.zeros((), device=device)
     for step in range(1, steps + 1):
         x, y = batch(generator)
         noise = torch.randn(x.shape, generator=generator)
         t = torch.randint(schedule["num_train_timesteps"], (len(x),), generator=generator)
-        told = {"class_labels": y} if unet["num_class_embeds"] else {}
-        prediction = model(scheduler.add_noise(x, noise, t), t, **told).sample
-        loss = F.mse_loss(prediction, scheduler.get_velocity(x, noise, t))
+        noisy, target = scheduler.add_noise(x, noise, t), scheduler.get_velocity(x, noise, t)
+        told = {"class_labels": y.to(device)} if unet["num_class_embeds"] else {}
+        prediction = model(noisy.to(device), t.to(device), **told).sample
+        loss = F.mse_loss(prediction, target.to(device))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -102,12 +106,12 @@ def pretrain(
         with torch.no_grad():
             for mean, value in zip(average.parameters(), model.parameters(), strict=True):
                 mean.lerp_(value, 1 - keep)
-        recent += loss.item()
+        recent += loss.detach()
         if step % log_every == 0 or step == steps:
             done = (step - 1) % log_every + 1
             elapsed = time.monotonic() - start
             print(f"step {step}/{steps}  loss {recent / done:.4f}  {elapsed:.0f} s", flush=True)
-            recent = 0.0
+            recent.zero_()
     return average
 
 

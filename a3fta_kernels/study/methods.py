@@ -123,7 +123,7 @@ METHODS = {
         "A3FTA + attention", _adapter(train="adapter+attention"), _ATTENTION
     ),
 }
-# what a plan compares where it does not say; the others are of the search for a better design
+# what a plan compares where it does not say
 HEADLINE = tuple(METHODS)
 METHODS |= {
     "full-slow": Method("full tuning, slower", _full, (1e-5, 3e-5, 1e-4, 3e-4)),
@@ -134,6 +134,10 @@ METHODS |= {
     "lora+affine": Method(
         "LoRA + norms and biases", _together(_affine, _lora(*_QKV, "to_out.0")), _ATTENTION
     ),
+}
+# measured beside the candidates of a search, and none of them
+CONTROLS = tuple(METHODS)
+METHODS |= {
     "rank-8": Method("A3FTA, rank 8", _adapter(rank=8), _SMALL),
     "rank-64": Method("A3FTA, rank 64", _adapter(rank=64), _SMALL),
     "post": Method("A3FTA behind the projection", _adapter(placement="post"), _SMALL),

@@ -1,7 +1,8 @@
 """The pairs of source and target that need no download.
 
 digits: printed digits, then handwritten ones (scikit-learn, 8 x 8); digits-2: the same from another
-base. A script by its name: Latin letters, then letters of that script, never seen (16 x 16).
+base. A script by its name: Latin letters, then letters of that script, never seen (16 x 16); with
+-32 behind it: the same at 32 x 32, for a GPU.
 digits-search: digits for choosing a design, on images that no run of digits trains on, stops by or
 is judged by.
 """
@@ -23,7 +24,7 @@ from ..train.families.family import to_images
 from ..train.families.unconditional import Unconditional
 from . import bases, features, glyphs
 from .plan import SEARCH
-from .subject import Subject
+from .subject import Subject, dealt
 
 # images per class of each part, the rest is the pool; "features" teach the feature network
 _DIGITS = {"features": 50, "reference": 50, "heldout": 10, "tuning": 10, "tuning_heldout": 15}
@@ -52,25 +53,28 @@ class Pair:
 
 
 _DIGIT, _LETTER = glyphs.Frame(8, 4, 96, 64), glyphs.Frame(16, 4, 192, 128)
+_LARGE = glyphs.Frame(32, 4, 192, 128)
+_UNSEEN = [script for script in glyphs.SCRIPTS if script not in ("digits", "latin")]
 PAIRS = {
     "digits": Pair("digits", "handwritten", _DIGIT, (32, 48), True),
     f"digits{SEARCH}": Pair("digits", "handwritten", _DIGIT, (32, 48), True),
     "digits-2": Pair("digits", "handwritten", _DIGIT, (48, 64), True, seed=1),
+    **{script: Pair("latin", script, _LETTER, (32, 48, 64), False) for script in _UNSEEN},
     **{
-        script: Pair("latin", script, _LETTER, (32, 48, 64), False)
-        for script in glyphs.SCRIPTS
-        if script not in ("digits", "latin")
+        f"{script}-32": Pair("latin", script, _LARGE, (32, 48, 64, 64), False) for script in _UNSEEN
     },
 }
 
 
-def load(name: str, folder: Path) -> Subject:
-    """The pair of that name. Its base and its feature network are made in `folder` where they are
-    not there yet, by one core."""
+def load(name: str, folder: Path, device: str = "cpu") -> Subject:
+    """The pair of that name, with models on `device`. Its base, there, and its feature network, by
+    the CPU, are made in `folder` where they are not there yet."""
     check_choice("pair", name, PAIRS)
     pair = PAIRS[name]
     again = f"-{pair.seed}" if pair.seed else ""
-    base = _base(pair, folder / "bases" / f"{pair.source}-{pair.frame.side}{again}.safetensors")
+    base = _base(
+        pair, folder / "bases" / f"{pair.source}-{pair.frame.side}{again}.safetensors", device
+    )
     x, labels, parts = _handwritten() if pair.target == "handwritten" else _letters(pair)
     images = to_images(x)
     learned = list(parts.pop("features"))
@@ -80,7 +84,7 @@ def load(name: str, folder: Path) -> Subject:
         labels[learned],
         folder / "features" / f"{name.removesuffix(SEARCH)}.safetensors",
     )
-    pristine = base.pipeline()
+    pristine = base.pipeline().to(device)
 
     def fresh() -> Unconditional:
         # built once: a copy is cheaper than a model
@@ -93,7 +97,8 @@ def load(name: str, folder: Path) -> Subject:
         rows=_rows(x, labels if pair.conditional else None),
         digests=[f"{name} {i}" for i in range(len(x))],
         images=images,
-        labels=labels.tolist(),
+        # of more letters than images no share can be kept
+        labels=labels.tolist() if pair.conditional else None,
         parts=_turned(parts) if name.endswith(SEARCH) else parts,
         extractors={"network": network.extract, "pixels": features.pixels},
         size=(side, side),
@@ -107,7 +112,7 @@ def _rows(x: Tensor, labels: Tensor | None) -> list[dict[str, Tensor]]:
     return [{"mean": image, "label": label} for image, label in zip(x, labels, strict=True)]
 
 
-def _base(pair: Pair, path: Path) -> bases.Base:
+def _base(pair: Pair, path: Path, device: str) -> bases.Base:
     if not path.exists():
         print(f"{path}: pre-training on {pair.source}", flush=True)
         drawn, labels = glyphs.render(glyphs.SCRIPTS[pair.source], pair.frame)
@@ -116,7 +121,7 @@ def _base(pair: Pair, path: Path) -> bases.Base:
         model = bases.pretrain(
             unet, bases.SCHEDULE,
             lambda draw: glyphs.batch(drawn, labels, pair.batch, pair.frame, draw),
-            pair.steps, pair.rate, pair.seed,
+            pair.steps, pair.rate, pair.seed, device=device,
         )  # fmt: skip
         facts = {"steps": pair.steps, "batch_size": pair.batch, "lr": pair.rate, "seed": pair.seed}
         bases.save(model, path, unet, bases.SCHEDULE, facts)
@@ -176,7 +181,7 @@ def _letters(pair: Pair) -> tuple[Tensor, Tensor, dict[str, tuple[int, ...]]]:
     draw = generator("study", "letters", pair.target)
     x, labels, parts = [], [], {}
     begin = 0
-    for name, shapes in _shares(len(drawn), draw).items():
+    for name, shapes in _shares(letters).items():
         # a part has more images than shapes: a shape comes again, varied in another way
         again = shapes[torch.arange(_LETTER_PARTS[name]) % len(shapes)]
         x.append(glyphs.vary(drawn[again], pair.frame, draw))
@@ -197,9 +202,12 @@ def _unseen(pair: Pair) -> tuple[Tensor, Tensor]:
     return drawn[new], letters[new].unique(return_inverse=True)[1]
 
 
-def _shares(count: int, draw: torch.Generator) -> dict[str, Tensor]:
-    """Shapes per part, in proportion to its images."""
-    whole = sum(_LETTER_PARTS.values())
-    sizes = [round(count * size / whole) for size in list(_LETTER_PARTS.values())[:-1]]
-    mixed = torch.randperm(count, generator=draw).split([*sizes, count - sum(sizes)])
-    return dict(zip(_LETTER_PARTS, mixed, strict=True))
+def _shares(letters: Tensor) -> dict[str, Tensor]:
+    """Shapes per part, in proportion to its images, of all letters about as many."""
+    whole, count = sum(_LETTER_PARTS.values()), len(letters)
+    sizes = {n: round(count * s / whole) for n, s in _LETTER_PARTS.items() if n != "pool"}
+    parts = dealt(sizes, letters.tolist(), count)
+    draw = generator("study", "shapes")
+    # in any order, so that those that come once more are of all letters too
+    mixed = {n: torch.randperm(len(part), generator=draw) for n, part in parts.items()}
+    return {name: torch.tensor(parts[name])[mixed[name]] for name in _LETTER_PARTS}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,9 +12,8 @@ from ..train.dataset import encode, gather
 from ..train.errors import TrainingError
 from ..train.families import Family
 from ..train.settings import Settings
-from ..train.split import split
 from ..train.trainer import Listener
-from .subject import PARTS, Subject
+from .subject import Subject, dealt
 
 # shares of the photos that are no pool: the rest is, and has to hold the largest k
 _SHARES = {"reference": 0.2, "heldout": 0.15, "tuning": 0.2, "tuning_heldout": 0.1}
@@ -24,7 +22,7 @@ _FEWEST = 40
 
 def load(
     model: str, images: str, folder: Path, trigger: str = "", features: str = "pixels",
-    resolution: int | None = None,
+    resolution: int | None = None, device: str = "cpu",
 ) -> Subject:  # fmt: skip
     """features: "pixels", or the folder of an image model of transformers, whose features then
     come first and pixels second. Photos are squares, as samples are compared with them."""
@@ -45,7 +43,6 @@ def load(
             f"images: expected at least {_FEWEST} that can be used, to train on, to tune, to hold "
             f"out and to compare with, got {count} in {images}"
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     with family.encoding(torch.device(device)):
         material, _ = encode(settings, family, data, folder, Listener())
     names = ["pixels"] if features == "pixels" else [features, "pixels"]
@@ -62,23 +59,8 @@ def load(
         digests=material.digests,
         images=data.images(range(count)),
         labels=labels,
-        parts=_parts(count, labels),
+        parts=dealt({n: round(share * count) for n, share in _SHARES.items()}, labels, count),
         extractors={name: extractor(name, device) for name in names},
         size=data.sizes[0],
         empty=material.empty,
     )
-
-
-def _parts(count: int, labels: Sequence[int] | None) -> dict[str, tuple[int, ...]]:
-    """Disjoint parts, of the classes in proportion."""
-    rest = list(range(count))
-    parts = {}
-    for name, share in _SHARES.items():
-        groups = None if labels is None else [labels[i] for i in rest]
-        chosen = split(
-            len(rest), "holdout", holdout=round(share * count), seed=0, groups=groups
-        ).heldout  # fmt: skip
-        parts[name] = tuple(rest[i] for i in chosen)
-        rest = [i for i in rest if i not in set(parts[name])]
-    parts["pool"] = tuple(rest)
-    return {name: parts[name] for name in PARTS}

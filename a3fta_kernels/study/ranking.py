@@ -11,14 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .hypotheses import RECALL_MARGIN
-from .methods import BASELINE, HEADLINE, METHODS
+from .methods import BASELINE, CONTROLS, METHODS
 from .views import Run, value
 
 COPIES = 0.02
 VIEW = "passes"
 _RIVAL = "full"
-# they are measured beside the candidates, and are none
-_BESIDE = {*HEADLINE, "full-slow", "lora-slow", "affine", "lora+affine"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def rank(runs: Mapping[str, Sequence[Run]]) -> list[Rank]:
             continue
         recall, copies = at(name, "recall"), at(name, "copies")
         reasons = {
-            "no candidate": name in _BESIDE,
+            "no candidate": name in CONTROLS,
             f"copies, {100 * COPIES:g} % or more": copies >= COPIES,
             f"recall below {100 * least:.1f} %": recall < least,
         }

@@ -8,20 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..train.errors import TrainingError
-from . import figures, ranking
-from .hypotheses import (
-    COPIES_MARGIN,
-    GAP_MARGIN,
-    HYPOTHESES,
-    KID_MARGIN,
-    LEVEL,
-    RECALL_MARGIN,
-    Claim,
-    Either,
-    Verdict,
-    contest,
-    judge,
-)  # fmt: skip
+from . import figures, notes, ranking
+from .hypotheses import HYPOTHESES, Claim, Either, Verdict, contest, judge
 from .methods import BASELINE, METHODS
 from .plan import Plan
 from .statistics import interval
@@ -79,7 +67,7 @@ class _Report:
             runs = self.of(k)
             if figures.trained(runs):
                 found += self._size(k, runs)
-        return [*found, *self._rates(), *self._notes()]
+        return [*found, *self._rates(), *notes.lines(plan, self.runs)]
 
     def _head(self) -> list[str]:
         plan = self.plan
@@ -238,9 +226,9 @@ class _Report:
                 f"{run.peak_bytes / 1024:,.0f} | {run.saved_bytes / 1024:,.0f} | {run.rate:g} |"
             )
         said = (
-            "Processor time of a step on one core, the median over seeds, of a machine that did "
-            "other things too: a hint, not a benchmark. Bytes are counted, not measured "
-            "(`a3fta.memory`), above the weights."
+            "Processor time of a step on one core, or on a GPU its time, the median over seeds, of "
+            "a machine that did other things too: a hint, not a benchmark. Bytes are counted, not "
+            "measured (`a3fta.memory`), above the weights."
         )
         return [*lines, "", said, ""]
 
@@ -265,39 +253,6 @@ class _Report:
             if means:
                 lines.append(f"- {METHODS[name].label}: {_trials(means)}")
         return [*lines, ""]
-
-    def _notes(self) -> list[str]:
-        return [
-            "## How to read it",
-            "",
-            "- Cells are means over seeds, ± half of the 95 % interval. Runs of a seed share "
-            "training images, batches, noise and what samples start from; only seeds that all "
-            "methods have are in the tables.",
-            "- KID is in percent of the base's; precision, recall, coverage and near-copies are in "
-            "percent. A near-copy is closer to a training image than 99 % of real images that "
-            "nobody trained on.",
-            f"- Margins: KID {KID_MARGIN:g} points, recall {RECALL_MARGIN:g}, copies "
-            f"{COPIES_MARGIN:g}, gap {GAP_MARGIN:g}; level {LEVEL:g}, Holm over all.",
-            "- Held-out images are for measuring alone; *oracle* stops by them, which nobody can.",
-            "- An adapter can be switched off: then nothing of the source is forgotten. The source "
-            "loss is with it on.",
-            "",
-            "## What to hold against it",
-            "",
-            "- A learning rate is chosen by the lowest loss at any step, and *last* judges the "
-            "last one: a lower rate with about the same lowest loss would overfit later. How "
-            "much of what *last* shows is the rate's, this plan cannot say.",
-            f"- {self._settled()} For the others *converged* is the last step.",
-            "- *Supported* is corrected for all hypotheses; *not supported* rests on one interval "
-            "that is not.",
-            "- Seeds share one base, one reference, one held-out set and one pool: the intervals "
-            "are about these, and subsets of a larger k overlap.",
-        ]
-
-    def _settled(self) -> str:
-        tuned = [r for r in self.runs if r.method != BASELINE]
-        settled = sum(step_of(r, "converged") < r.steps[-1] for r in tuned)
-        return f"{settled} of {len(tuned)} runs had converged before their last step."
 
 
 _ABOUT = {

@@ -5,7 +5,7 @@ The runs know no more of a pair of source and target, or of a user's pipeline, t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -18,6 +18,20 @@ from .features import Extractor
 # tensors of a row that are the image; the others are what the model is told
 _IMAGE = ("mean", "std")
 PARTS = ("pool", "heldout", "tuning", "tuning_heldout", "reference")
+
+
+def dealt(
+    sizes: Mapping[str, int], groups: Sequence[Hashable] | None, count: int
+) -> dict[str, tuple[int, ...]]:
+    """Indices below `count` by part, so many each, of the groups in proportion; the rest is
+    "pool"."""
+    rest, parts = list(range(count)), {}
+    for name, size in sizes.items():
+        of_rest = None if groups is None else [groups[i] for i in rest]
+        chosen = split(len(rest), "holdout", holdout=size, seed=0, groups=of_rest).heldout
+        parts[name] = tuple(rest[i] for i in chosen)
+        rest = [i for i in rest if i not in set(parts[name])]
+    return parts | {"pool": tuple(rest)}
 
 
 @dataclass(frozen=True)

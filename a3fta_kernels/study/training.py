@@ -33,7 +33,7 @@ class Course:
     family: Family
     parameters: list[nn.Parameter]
     step: int
-    seconds: list[float]  # processor time of the steps
+    seconds: list[float]  # of the steps
 
     @property
     def step_ms(self) -> float:
@@ -56,7 +56,7 @@ def train(
     device = next(model.parameters()).device
     model.train()
     for step in range(1, plan.checkpoints[-1] + 1):
-        began = time.process_time()
+        began = _clock(device)
         rows = [subject.rows[i] for i in order[step - 1]]
         loss = _loss(family, rows, generator(seed, "batch", step), device)
         if method.pull:
@@ -68,12 +68,20 @@ def train(
         nn.utils.clip_grad_norm_(course.parameters, 1.0)
         optimizer.step()
         warmth.step()
-        course.seconds.append(time.process_time() - began)
+        course.seconds.append(_clock(device) - began)
         if step in plan.checkpoints:
             course.step = step
             model.eval()
             yield course
             model.train()
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds that this process works, or on a GPU that go by until all is done."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _loss(family: Family, rows: list[Row], draw: torch.Generator, device: Any) -> Tensor:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
@@ -158,24 +159,25 @@ def _result(future: Future[dict[str, Any]]) -> dict[str, Any]:
         ) from error
 
 
-def work(jobs: Sequence[Job], load: Load, plan: Plan, processes: int) -> Iterator[
-    tuple[Job, dict[str, Any]]
-]:  # fmt: skip
-    """Yields every job with its line, as they are finished; `load` must be picklable."""
+def work(
+    jobs: Sequence[Job], load: Load, plan: Plan, processes: int, end: float = math.inf
+) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Yields every job with its line, as they are finished; `load` must be picklable. None begins
+    after `end`, of time.monotonic."""
     if not jobs:
         return
     # here first: what it makes is made once, and what is wrong with it is told as it is
     subject = _subject(load, plan, jobs)
     if processes == 1:
         _start(subject, plan)
-        for job in jobs:
+        for job in takewhile(lambda _: time.monotonic() < end, jobs):
             yield job, _do(job)
         return
     del subject
     context = get_context("spawn")
     with ProcessPoolExecutor(processes, context, _start_process, (load, plan)) as pool:
         waiting: dict[Future[dict[str, Any]], Job] = {}
-        queue = iter(jobs)
+        queue = takewhile(lambda _: time.monotonic() < end, jobs)
         failed: Future[dict[str, Any]] | None = None
         try:
             # few are handed out ahead, so that an interrupted study ends soon

@@ -72,10 +72,12 @@ def test_two_methods_and_sixty_steps(own, tmp_path, capsys):
         (["--pair", "klingon"], "pair: expected one of digits"),
         (["--contender", "rank-8"], "contender: expected one of full"),
         (["--model", "m"], "--model and --images: expected both or neither"),
+        (["--device", "cuda"], "--device: expected cpu where PyTorch finds no GPU, got cuda"),
         (["--seeds", "1000"], "tuning_seeds: expected seeds that no run has"),
     ],
 )
-def test_bad_input_is_told_and_nothing_is_written(arguments, told, tmp_path, capsys):
+def test_bad_input_is_told_and_nothing_is_written(arguments, told, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["study", "--folder", str(tmp_path / "new"), *arguments]) == 1
     assert told in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

@@ -54,6 +54,17 @@ def test_from_nothing_to_a_report_and_then_nothing_is_left(tmp_path, quick):
     assert quick == []
 
 
+def test_after_its_minutes_none_begins(tmp_path, quick, monkeypatch):
+    now = iter(range(1000))
+    # every look at the clock is a minute
+    monkeypatch.setattr("time.monotonic", lambda: 60.0 * next(now))
+    study(tmp_path, minutes=12)
+    assert 2 <= len(quick) < 8
+    assert "**0 of the plan's 12 runs are in**" in (tmp_path / "STUDY.md").read_text()
+    study(tmp_path, minutes=500)
+    assert quick == [*tiny.plan().trials(), *tiny.plan().runs()]
+
+
 def test_it_goes_on_where_it_was_cut_off(tmp_path, quick, monkeypatch):
     computed = ("tune", "run")
     study(tmp_path, limit=9, stages=computed)

@@ -74,7 +74,7 @@ def small(monkeypatch):
 def test_what_is_missing_is_made_and_then_kept(tmp_path, monkeypatch, small):
     made = []
 
-    def pretrain(unet, schedule, batch, steps, lr, seed):
+    def pretrain(unet, schedule, batch, steps, lr, seed, device):
         x, _ = batch(torch.Generator().manual_seed(0))
         made.append((x.shape, unet["num_class_embeds"]))
         return UNet2DModel(**unet)
@@ -92,10 +92,39 @@ def test_what_is_missing_is_made_and_then_kept(tmp_path, monkeypatch, small):
     assert len(made) == 1
 
 
+def test_letters_at_32_are_those_at_16_drawn_larger(tmp_path, monkeypatch, small):
+    made = []
+
+    def pretrain(unet, schedule, batch, steps, lr, seed, device):
+        made.append((unet["sample_size"], len(unet["block_out_channels"]), device))
+        return UNet2DModel(**unet)
+
+    monkeypatch.setattr(bases, "pretrain", pretrain)
+    monkeypatch.setattr(features, "_EPOCHS", 1)
+    frame = glyphs.Frame(32, 2, 48, 32)
+    large = dataclasses.replace(pairs.PAIRS["georgian-32"], frame=frame)
+    monkeypatch.setitem(pairs.PAIRS, "georgian-32", large)
+    ours = pairs.load("georgian-32", tmp_path)
+    assert made == [(32, 4, "cpu")] and ours.size == (32, 32)
+    assert [p.name for p in (tmp_path / "bases").iterdir()] == ["latin-32.safetensors"]
+    small_x, small_labels, parts = pairs._letters(pairs.PAIRS["georgian"])
+    assert ours.labels is None and len(ours.images) == len(small_labels)
+    assert ours.parts == {name: part for name, part in parts.items() if name in PARTS}
+    # of the same variations: the smaller is about the mean of the larger's blocks
+    x = torch.stack([row["mean"] for row in ours.rows])
+    off = torch.nn.functional.avg_pool2d(x, 2) - small_x
+    assert off.abs().mean() < 0.15 < small_x.std()
+
+
 def test_a_shape_is_in_one_part_alone(small):
-    shares = pairs._shares(100, torch.Generator().manual_seed(0))
-    assert torch.cat(list(shares.values())).sort().values.tolist() == list(range(100))
-    assert min(map(len, shares.values())) >= 5
+    letters = torch.arange(240) % 20
+    shares = pairs._shares(letters)
+    assert torch.cat(list(shares.values())).sort().values.tolist() == list(range(240))
+    for name, shapes in shares.items():
+        # twelve of a letter, of which so many
+        share = 12 * pairs._LETTER_PARTS[name] / sum(pairs._LETTER_PARTS.values())
+        each = letters[shapes].bincount(minlength=20)
+        assert share - 1 <= each.min() and each.max() <= share + 1
     x, labels, parts = pairs._letters(pairs.PAIRS["georgian"])
     assert len(x) == len(labels) == sum(map(len, parts.values()))
     assert {name: len(part) for name, part in parts.items()} == pairs._LETTER_PARTS
@@ -106,7 +135,7 @@ def test_a_shape_is_in_one_part_alone(small):
 def test_the_second_base_is_another_of_the_same_target(tmp_path, monkeypatch, digits):
     made = []
 
-    def pretrain(unet, schedule, batch, steps, lr, seed):
+    def pretrain(unet, schedule, batch, steps, lr, seed, device):
         made.append((unet["block_out_channels"], seed))
         return UNet2DModel(**unet)
 

@@ -92,6 +92,7 @@ def test_cells_are_means_over_whole_seeds_at_the_view(page):
 
 def test_trials_are_told(page):
     assert "- full tuning: **3e-05: 0.3000**; 0.0001: 0.3001" in page[1]
+    assert "this plan cannot say" in page[1] and "0.05, Holm over all." in page[1]
     assert "0.001: 0.3010; at the end of its row" in page[1]
     assert report._trials({1e-3: 2.0, 1e-2: 1.0, 1e-1: 3.0}).endswith(
         "**0.01: 1.0000**; 0.1: 3.0000"
@@ -122,6 +123,7 @@ def test_a_contender_is_judged_in_place_of_the_headline(tmp_path, monkeypatch):
     text = report.write_report(tmp_path, plan, runs, []).read_text()
     assert "| H5 | film beats full tuning" in text and "| H4 |" not in text
     assert text.count("at this scale | 3 |") == 4 and "Preliminary" not in text
+    assert "`full-slow` beside `full` says how much" in text and "this plan cannot say" not in text
 
 
 def test_a_search_has_a_rule_and_no_verdicts(tmp_path, monkeypatch):
@@ -141,7 +143,8 @@ def test_a_search_has_a_rule_and_no_verdicts(tmp_path, monkeypatch):
     ]  # fmt: skip
     text = report.write_report(tmp_path, plan, runs, []).read_text()
     assert "means over 2 seeds. It chooses: **A3FTA gated** (`gated`).\n" in text
-    assert "Verdicts" not in text
+    assert "Verdicts" not in text and "Holm" not in text and "Supported" not in text
+    assert "only seeds that it has not seen say" in text
     order = re.findall(r"^\| (.+?) \| \d+\.\d\d \| .* \| (.+) \|$", text.split("## k =")[0], re.M)
     assert order == [
         ("A3FTA GELU", "no candidate"), ("A3FTA, rank 8", "copies, 2 % or more"),

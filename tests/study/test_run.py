@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -53,6 +54,19 @@ def test_a_run_is_a_function_of_its_arguments(line, subject):
     assert {k: v for k, v in again.items() if k not in times} == {
         k: v for k, v in line[0].items() if k not in times
     }
+
+
+def test_a_run_is_about_the_same_on_every_device(line, subject, device):
+    def fresh():
+        family = subject.fresh()
+        family.denoiser.to(device)
+        return family
+
+    moved = run.run(dataclasses.replace(subject, fresh=fresh), plan(), "gelu", 6, 0, 1e-2)
+    for name in ("steps", "parameters", "peak_bytes", "saved_bytes", "fold_steps"):
+        assert moved[name] == line[0][name]
+    for name in ("train", "heldout", "source", "fold_losses"):
+        assert moved[name] == pytest.approx(line[0][name], rel=1e-3)
 
 
 def test_losses_are_of_training_heldout_and_source_images(subject, monkeypatch):
