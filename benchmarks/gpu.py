@@ -17,6 +17,7 @@
     bench-step       whole training steps of SDXL and SD1.5: results/step_<device>.json
     bench-step-compile          beside rivals under torch.compile
     bench-inference  a call of an adapted denoiser: results/inference_<device>.json
+    study            runs of the study on letters of 32 x 32: study-<pair>/; goes on where it was
     targets          what the results met and missed, by how much, and what bounds it
 
 `test` and `bench` stand for all of their kind; `bench` ends with the targets.
@@ -29,7 +30,7 @@ others where the library is not there yet.
 
     --out DIR       where logs and JSON go (default benchmarks/results)
     --quick         a first look at a new machine: few cases, few workloads, few rounds
-    --minutes N     start no group of a benchmark after this (default 6)
+    --minutes N     start no group of a benchmark, and no run of the study, after this (default 6)
     --without TEXT  leave variants out of the benchmarks, by a pattern ("native-fused|compile")
     --commit SHA    what the results name as commit, where there is no git repository
     --dry-run       print the commands of the stages; needs no GPU
@@ -83,7 +84,13 @@ SCRIPTS = {
     **dict.fromkeys(("bench-step", "bench-step-compile"), "benchmarks/bench_step.py"),
     "bench-inference": "benchmarks/bench_inference.py",
 }
-STAGES = ("build", "test-ops", "test-train", "test-rest", "sanitize", *BENCHES, "targets")
+STAGES = ("build", "test-ops", "test-train", "test-rest", "sanitize", *BENCHES, "study", "targets")
+# as benchmarks/study/LETTERS.md says
+PAIR = "georgian-32"
+STUDY = [
+    "--k", "20", "--seeds", *map(str, range(8)), "--methods", "full", "full-slow", "attention",
+    "lora-slow", "gelu", "film", "parallel", "--contender", "parallel",
+]  # fmt: skip
 GROUPS = {
     "all": STAGES, "test": ("test-ops", "test-train", "test-rest"), "bench": (*BENCHES, "targets")
 }  # fmt: skip
@@ -236,6 +243,11 @@ def steps(stage: str, options: argparse.Namespace, arch: str, folder: Path) -> l
         command = [python, "-m", "benchmarks.targets", "--results", str(options.out)]
         command += ["--quick"] * options.quick
         return [Step("targets", command, limit_s=120, read=read_targets)]
+    if stage == "study":
+        command = [python, "-m", "a3fta_kernels", "study", "--pair", PAIR, "--device", "cuda"]
+        command += [*STUDY, "--folder", str(options.out / f"study-{PAIR}")]
+        command += ["--minutes", f"{options.minutes:g}"] + ["--limit", "4"] * options.quick
+        return [Step("study", command)]
     script = SCRIPTS.get(stage, "benchmarks/run.py")
     command = [python, script, "--device", "cuda", *BENCHES[stage]]
     command += ["--minutes", f"{options.minutes:g}", "--out", str(options.out)]

@@ -10,13 +10,15 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
 from . import report_figures as figures
-from . import step_targets
+from . import report_inference, step_targets
 from .report_figures import Bar, Point
+from .report_text import MIB, mib, place, slug, source
 from .step_methods import (
     ANCHOR,
     CHECKPOINTING,
@@ -33,7 +35,6 @@ from .step_methods import (
 from .workloads import BENCHES
 
 HERE = Path(__file__).parent
-MIB = 2**20
 STEP = "forward+backward"
 SHORT = {FUSED: "A3FTA", EAGER: "A3FTA in eager", LORA: "LoRA", EQUAL: "LoRA, as many parameters",
          FULL: "full"}  # fmt: skip
@@ -44,21 +45,6 @@ RIVALS = {"eager": "eager PyTorch", "compile": "torch.compile", "peft": "PEFT Lo
 
 Found = dict[str, Any]
 Row = dict[str, Any]
-
-
-def source(about: dict[str, Any]) -> str:
-    """What stands below a title: where and with what this was measured."""
-    gpu = "capability" in about
-    device = about["device"] if gpu else f"CPU: {about['device']}, {about['threads']} threads"
-    keys = ("driver", "cuda") if gpu else ()
-    keys += ("torch", "triton") if gpu else ("torch",)
-    keys += ("diffusers", "peft")
-    versions = [f"{k} {about[k]}" for k in keys if about.get(k)]
-    found = [device, *versions, f"commit {about['commit']}", about["date"]]
-    # a CPU is shared with whatever else ran there
-    if not gpu and about.get("load", 0) > 0.5:
-        found.append(f"other work beside (load {about['load']})")
-    return ", ".join(found)
 
 
 def label(cell: Cell) -> str:
@@ -101,7 +87,7 @@ def points(rows: dict[Cell, Row]) -> list[Point]:
 
 def step_sections(step: Found, stem: str, out: Path) -> Iterator[str]:
     about = step["environment"]
-    on = about["device"] if "capability" in about else "CPU"
+    on = place(about)
     for model, rows in by_model(step).items():
         yield f"\n## A whole training step: {model}, on {on}\n"
         placed = points(rows)
@@ -168,14 +154,9 @@ def step_table(rows: dict[Cell, Row], about: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def mib(size: float | None) -> str:
-    return "" if size is None else f"{size / MIB:,.0f}"
-
-
 def op_section(found: Found, stem: str, out: Path) -> Iterator[str]:
     about = found["environment"]
-    gpu = "capability" in about
-    on, dtype = (about["device"], "bfloat16") if gpu else ("CPU", "float32")
+    on, dtype = place(about), "bfloat16" if "capability" in about else "float32"
     panels = []
     for op in BENCHES:
         bars = op_bars([r for r in found["rows"] if r["op"] == op and r["dtype"] == dtype])
@@ -285,62 +266,73 @@ def is_rival(row: Row) -> bool:
     return stock and method.startswith("PEFT LoRA") and method.endswith("bf16")
 
 
-def slug(text: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in text.lower()).replace("--", "-")
+@dataclass(frozen=True)
+class Results:
+    """By device, GPUs first."""
+
+    steps: dict[str, Found]
+    ops: dict[str, Found]
+    inference: dict[str, Found]
+    saved: Found | None
 
 
-def read(folder: Path) -> tuple[dict[str, Found], dict[str, Found], Found | None]:
-    """Steps and ops by device, GPUs first; saved bytes. Quick runs do not count."""
-    steps, ops = {}, {}
+def read(folder: Path) -> Results:
+    """Quick runs do not count."""
+    steps, ops, inference = {}, {}, {}
     for path in sorted(folder.glob("*.json")):
         data = json.loads(path.read_text())
         if not isinstance(data, dict) or "rows" not in data or path.stem == "saved_bytes":
             continue
         if "device" not in data["environment"] or data["environment"].get("quick"):
             continue
-        stem = path.stem.removeprefix(step_targets.STEP_STEM)
-        if stem != path.stem:
-            steps[stem] = data
+        if path.stem.startswith(step_targets.STEP_STEM):
+            steps[path.stem.removeprefix(step_targets.STEP_STEM)] = data
+        elif path.stem.startswith(report_inference.STEM):
+            inference[path.stem.removeprefix(report_inference.STEM)] = data
         elif all("op" in row for row in data["rows"]):
-            ops[stem] = data
+            ops[path.stem] = data
     saved = folder / "saved_bytes.json"
     first = lambda item: item[0] == "cpu"  # noqa: E731
-    return (
-        dict(sorted(steps.items(), key=first)),
-        dict(sorted(ops.items(), key=first)),
+    return Results(
+        *(dict(sorted(found.items(), key=first)) for found in (steps, ops, inference)),
         json.loads(saved.read_text()) if saved.exists() else None,
     )
 
 
-def missing(steps: dict[str, Found], ops: dict[str, Found], saved: Found | None) -> Iterator[str]:
-    kinds = (("training steps", steps, "bench_step.py"), ("ops", ops, "run.py"))
+def missing(results: Results) -> Iterator[str]:
+    kinds = (
+        ("training steps", results.steps, "bench_step.py"), ("ops", results.ops, "run.py"),
+        ("calls of denoisers", results.inference, "bench_inference.py"),
+    )  # fmt: skip
     for what, found, script in kinds:
         if not any("capability" in f["environment"] for f in found.values()):
             yield (f"- {what} on a GPU: none measured; no GPU figure stands on this page "
                    f"(`python benchmarks/{script}` on a machine with one)")  # fmt: skip
         if "cpu" not in found:
             yield f"- {what} on a CPU: `python benchmarks/{script}`"
-    if saved is None:
+    if results.saved is None:
         yield "- saved bytes: `python -m benchmarks.count_saved`"
 
 
 def page(folder: Path, out: Path) -> str:
-    steps, ops, saved = read(folder)
+    results = read(folder)
     lines = [
         "# Report",
         "",
         "Made by `make report` from `benchmarks/results/*.json`. Ratios of steps are of times from "
         "one loop, over PEFT LoRA with r = 16 on q, k, v and out, in eager on the stock trunk.",
     ]
-    absent = list(missing(steps, ops, saved))
+    absent = list(missing(results))
     if absent:
         lines += ["", "Missing:", "", *absent]
-    for stem, step in steps.items():
+    for stem, step in results.steps.items():
         lines += step_sections(step, f"step-{stem}", out)
-    for stem, found in ops.items():
+    for stem, found in results.inference.items():
+        lines += report_inference.sections(found, stem, out)
+    for stem, found in results.ops.items():
         lines += op_section(found, stem, out)
-    if saved is not None:
-        lines += saved_section(saved, out)
+    if results.saved is not None:
+        lines += saved_section(results.saved, out)
     return "\n".join(lines).rstrip() + "\n"
 
 

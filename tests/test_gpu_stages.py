@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from a3fta_kernels import cli
 from a3fta_kernels.backends import why_not
 from benchmarks import gpu, gpu_tests, sanitize_case, variants
 
@@ -85,6 +86,17 @@ def test_whole_steps_are_all_in_a_stage(tmp_path):
 def test_the_benchmarks_end_with_the_targets():
     assert gpu.STAGES[-1] == gpu.GROUPS["bench"][-1] == "targets"
     assert dry_run("bench")[-1].startswith("[targets]")
+
+
+def test_the_study_knows_its_options(tmp_path, monkeypatch, capsys):
+    for package in ("diffusers", "peft", "scipy", "sklearn", "transformers"):
+        pytest.importorskip(package)
+    (step,) = gpu.steps("study", options(tmp_path), "90a", tmp_path)
+    assert step.command[1:4] == ["-m", "a3fta_kernels", "study"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    # its plan stands; the device is looked for after it
+    assert cli.main(step.command[3:]) == 1
+    assert "--device: expected cpu where PyTorch finds no GPU" in capsys.readouterr().err
 
 
 def test_some_stages():

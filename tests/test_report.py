@@ -25,6 +25,15 @@ OPS = [
      "q50_us": us}
     for dtype in ("float32", "bfloat16") for v, us in (("eager", 100.0), ("native", 50.0))
 ]  # fmt: skip
+CALLS = [
+    {"model": "SDXL", "batch_size": 4, "dtype": "float32", "cell": cell, "rounds": 5,
+     "q20_us": us - 1e3, "q50_us": us, "q80_us": us + 1e3, "of_frozen": us / 1e5,
+     "images_per_second": 4e6 / 30 / us, "peak_bytes": 3 << 20, "counts": {"operators": 7}}
+    for cell, us in (("frozen base", 1e5), ("PEFT LoRA r16", 1.5e5), ("A3FTA r64", 1.2e5))
+]  # fmt: skip
+CALLS_ABSENT = [
+    {"model": "SDXL", "batch_size": 4, "cell": "A3FTA r64, merged", "reason": "made up"}
+]
 SAVED = {
     "environment": {"commit": "abc", "torch": "2"}, "dtype": "bfloat16", "batch": 1,
     "rows": [
@@ -59,12 +68,16 @@ def test_the_whole_page(tmp_path):
         "step_cpu": results("cpu"), "step_made-up": results("cuda"), "saved_bytes": SAVED,
         "cpu": {"environment": ABOUT, "rows": OPS},
         "made-up": {"environment": ABOUT | ON_GPU, "rows": OPS},
+        "inference_cpu": {"environment": ABOUT, "rows": CALLS, "absent": CALLS_ABSENT},
+        "inference_made-up": {
+            "environment": ABOUT | ON_GPU, "rows": CALLS, "absent": CALLS_ABSENT
+        },
     }  # fmt: skip
     text = page(tmp_path, **found)
     assert "Missing" not in text
     names = set(pictures(tmp_path))
     assert names == {part.partition(")")[0] for part in text.split("(figures/")[1:]}
-    assert len(names) == 5 + 2 + 1
+    assert len(names) == 5 + 2 + 1 + 2
     # a GPU's results first; a CPU is called a CPU in every section
     assert text.index("on Made Up") < text.index("on CPU")
     assert text.count("commit abc") >= 8
@@ -76,6 +89,8 @@ def test_the_whole_page(tmp_path):
     # geometric mean of 0.4 and 0.9
     assert "| adapter | ours, native | 0.60 | 2 |" in text
     assert "| quantize | ours, native | 0.50 | 1 |" in text
+    assert "| A3FTA r64 | 120.0 | 119.0 to 121.0 | 1.20 | 1.11 | 3 | 7 |" in text
+    assert text.count("- A3FTA r64, merged: made up") == 2
     assert "| A3FTA r64 · exact | 3,072 | 0.75 | 5,120 |  |" in text
     assert "| PEFT LoRA r16, bf16 · checkpointing | 1,024 | 0.25 |  |  |" in text
     assert "| step, exact: time over the stock trunk | <= 0.90 | 0.88" in text
@@ -89,8 +104,8 @@ def test_the_same_results_give_the_same_bytes(tmp_path):
 
 def test_what_is_missing_is_named_and_the_rest_is_drawn(tmp_path):
     text = page(tmp_path)
-    assert text.count("none measured; no GPU figure stands on this page") == 2
-    for script in ("bench_step.py", "run.py", "count_saved"):
+    assert text.count("none measured; no GPU figure stands on this page") == 3
+    for script in ("bench_step.py", "run.py", "bench_inference.py", "count_saved"):
         assert script in text
     assert not pictures(tmp_path)
     text = page(tmp_path, step_cpu=results("cpu"))
