@@ -98,9 +98,15 @@ def render(script: Script, frame: Frame) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.stack(images))[:, None], torch.tensor(labels)
 
 
-def vary(glyphs: Tensor, frame: Frame, generator: torch.Generator) -> Tensor:
+def soften(glyphs: Tensor, frame: Frame) -> Tensor:
+    """Blurred, so that a threshold thins or thickens their strokes: what `vary` takes."""
+    reach = frame.canvas // 48
+    return F.avg_pool2d(glyphs, 2 * reach + 1, stride=1, padding=reach)
+
+
+def vary(soft: Tensor, frame: Frame, generator: torch.Generator) -> Tensor:
     """(B, 1, side, side) in -1..1, of block * block + 1 grey levels: one variation of each."""
-    size = len(glyphs)
+    size = len(soft)
 
     def draw(low: float, high: float) -> Tensor:
         return torch.empty(size).uniform_(low, high, generator=generator)
@@ -119,16 +125,13 @@ def vary(glyphs: Tensor, frame: Frame, generator: torch.Generator) -> Tensor:
     )
     scan = frame.side * frame.block
     grid = F.affine_grid(theta, [size, 1, scan, scan], align_corners=False)
-    # a threshold on a blurred glyph thins or thickens its strokes
-    reach = frame.canvas // 48
-    soft = F.avg_pool2d(glyphs, 2 * reach + 1, stride=1, padding=reach)
     bitmap = F.grid_sample(soft, grid, align_corners=False) > draw(0.2, 0.5).view(-1, 1, 1, 1)
     return F.avg_pool2d(bitmap.float(), frame.block) * 2 - 1
 
 
 def batch(
-    glyphs: Tensor, labels: Tensor, size: int, frame: Frame, generator: torch.Generator
+    soft: Tensor, labels: Tensor, size: int, frame: Frame, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """`size` varied glyphs, drawn with replacement, and their characters."""
-    index = torch.randint(len(glyphs), (size,), generator=generator)
-    return vary(glyphs[index], frame, generator), labels[index]
+    index = torch.randint(len(soft), (size,), generator=generator)
+    return vary(soft[index], frame, generator), labels[index]

@@ -115,12 +115,12 @@ def _rows(x: Tensor, labels: Tensor | None) -> list[dict[str, Tensor]]:
 def _base(pair: Pair, path: Path, device: str) -> bases.Base:
     if not path.exists():
         print(f"{path}: pre-training on {pair.source}", flush=True)
-        drawn, labels = glyphs.render(glyphs.SCRIPTS[pair.source], pair.frame)
+        soft, labels = _soft(pair)
         classes = len(glyphs.SCRIPTS[pair.source].characters) if pair.conditional else None
         unet = bases.architecture(pair.frame.side, pair.channels, classes)
         model = bases.pretrain(
             unet, bases.SCHEDULE,
-            lambda draw: glyphs.batch(drawn, labels, pair.batch, pair.frame, draw),
+            lambda draw: glyphs.batch(soft, labels, pair.batch, pair.frame, draw),
             pair.steps, pair.rate, pair.seed, device=device,
         )  # fmt: skip
         facts = {"steps": pair.steps, "batch_size": pair.batch, "lr": pair.rate, "seed": pair.seed}
@@ -135,9 +135,15 @@ def _network(pair: Pair, images: Sequence[Any], labels: Tensor, path: Path) -> f
 
 
 def _source(pair: Pair) -> list[dict[str, Tensor]]:
-    drawn, labels = glyphs.render(glyphs.SCRIPTS[pair.source], pair.frame)
-    x, y = glyphs.batch(drawn, labels, _SOURCE, pair.frame, generator("study", "source"))
+    soft, labels = _soft(pair)
+    x, y = glyphs.batch(soft, labels, _SOURCE, pair.frame, generator("study", "source"))
     return _rows(x, y if pair.conditional else None)
+
+
+def _soft(pair: Pair) -> tuple[Tensor, Tensor]:
+    """The source's glyphs, ready to be varied, and their characters."""
+    drawn, labels = glyphs.render(glyphs.SCRIPTS[pair.source], pair.frame)
+    return glyphs.soften(drawn, pair.frame), labels
 
 
 def _handwritten() -> tuple[Tensor, Tensor, dict[str, tuple[int, ...]]]:
@@ -178,13 +184,14 @@ def _turned(parts: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
 def _letters(pair: Pair) -> tuple[Tensor, Tensor, dict[str, tuple[int, ...]]]:
     """Every shape (a letter in a font) is in one part alone, and is varied there."""
     drawn, letters = _unseen(pair)
+    soft = glyphs.soften(drawn, pair.frame)
     draw = generator("study", "letters", pair.target)
     x, labels, parts = [], [], {}
     begin = 0
     for name, shapes in _shares(letters).items():
         # a part has more images than shapes: a shape comes again, varied in another way
         again = shapes[torch.arange(_LETTER_PARTS[name]) % len(shapes)]
-        x.append(glyphs.vary(drawn[again], pair.frame, draw))
+        x.append(glyphs.vary(soft[again], pair.frame, draw))
         labels.append(letters[again])
         parts[name] = tuple(range(begin, begin + len(again)))
         begin += len(again)

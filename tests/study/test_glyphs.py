@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib.ft2font import FT2Font
 
-from a3fta_kernels.study.glyphs import SCRIPTS, Frame, Script, batch, render, vary
+from a3fta_kernels.study.glyphs import SCRIPTS, Frame, Script, batch, render, soften, vary
 
 SMALL = Frame(8, 2, 48, 32)
 
@@ -39,7 +39,11 @@ def test_glyphs_fill_the_frame_by_their_longer_side():
 
 
 def test_variations_differ_and_follow_the_seed():
-    images, labels = render(Script("ab", SCRIPTS["latin"].fonts[:2]), SMALL)
+    drawn, labels = render(Script("ab", SCRIPTS["latin"].fonts[:2]), SMALL)
+    images = soften(drawn, SMALL)
+    # ink spreads, and none is lost
+    assert images.sum() == pytest.approx(drawn.sum().item(), rel=1e-4)
+    assert (images > 0).sum() > (drawn > 0).sum()
 
     def draw(seed):
         return batch(images, labels, 12, SMALL, torch.Generator().manual_seed(seed))
