@@ -16,6 +16,7 @@
     bench-block      a whole transformer block
     bench-step       whole training steps of SDXL and SD1.5: results/step_<device>.json
     bench-step-compile          beside rivals under torch.compile
+    bench-step-graph            as CUDA graphs, ours and LoRA
     bench-inference  a call of an adapted denoiser: results/inference_<device>.json
     study            runs of the study on letters of 32 x 32: study-<pair>/; goes on where it was
     targets          what the results met and missed, by how much, and what bounds it
@@ -73,6 +74,7 @@ BENCHES = {
     "bench-block": ["--only", "block"],
     "bench-step": ["--only", r"\| (adapters|full) \|"],
     "bench-step-compile": ["--only", r"batch 4 \| compiled \|"],
+    "bench-step-graph": ["--only", r"\| captured \|"],
     "bench-inference": [],
     "bench-geglu": ["--only", "geglu"],
     "bench-quantize": ["--only", "quantize"],
@@ -81,7 +83,9 @@ BENCHES = {
 }
 # of a stage, where it is not run.py
 SCRIPTS = {
-    **dict.fromkeys(("bench-step", "bench-step-compile"), "benchmarks/bench_step.py"),
+    **dict.fromkeys(
+        ("bench-step", "bench-step-compile", "bench-step-graph"), "benchmarks/bench_step.py"
+    ),
     "bench-inference": "benchmarks/bench_inference.py",
 }
 STAGES = ("build", "test-ops", "test-train", "test-rest", "sanitize", *BENCHES, "study", "targets")

@@ -18,7 +18,18 @@ from torch import Tensor, nn
 from a3fta_kernels.backends import BackendUnavailableError
 
 from . import measure
-from .step_methods import ANCHOR, COMPILE, EIGHT_BITS, Batch, Cell, Step, build, strict_compiler
+from .step_methods import (
+    ANCHOR,
+    COMPILE,
+    EIGHT_BITS,
+    GRAPH,
+    Batch,
+    Captured,
+    Cell,
+    Step,
+    build,
+    strict_compiler,
+)  # fmt: skip
 from .step_models import Model
 from .variants import CannotRun
 
@@ -116,7 +127,7 @@ def check(
         return
     wanted, truth = truths[cell.same]
     least, far = LEAST[dtype]
-    if cell.variant in EIGHT_BITS:
+    if cell.variant.removesuffix(f", {GRAPH}") in EIGHT_BITS:
         least = min(least, LEAST_8_BITS)
     off = abs(float(loss - wanted)) / abs(float(wanted))
     if off > far:
@@ -141,8 +152,9 @@ def count(cell: Cell, step: Step, trunk: nn.Module, device: torch.device) -> dic
         "trainable_parameters": sum(p.numel() for p in step.trained.values()),
         "weights_bytes": sum(p.nbytes for p in (*trunk.parameters(), *trunk.buffers())),
     }
-    # a hook around a compiled forward would have it compiled anew, without what it was asked for
-    if COMPILE not in cell.variant:
+    # a hook around a compiled forward would have it compiled anew, without what it was asked for;
+    # a graph saves what the step that it is of saves
+    if COMPILE not in cell.variant and not isinstance(step, Captured):
         constant = [*step.model.parameters(), *step.model.buffers()]
         row["saved_bytes"] = measure.saved_bytes(step.loss, constant)
     row |= peak_on_gpu(step, device) if device.type == "cuda" else peak_on_cpu(cell, step)
@@ -157,6 +169,8 @@ def peak_on_gpu(step: Step, device: torch.device) -> dict[str, Any]:
     """The most that a step holds at once above the trunk's weights: adapters, their gradients and
     the optimizer's states included."""
     step.run()  # makes those states
+    if isinstance(step, Captured):  # a graph holds its memory for good
+        return {"peak_bytes": None}
     taken = measure.peak_bytes(step.run, device)
     assert taken is not None
     return {"peak_bytes": taken + step.resident_bytes, "peak_by": "torch.cuda.max_memory_allocated"}

@@ -40,6 +40,7 @@ LEVELS: dict[str, dict[str, str]] = {
 }
 EIGHT_BITS = ("recompute-int8", "block-int8", "compressed")
 EXACT_COMPILE = "exact, compile"
+GRAPH = "graph"  # alone or behind a level: the whole step is one CUDA graph
 
 
 class Cell(NamedTuple):
@@ -84,7 +85,14 @@ def batches(device: str, brief: bool = False) -> tuple[Batch, ...]:
         Cell(EQUAL, COMPILE), Cell(FUSED, EXACT_COMPILE), Cell(FUSED, COMPILE),
     )  # fmt: skip
     full = (ANCHOR, Cell(FULL, STOCK), Cell(FULL, CHECKPOINTING))
-    return Batch("adapters", tuple(adapters)), Batch("compiled", compiled), Batch("full", full)
+    found = Batch("adapters", tuple(adapters)), Batch("compiled", compiled), Batch("full", full)
+    if device != "cuda":
+        return found
+    captured = (
+        ANCHOR, Cell(FUSED, "exact"), Cell(LORA, GRAPH), Cell(FUSED, f"exact, {GRAPH}"),
+        Cell(FUSED, f"block-int8, {GRAPH}"), Cell(FUSED, GRAPH),
+    )  # fmt: skip
+    return *found, Batch("captured", captured)
 
 
 @dataclass
@@ -131,6 +139,44 @@ class Step:
         return sum(x.nbytes for x in (*self.own, *held))
 
 
+@dataclass
+class Captured(Step):
+    """The same as one CUDA graph. Gradients stay where they are until the next step."""
+
+    graph: Any = None
+    outcome: Tensor | None = None
+
+    def run(self, _: int = 0) -> None:
+        if self.graph is None:
+            self._capture()
+        self.graph.replay()
+
+    def gradients(self) -> tuple[Tensor, dict[str, Tensor]]:
+        self.run()
+        assert self.outcome is not None
+        found = {n: p.grad.clone() for n, p in self.trained.items() if p.grad is not None}
+        return self.outcome.detach().clone(), found
+
+    def _capture(self) -> None:
+        assert self.optimizer is not None
+        start = {p: p.detach().clone() for p in self.trained.values()}
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):  # makes the optimizer's states, chooses kernels
+                super().run()
+        torch.cuda.current_stream().wait_stream(aside)
+        with torch.no_grad():
+            for parameter, value in start.items():
+                parameter.copy_(value)
+        # no parameter has a gradient now: the backward makes them in the graph's own memory
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outcome = self.loss()
+            self.outcome.backward()
+            self.optimizer.step()
+
+
 def build(cell: Cell, trunk: nn.Module, inputs: dict[str, Any]) -> Step:
     """Raises CannotRun where something that the cell needs is not here."""
     if cell.variant == XFORMERS and importlib.util.find_spec("xformers") is None:
@@ -145,11 +191,14 @@ def build(cell: Cell, trunk: nn.Module, inputs: dict[str, Any]) -> Step:
     call = _vary(model, cell)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     own = [p for p in trained.values() if cell.method != FULL]
-    optimizer = None
+    optimizer, captured = None, cell.variant.endswith(GRAPH)
     if trained:
         on_gpu = next(iter(trained.values())).device.type == "cuda"
-        optimizer = torch.optim.AdamW(trained.values(), lr=1e-5, fused=on_gpu)
-    return Step(model, inputs, trained, own, optimizer, call, leaf)
+        optimizer = torch.optim.AdamW(
+            trained.values(), lr=1e-5, fused=on_gpu, capturable=captured and on_gpu
+        )
+    kind = Captured if captured else Step
+    return kind(model, inputs, trained, own, optimizer, call, leaf)
 
 
 def _adapt(model: nn.Module, method: str, leaf: list[Tensor]) -> None:
@@ -212,7 +261,7 @@ def _vary(model: Any, cell: Cell) -> Callable[..., Any]:
         a3fta.set_attention(model, "xformers")
     elif variant == XFORMERS:
         model.enable_xformers_memory_efficient_attention()
-    level = "exact" if variant == EXACT_COMPILE else variant
+    level = variant.partition(", ")[0]
     if level in LEVELS:
         a3fta.lean(model, **LEVELS[level])
     return torch.compile(model, dynamic=False) if COMPILE in variant else model

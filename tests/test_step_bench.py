@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -24,6 +25,7 @@ from benchmarks.step_methods import (
     FLOOR,
     FULL,
     FUSED,
+    GRAPH,
     LEVELS,
     LORA,
     STOCK,
@@ -128,6 +130,59 @@ def test_lora_with_as_many_parameters(model, rank):
     assert step_methods.equal_rank(ours) == rank
     a3fta.inject(ours, a3fta.AdapterConfig(rank=64), backend="reference")
     assert trained(lora) == pytest.approx(trained(ours), rel=0.02)
+
+
+class Recorded:
+    """A graph whose replays do nothing: what was recorded has run once."""
+
+    replays = 0
+
+    def replay(self):
+        self.replays += 1
+
+
+@PEFT
+@pytest.mark.parametrize("cell", [Cell(LORA, GRAPH), Cell(FUSED, f"exact, {GRAPH}")], ids=str)
+def test_a_captured_step_begins_where_the_other_does(monkeypatch, cell):
+    class Stream:
+        def wait_stream(self, other):
+            assert isinstance(other, Stream)
+
+    for name, value in (
+        ("Stream", Stream), ("current_stream", Stream), ("CUDAGraph", Recorded),
+        ("stream", lambda _: contextlib.nullcontext()),
+        ("graph", lambda _: contextlib.nullcontext()),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    device = torch.device("cpu")
+    inputs = TINY.inputs(device, torch.float32)
+    plain = build(Cell(cell.method, STOCK), trunk(device), inputs)
+    step = build(cell, trunk(device), inputs)
+    started = []
+    step.model.register_forward_pre_hook(
+        lambda *_: started.append([p.detach().clone() for p in step.trained.values()])
+    )
+    truth, found = plain.gradients(), step.gradients()
+    # three steps of warm-up, then one from where the first began
+    assert len(started) == 4
+    assert all(map(torch.equal, started[0], started[3]))
+    assert not all(map(torch.equal, started[0], started[2]))
+    assert found[0] == pytest.approx(float(truth[0]), rel=1e-5)
+    assert step_measure.cosine(found[1], truth[1]) > 0.99999
+    step.run()
+    assert step.graph.replays == 2 and len(started) == 4
+    assert step_measure.count(cell, step, trunk(device), device)["peak_bytes"] is not None
+    assert step_measure.peak_on_gpu(step, device) == {"peak_bytes": None}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs")
+def test_captured_steps_are_right_and_measured():
+    device = torch.device("cuda")
+    (batch,) = (b for b in batches("cuda") if b.name == "captured")
+    found = measure_batch(TINY, trunk(device), batch, device, limits())
+    assert not [why for why in found.absent.values() if "not installed" not in why]
+    graphs = [row for cell, row in found.rows.items() if cell.variant.endswith(GRAPH)]
+    assert graphs and all(row["peak_bytes"] is None and row["q50_us"] > 0 for row in graphs)
 
 
 def test_a_cell_that_computes_something_else_is_not_timed(device, monkeypatch):
@@ -308,7 +363,7 @@ def test_options(monkeypatch, tmp_path, capsys):
     assert {c.method for _, c in seen} == {LORA}
     assert bench_step.main(["--device", "cuda", "--list"]) == 0
     names = capsys.readouterr().out.splitlines()
-    assert names[-1] == "SDXL 1024x1024, batch 1 | full | full fine-tuning | checkpointing"
+    assert names[-1] == f"SDXL 1024x1024, batch 1 | captured | {FUSED} | {GRAPH}"
     telling = [n for n in names if n.startswith("SDXL 1024x1024, batch 4 | adapters")]
     assert f"SDXL 1024x1024, batch 4 | adapters | {ANCHOR}" == telling[0]
     for wrong, said in ((["--only", "("], "regular expression"), (["--only", "x9"], "no cell")):
