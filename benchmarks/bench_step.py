@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from benchmarks import measure, step_measure  # noqa: E402
+from benchmarks import measure, predict_step, step_measure  # noqa: E402
 from benchmarks.run import write  # noqa: E402
 from benchmarks.step_methods import ANCHOR, COMPILE, Batch, Cell, batches  # noqa: E402
 from benchmarks.step_models import Model, models  # noqa: E402
@@ -122,6 +122,8 @@ def run(plan: list[tuple[Model, Batch]], device: torch.device, options: argparse
     least = 3 if options.quick else 5
     end = time.perf_counter() + 60 * options.minutes
     limits = step_measure.Limits(0.0 if options.quick else options.seconds, least, end)
+    # of what a GPU holds
+    predicted = {key(row): row["peak_bytes"] for row in predict_step.read()["rows"]}
     failed = False
     held: tuple[Model, torch.nn.Module] | None = None
     for model, batch in plan:
@@ -135,6 +137,8 @@ def run(plan: list[tuple[Model, Batch]], device: torch.device, options: argparse
                 held = model, model.trunk(device, dtype)
             found = step_measure.measure_batch(model, held[1], batch, device, limits)
         rows = [labelled(model, dtype, cell) | row for cell, row in found.rows.items()]
+        for row in rows:
+            row["predicted_bytes"] = predicted.get(key(row))
         absent = [
             labelled(model, dtype, cell) | {"batch": batch.name, "reason": why}
             for cell, why in found.absent.items()

@@ -16,7 +16,7 @@ from statistics import geometric_mean
 from typing import Any
 
 from . import report_figures as figures
-from . import report_inference, step_targets
+from . import report_inference, report_memory, step_targets
 from .report_figures import Bar, Point
 from .report_text import MIB, mib, place, slug, source
 from .step_methods import (
@@ -131,18 +131,20 @@ def said(placed: list[Point]) -> list[str]:
 
 def step_table(rows: dict[Cell, Row], about: dict[str, Any]) -> Iterator[str]:
     counted = "kernels" if "capability" in about else "operators"
+    predicted = any(row.get("predicted_bytes") for row in rows.values())
     yield (
-        "| method · trunk | step, ms | 20 % to 80 % | over LoRA | peak, MiB | saved, MiB | "
-        f"{counted} | trains, M |"
+        "| method · trunk | step, ms | 20 % to 80 % | over LoRA | peak, MiB | "
+        f"{'predicted, MiB | ' * predicted}saved, MiB | {counted} | trains, M |"
     )
-    yield "|---|---:|---:|---:|---:|---:|---:|---:|"
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|" + "---:|" * predicted
     for cell, row in rows.items():
         ratio = over_lora(cell, row)
         cells = [
             f"{cell.method} · {cell.variant}", f"{row['q50_us'] / 1e3:.0f}",
             f"{row['q20_us'] / 1e3:.0f} to {row['q80_us'] / 1e3:.0f}",
             "" if ratio is None else f"{ratio:.2f}", mib(row.get("peak_bytes")),
-            mib(row.get("saved_bytes")), str(row.get("counts", {}).get(counted, "")),
+            *([mib(row.get("predicted_bytes"))] if predicted else []), mib(row.get("saved_bytes")),
+            str(row.get("counts", {}).get(counted, "")),
             f"{row['trainable_parameters'] / 1e6:.2f}",
         ]  # fmt: skip
         yield f"| {' | '.join(cells)} |"
@@ -273,12 +275,13 @@ class Results:
     steps: dict[str, Found]
     ops: dict[str, Found]
     inference: dict[str, Found]
+    largest: dict[str, Found]
     saved: Found | None
 
 
 def read(folder: Path) -> Results:
     """Quick runs do not count."""
-    steps, ops, inference = {}, {}, {}
+    steps, ops, inference, largest = {}, {}, {}, {}
     for path in sorted(folder.glob("*.json")):
         data = json.loads(path.read_text())
         if not isinstance(data, dict) or "rows" not in data or path.stem == "saved_bytes":
@@ -289,12 +292,14 @@ def read(folder: Path) -> Results:
             steps[path.stem.removeprefix(step_targets.STEP_STEM)] = data
         elif path.stem.startswith(report_inference.STEM):
             inference[path.stem.removeprefix(report_inference.STEM)] = data
+        elif path.stem.startswith(report_memory.STEM):
+            largest[path.stem.removeprefix(report_memory.STEM)] = data
         elif all("op" in row for row in data["rows"]):
             ops[path.stem] = data
     saved = folder / "saved_bytes.json"
     first = lambda item: item[0] == "cpu"  # noqa: E731
     return Results(
-        *(dict(sorted(found.items(), key=first)) for found in (steps, ops, inference)),
+        *(dict(sorted(found.items(), key=first)) for found in (steps, ops, inference, largest)),
         json.loads(saved.read_text()) if saved.exists() else None,
     )
 
@@ -329,6 +334,8 @@ def page(folder: Path, out: Path) -> str:
         lines += step_sections(step, f"step-{stem}", out)
     for stem, found in results.inference.items():
         lines += report_inference.sections(found, stem, out)
+    for found in results.largest.values():
+        lines += report_memory.section(found)
     for stem, found in results.ops.items():
         lines += op_section(found, stem, out)
     if results.saved is not None:

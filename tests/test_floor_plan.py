@@ -267,9 +267,9 @@ def test_one_op_is_one_folder_one_test_one_bench(op):
 
 def test_every_bench_names_an_op():
     benches = {path.stem.removeprefix("bench_") for path in ROOT.glob("benchmarks/bench_*.py")}
-    # a block of a model is no op: it shows what the ops gain where they are used; a whole step
-    # and a call of an adapted denoiser are no benches of run.py
-    benches -= {"step", "inference"}
+    # a block of a model is no op: it shows what the ops gain where they are used; a whole step,
+    # the largest batch and a call of an adapted denoiser are no benches of run.py
+    benches -= {"step", "largest", "inference"}
     assert benches == {*OPS, "cross_attention_adapter", "block"} - LIBRARY == set(BENCHES)
 
 

@@ -19,7 +19,7 @@ import torch
 
 from a3fta_kernels import cli
 from a3fta_kernels.backends import why_not
-from benchmarks import gpu, gpu_tests, sanitize_case, variants
+from benchmarks import gpu, gpu_stages, gpu_tests, sanitize_case, variants
 
 ROOT = Path(gpu.__file__).resolve().parents[1]
 
@@ -50,14 +50,14 @@ def test_without_a_gpu_it_says_so():
 def test_dry_run_lists_every_stage_in_order():
     lines = dry_run("all")
     stages = [line[1 : line.index("]")] for line in lines]
-    assert list(dict.fromkeys(stages)) == list(gpu.STAGES)
+    assert list(dict.fromkeys(stages)) == list(gpu_stages.STAGES)
     assert "A3FTA_CUDA_ARCHS=90a" in lines[0] and "build_ext --inplace" in lines[0]
     assert all("--commit abc" in line for line in lines if line.startswith("[bench"))
 
 
 def test_every_file_in_the_commands_exists(tmp_path):
-    for stage in gpu.STAGES:
-        for step in gpu.steps(stage, options(tmp_path), "90a", tmp_path):
+    for stage in gpu_stages.STAGES:
+        for step in gpu_stages.steps(stage, options(tmp_path), "90a", tmp_path):
             files = [part for part in step.command if part.endswith(".py")]
             assert all((ROOT / part).is_file() for part in files), step.command
 
@@ -65,16 +65,16 @@ def test_every_file_in_the_commands_exists(tmp_path):
 def test_a_quick_look_is_quick_in_every_stage_that_can_be(tmp_path):
     quick = options(tmp_path)
     quick.quick, quick.without = True, "native|fused"
-    for stage in ("sanitize", *gpu.BENCHES, "targets"):
-        for step in gpu.steps(stage, quick, "90a", tmp_path):
+    for stage in ("sanitize", *gpu_stages.BENCHES, "targets"):
+        for step in gpu_stages.steps(stage, quick, "90a", tmp_path):
             assert "--quick" in step.command
-            if stage in gpu.BENCHES:
+            if stage in gpu_stages.BENCHES:
                 assert step.command[step.command.index("--without") + 1] == "native|fused"
 
 
 def test_whole_steps_are_all_in_a_stage(tmp_path):
-    stages = [s for s, script in gpu.SCRIPTS.items() if script.endswith("bench_step.py")]
-    commands = [gpu.steps(s, options(tmp_path), "90a", tmp_path)[0].command for s in stages]
+    stages = [s for s, script in gpu_stages.SCRIPTS.items() if script.endswith("bench_step.py")]
+    commands = [gpu_stages.steps(s, options(tmp_path), "90a", tmp_path)[0].command for s in stages]
     wanted = [c[c.index("--only") + 1] for c in commands]
     assert len(wanted) == 3 and len(set(wanted)) == 3
     done = run("benchmarks/bench_step.py", "--device", "cuda", "--list")
@@ -84,14 +84,14 @@ def test_whole_steps_are_all_in_a_stage(tmp_path):
 
 
 def test_the_benchmarks_end_with_the_targets():
-    assert gpu.STAGES[-1] == gpu.GROUPS["bench"][-1] == "targets"
+    assert gpu_stages.STAGES[-1] == gpu_stages.GROUPS["bench"][-1] == "targets"
     assert dry_run("bench")[-1].startswith("[targets]")
 
 
 def test_the_study_knows_its_options(tmp_path, monkeypatch, capsys):
     for package in ("diffusers", "peft", "scipy", "sklearn", "transformers"):
         pytest.importorskip(package)
-    (step,) = gpu.steps("study", options(tmp_path), "90a", tmp_path)
+    (step,) = gpu_stages.steps("study", options(tmp_path), "90a", tmp_path)
     assert step.command[1:4] == ["-m", "a3fta_kernels", "study"]
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     # its plan stands; the device is looked for after it
@@ -107,9 +107,9 @@ def test_some_stages():
     assert stages == ["[build]", "[build]", "[bench-block]"] and "--minutes 2.5 " in done.stdout
 
 
-@pytest.mark.parametrize("stage", gpu.BENCHES)
+@pytest.mark.parametrize("stage", gpu_stages.BENCHES)
 def test_the_benchmarks_know_their_options(tmp_path, stage, monkeypatch, capsys):
-    (step,) = gpu.steps(stage, options(tmp_path), "90a", tmp_path)
+    (step,) = gpu_stages.steps(stage, options(tmp_path), "90a", tmp_path)
     if torch.cuda.is_available():
         pytest.skip("runs them on the GPU")
     # in this process: an interpreter of its own takes seconds to import torch
@@ -123,7 +123,9 @@ def test_the_benchmarks_know_their_options(tmp_path, stage, monkeypatch, capsys)
 
 
 def test_the_suite_command_runs(tmp_path):
-    step = gpu.test_step(sys.executable, ["tests/test_gpu_stages.py"], tmp_path / "tests.xml")
+    step = gpu_stages.test_step(
+        sys.executable, ["tests/test_gpu_stages.py"], tmp_path / "tests.xml"
+    )
     done = run(*step.command[1:], "-k", "test_arch")
     assert done.returncode == 0, done.stdout + done.stderr
     numbers, wrong = step.read(done.stdout)
@@ -149,7 +151,7 @@ def test_what_needs_an_absent_package_is_skipped(tmp_path):
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     (tmp_path / "test_inside.py").write_text(ABSENT.format(""))
     (tmp_path / "test_above.py").write_text(ABSENT.format("import xformers.ops"))
-    step = gpu.test_step(sys.executable, [str(tmp_path)], tmp_path / "tests.xml")
+    step = gpu_stages.test_step(sys.executable, [str(tmp_path)], tmp_path / "tests.xml")
     done = run(*step.command[1:])
     numbers, wrong = step.read(done.stdout)
     assert done.returncode == 1 and wrong == "tests failed"
@@ -160,14 +162,14 @@ def test_what_needs_an_absent_package_is_skipped(tmp_path):
 def test_a_failed_suite_is_wrong(tmp_path):
     report = tmp_path / "tests.xml"
     last = "1 failed, 5 passed, 1 skipped, 2 warnings in 3.21s\n"
-    assert gpu.read_report(report, last) == ({}, "pytest did not report")
+    assert gpu_stages.read_report(report, last) == ({}, "pytest did not report")
     report.write_text("<testsuite><testcase><skipped message='no GPU'/></testcase></testsuite>")
-    numbers, wrong = gpu.read_report(report, last)
+    numbers, wrong = gpu_stages.read_report(report, last)
     assert numbers == {"passed": 5, "failed": 1, "skipped": 1, "skips": {"no GPU": 1}}
     assert wrong == "tests failed"
-    assert gpu.read_report(report, "Killed\n") == ({}, "pytest did not report")
+    assert gpu_stages.read_report(report, "Killed\n") == ({}, "pytest did not report")
     long = "==== 3 passed in 361.20s (0:06:01) ====\n"
-    assert gpu.read_report(report, long) == ({"passed": 3, "skips": {"no GPU": 1}}, "")
+    assert gpu_stages.read_report(report, long) == ({"passed": 3, "skips": {"no GPU": 1}}, "")
 
 
 @pytest.mark.parametrize(
@@ -177,8 +179,8 @@ def test_arch(capability, arch):
     assert gpu.arch_of(capability) == arch
 
 
-def step(code: str, **rest) -> gpu.Step:
-    return gpu.Step("one", [sys.executable, "-c", code], **rest)
+def step(code: str, **rest) -> gpu_stages.Step:
+    return gpu_stages.Step("one", [sys.executable, "-c", code], **rest)
 
 
 def test_a_step_that_fails_fails_the_stage(tmp_path, monkeypatch):
@@ -206,7 +208,7 @@ def test_a_suite_that_outruns_its_time_still_reports(tmp_path, monkeypatch):
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     slow = "def test_fast(): pass\ndef test_slow():\n    import time; time.sleep(300)\n"
     (tmp_path / "test_slow.py").write_text(slow)
-    found = gpu.test_step(sys.executable, [str(tmp_path)], tmp_path / "tests.xml")
+    found = gpu_stages.test_step(sys.executable, [str(tmp_path)], tmp_path / "tests.xml")
     with (tmp_path / "log").open("w") as sink:
         result = gpu.run_step(found, 10, sink)
     assert result.wrong == "stopped after 10 s" and result.status is None
@@ -229,7 +231,7 @@ def test_a_step_that_outruns_its_time_is_stopped_with_its_children(tmp_path, mon
 
 def test_a_command_that_is_not_there_is_wrong(tmp_path):
     with (tmp_path / "log").open("w") as sink:
-        result = gpu.run_step(gpu.Step("none", ["no-such-tool-a3fta"]), 5, sink)
+        result = gpu.run_step(gpu_stages.Step("none", ["no-such-tool-a3fta"]), 5, sink)
     assert not result.ok and "no-such-tool-a3fta" in result.wrong
 
 
@@ -278,7 +280,7 @@ sanitize_case: done, 15 cases
     ],
 )
 def test_what_the_sanitizer_found(text, tool, clean):
-    _, wrong = gpu.read_sanitizer(text, tool)
+    _, wrong = gpu_stages.read_sanitizer(text, tool)
     assert (wrong == "") is clean
 
 
@@ -341,8 +343,8 @@ def test_carried_wheels_are_unpacked(tmp_path):
 
 
 def test_commands_can_be_pasted(tmp_path):
-    for stage in gpu.STAGES:
-        for found in gpu.steps(stage, options(tmp_path), "90a", tmp_path):
+    for stage in gpu_stages.STAGES:
+        for found in gpu_stages.steps(stage, options(tmp_path), "90a", tmp_path):
             words = shlex.split(found.shown())
             assert words[-len(found.command) :] == found.command
 

@@ -31,6 +31,11 @@ CALLS = [
      "images_per_second": 4e6 / 30 / us, "peak_bytes": 3 << 20, "counts": {"operators": 7}}
     for cell, us in (("frozen base", 1e5), ("PEFT LoRA r16", 1.5e5), ("A3FTA r64", 1.2e5))
 ]  # fmt: skip
+LARGEST = {
+    "rows": [{"model": "SDXL", "gib": 24, "level": "block", "batch": 21, "largest": 22,
+              "peak_bytes": 22 << 30, "context_bytes": 500 << 20}],
+    "absent": [{"model": "SDXL", "gib": 24, "level": "exact", "reason": "made up"}],
+}  # fmt: skip
 CALLS_ABSENT = [
     {"model": "SDXL", "batch_size": 4, "cell": "A3FTA r64, merged", "reason": "made up"}
 ]
@@ -68,6 +73,7 @@ def test_the_whole_page(tmp_path):
         "step_cpu": results("cpu"), "step_made-up": results("cuda"), "saved_bytes": SAVED,
         "cpu": {"environment": ABOUT, "rows": OPS},
         "made-up": {"environment": ABOUT | ON_GPU, "rows": OPS},
+        "largest_made-up": {"environment": ABOUT | ON_GPU} | LARGEST,
         "inference_cpu": {"environment": ABOUT, "rows": CALLS, "absent": CALLS_ABSENT},
         "inference_made-up": {
             "environment": ABOUT | ON_GPU, "rows": CALLS, "absent": CALLS_ABSENT
@@ -86,6 +92,11 @@ def test_the_whole_page(tmp_path):
     assert "- Smallest: **A3FTA · block-int8**, 0.14 of the memory" in text
     numbers = "1000 | 970 to 1050 | 1.00 | 5,000 | 4,000 | 1000 | 3.00"
     assert f"| PEFT LoRA r16 · stock | {numbers} |" in text
+    # a GPU's peak stands beside the prediction
+    assert "| 1.00 | 5,000 | 5,200 | 4,000 | 1000 | 3.00 |" in text
+    assert "| step, peak: share off the prediction | <= 0.05 | 0.04 (SDXL" in text
+    assert "| SDXL, 24 GiB | block | 21 | 22 | 22,528 | 500 |" in text
+    assert "- SDXL, 24 GiB, exact: made up" in text
     # geometric mean of 0.4 and 0.9
     assert "| adapter | ours, native | 0.60 | 2 |" in text
     assert "| quantize | ours, native | 0.50 | 1 |" in text

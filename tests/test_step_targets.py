@@ -34,7 +34,22 @@ def scaled(found: dict, cell: Cell, time: float = 1.0, peak: float = 1.0) -> dic
         if (row["method"], row["variant"]) == cell:
             row["q50_us"] *= time
             row["peak_bytes"] *= peak
+            if row["predicted_bytes"]:
+                row["predicted_bytes"] *= peak
     return found
+
+
+def test_a_peak_that_was_not_predicted_is_missed():
+    found = results("cuda")
+    name = "step, peak: share off the prediction"
+    row = next(r for r in found["rows"] if (r["method"], r["variant"]) == (OURS, "block"))
+    row["predicted_bytes"] = 1.06 * row["peak_bytes"]
+    assert verdicts(found, "cuda")[name].state == "missed"
+    row["predicted_bytes"] = row["peak_bytes"] / 1.07
+    assert "0.07" in verdicts(found, "cuda")[name].found()
+    for row in found["rows"]:
+        row["predicted_bytes"] = None
+    assert verdicts(found, "cuda")[name].state == "not measured"
 
 
 def test_each_target_is_missed_by_what_it_names():
