@@ -48,23 +48,38 @@ def _full(model: nn.Module) -> list[nn.Parameter]:
     return list(model.requires_grad_(True).parameters())
 
 
-def _affine(model: nn.Module) -> list[nn.Parameter]:
-    """Gains and shifts of all norms, and all biases."""
-    chosen = [p for p in model.parameters() if p.ndim == 1]
+def _only(model: nn.Module, chosen: list[nn.Parameter]) -> list[nn.Parameter]:
     model.requires_grad_(False)
     for parameter in chosen:
         parameter.requires_grad_(True)
     return chosen
+
+
+def _affine(model: nn.Module) -> list[nn.Parameter]:
+    """Gains and shifts of all norms, and all biases."""
+    return _only(model, [p for p in model.parameters() if p.ndim == 1])
 
 
 def _attention(model: nn.Module) -> list[nn.Parameter]:
     """The linear layers that A3FTA's second mode trains beside its adapters, without adapters."""
     config = AdapterConfig(rank=1, train="adapter+attention")
     chosen = list(plan_injection(model, config, "attention", "auto").attention.values())
-    model.requires_grad_(False)
-    for parameter in chosen:
-        parameter.requires_grad_(True)
-    return chosen
+    return _only(model, chosen)
+
+
+def _out(model: nn.Module) -> list[nn.Parameter]:
+    """The linear layers behind attention, which adapters stand in front of."""
+    targets = plan_injection(model, AdapterConfig(rank=1), "out", "auto").targets.values()
+    return _only(model, [parameter for layer in targets for parameter in layer.parameters()])
+
+
+def _scratch(model: nn.Module) -> list[nn.Parameter]:
+    """Everything, from new weights: what pre-training is worth."""
+    for module in model.modules():
+        reset: Any = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
+    return _full(model)
 
 
 def _lora(*targets: str) -> Prepare:
@@ -131,6 +146,8 @@ METHODS |= {
         f"PEFT LoRA r{LORA_RANK}, qkvo, slower rates", _lora(*_QKV, "to_out.0"), _ATTENTION
     ),
     "affine": Method("norms and biases", _affine, _ATTENTION),
+    "out": Method("the layer behind attention", _out, _ATTENTION),
+    "scratch": Method("full tuning of new weights", _scratch, _WHOLE),
     "lora+affine": Method(
         "LoRA + norms and biases", _together(_affine, _lora(*_QKV, "to_out.0")), _ATTENTION
     ),

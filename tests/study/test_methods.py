@@ -42,7 +42,11 @@ def test_what_trains_of_designs_that_reach_further():
     }  # fmt: skip
     vectors = {n for n, p in pipeline().unet.named_parameters() if p.ndim == 1}
     assert trained["affine"] == vectors
-    assert trained["full-slow"] == trained["full"] and trained["lora-slow"] == trained["lora"]
+    assert trained["out"] == {n for n in trained["attention"] if OUT in n} != set()
+    assert (
+        trained["scratch"] == trained["full-slow"] == trained["full"]
+        and trained["lora-slow"] == trained["lora"]
+    )
     assert trained["lora+affine"] == trained["lora"] | vectors
     assert trained["gelu+affine"] == trained["gelu"] | vectors
     assert trained["film+affine"] == trained["film"] | vectors
@@ -75,7 +79,15 @@ def test_all_that_trains_is_told_where_to_go(name):
     assert all(n.endswith("to_k.bias") for n in silent)
 
 
-@pytest.mark.parametrize("name", METHODS)
+def test_new_weights_are_not_those_of_the_base():
+    stock, model = pipeline().unet, pipeline().unet
+    torch.manual_seed(3)
+    METHODS["scratch"].prepare(model)
+    for (name, p), q in zip(model.named_parameters(), stock.parameters(), strict=True):
+        assert not torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "scratch"])
 def test_nothing_changes_before_it_trains(name):
     x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([5, 900]), torch.tensor([0, 1])
     before = pipeline().unet.eval()
