@@ -2,7 +2,7 @@
 
 On the meta device, by `a3fta.memory`: the peak of every cell of bench_step.py's table that is not
 compiled, and of CASES the largest batch that `a3fta plan` finds. Writes
-results/step_predicted.json, which bench_step.py and bench_largest.py put beside what they measure.
+results/predicted.json, which bench_step.py and bench_largest.py put beside what they measure.
 No GPU is needed, and none helps.
 """
 
@@ -34,7 +34,7 @@ from .step_methods import (
 )  # fmt: skip
 from .step_models import GPU, Model
 
-PATH = Path(__file__).parent / "results" / "step_predicted.json"
+PATH = Path(__file__).parent / "results" / "predicted.json"
 GIB = 2**30
 DTYPE = torch.bfloat16
 
