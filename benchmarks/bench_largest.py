@@ -3,7 +3,8 @@
 
 PyTorch may use the memory of a smaller device, less what CUDA itself takes here; whole steps of
 A3FTA then run with the predicted batch, and with larger ones while they fit or smaller ones until
-they do. Cases and predictions are those of predict_step.py. Writes results/largest_<device>.json.
+they do. Cases and predictions are those of predict_step.py. On a GPU that nothing else uses: what
+others hold would count as CUDA's. Writes results/largest_<device>.json.
 
     --only PATTERN      cases that match ("SDXL 1024x1024, 24 GiB | exact")
     --without PATTERN   leaves such cases out
@@ -37,6 +38,8 @@ from benchmarks.variants import CannotRun  # noqa: E402
 
 # of the prediction, by which a batch is raised or lowered
 SHARE = 1 / 32
+# PyTorch's, and what libraries say that find no room to work in
+TOO_LITTLE = ("out of memory", "ALLOC_FAILED", "unable to find an engine")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -95,13 +98,20 @@ def run(plan: list[tuple[Case, str]], device: torch.device, options: argparse.Na
 
 def measured(case: Case, level: str, predicted: int, device: torch.device) -> dict[str, Any]:
     """The largest batch; the bytes that its step takes, and those that CUDA takes."""
-    torch.cuda.synchronize()
+    index, trunk = torch.cuda.current_device(), case.model.trunk(device, DTYPE)
+    # libraries are loaded and tiles chosen with all of the memory
+    if peak_of(case, level, max(1, predicted), trunk, device) is None:
+        raise CannotRun(f"batch {max(1, predicted)} does not fit into all of this device")
+    step_measure.release(device)
     free, total = torch.cuda.mem_get_info(device)
     context = total - free - torch.cuda.memory_reserved(device)
+    share = (case.gib * GIB - context) / total
+    if not 0 < share <= 1:
+        raise CannotRun(f"of {case.gib} GiB, {context / GIB:.1f} are CUDA's, and {total / GIB:.1f} "
+                        "are there")  # fmt: skip
     peaks: dict[int, int] = {}
     try:
-        torch.cuda.set_per_process_memory_fraction((case.gib * GIB - context) / total, device)
-        trunk = case.model.trunk(device, DTYPE)
+        torch.cuda.set_per_process_memory_fraction(share, index)
 
         def fits(batch: int) -> bool:
             taken = peak_of(case, level, batch, trunk, device)
@@ -111,7 +121,7 @@ def measured(case: Case, level: str, predicted: int, device: torch.device) -> di
 
         found = largest(predicted, fits)
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
     return {"largest": found, "peak_bytes": peaks.get(found), "context_bytes": context}
 
 
@@ -142,8 +152,10 @@ def peak_of(
         for _ in range(2):  # the optimizer's states are there from the first on
             step.run()
         torch.cuda.synchronize(device)
-    except torch.cuda.OutOfMemoryError:
-        return None
+    except RuntimeError as error:
+        if any(told in str(error) for told in TOO_LITTLE):
+            return None
+        raise
     return torch.cuda.max_memory_allocated(device)
 
 

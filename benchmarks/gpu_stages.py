@@ -100,7 +100,9 @@ def steps(stage: str, options: argparse.Namespace, arch: str, folder: Path) -> l
     if stage == "study":
         command = [python, "-m", "a3fta_kernels", "study", "--pair", PAIR, "--device", "cuda"]
         command += [*STUDY, "--folder", str(options.out / f"study-{PAIR}")]
-        command += ["--minutes", f"{options.minutes:g}"] + ["--limit", "4"] * options.quick
+        # runs that have begun end within the stage's time: few at once, and none begins late
+        command += ["--processes", "8", "--minutes", f"{min(3.5, options.minutes):g}"]
+        command += ["--limit", "4"] * options.quick
         return [Step("study", command)]
     script = SCRIPTS.get(stage, "benchmarks/run.py")
     command = [python, script, "--device", "cuda", *BENCHES[stage]]

@@ -17,6 +17,9 @@ LOST = (
     "misaligned address",
     "unspecified launch failure",
     "device-side assert triggered",
+    # a capture that broke off
+    "captures_underway",
+    "stream is capturing",
 )
 
 

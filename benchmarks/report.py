@@ -58,6 +58,8 @@ def kind(cell: Cell) -> str:
 
 def by_model(step: Found) -> dict[str, dict[Cell, Row]]:
     found: dict[str, dict[Cell, Row]] = {}
+    for row in step["absent"]:
+        found.setdefault(f"{row['model']}, batch {row['batch_size']}", {})
     for row in step["rows"]:
         name = f"{row['model']}, batch {row['batch_size']}"
         found.setdefault(name, {})[Cell(row["method"], row["variant"])] = row
@@ -99,7 +101,8 @@ def step_sections(step: Found, stem: str, out: Path) -> Iterator[str]:
             figures.scatter(out / name, title, source(about), placed, at)
             yield f"![time and memory of a training step of {model}](figures/{name})\n"
             yield "\n".join(said(placed)) + "\n"
-        yield from step_table(rows, about)
+        if rows:
+            yield from step_table(rows, about)
         absent = [r for r in step["absent"] if f"{r['model']}, batch {r['batch_size']}" == model]
         if absent:
             yield "\nNot measured:\n"

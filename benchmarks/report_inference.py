@@ -19,7 +19,7 @@ Row = dict[str, Any]
 def sections(found: dict[str, Any], stem: str, out: Path) -> Iterator[str]:
     about = found["environment"]
     on = place(about)
-    for model, rows in _by_model(found["rows"]).items():
+    for model, rows in _by_model(found).items():
         yield f"\n## A call of the denoiser: {model}, on {on}\n"
         compared = [row for row in rows if row["of_frozen"]]
         if len(compared) > 1:
@@ -30,18 +30,20 @@ def sections(found: dict[str, Any], stem: str, out: Path) -> Iterator[str]:
                 "time over the frozen base's  (left is faster)", line=1.0,
             )  # fmt: skip
             yield f"![bars: calls of {model} over the frozen base's](figures/{name})\n"
-        yield from _table(rows, about)
+        if rows:
+            yield from _table(rows, about)
         absent = [row for row in found["absent"] if _name(row) == model]
         if absent:
             yield "\nNot measured:\n"
             yield from (f"- {row['cell']}: {row['reason']}" for row in absent)
 
 
-def _by_model(rows: list[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(_name(row), []).append(row)
-    return found
+def _by_model(found: dict[str, Any]) -> dict[str, list[Row]]:
+    """Rows of every model, also of one that has none."""
+    models: dict[str, list[Row]] = {_name(row): [] for row in (*found["rows"], *found["absent"])}
+    for row in found["rows"]:
+        models[_name(row)].append(row)
+    return models
 
 
 def _name(row: Row) -> str:

@@ -342,8 +342,11 @@ def stems(folder: Path, quick: bool) -> list[str]:
     for path in folder.glob("*.json"):
         data = json.loads(path.read_text())
         environment = data.get("environment", {}) if isinstance(data, dict) else {}
-        if "rows" in data and "capability" in environment and environment.get("quick") == quick:
-            stem = path.stem.removeprefix(step_targets.STEP_STEM)
+        stem = path.stem.removeprefix(step_targets.STEP_STEM)
+        if "capability" not in environment or environment.get("quick") != quick:
+            continue
+        # no other results have targets
+        if stem != path.stem or all("op" in row for row in data.get("rows", [{}])):
             found.add(stem.removesuffix("-quick") if quick else stem)
     return sorted(found)
 

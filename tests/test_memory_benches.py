@@ -131,6 +131,31 @@ def on_cpu(parser, arguments):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="fills a GPU")
 def test_a_small_memory_is_filled(monkeypatch):
-    case = predict_step.Case(TINY, "tiny", 2, ("exact",))
-    found = bench_largest.measured(case, "exact", 64, torch.device("cuda"))
-    assert found["largest"] >= 64 and 0 < found["peak_bytes"] < 2 * predict_step.GIB
+    case = predict_step.Case(TINY, "tiny", 4, ("exact",))
+    found = bench_largest.measured(case, "exact", 4000, torch.device("cuda"))
+    assert found["largest"] > 0 and 0 < found["peak_bytes"] < 4 * predict_step.GIB
+
+
+def test_only_a_lack_of_memory_says_that_a_batch_is_too_large(monkeypatch):
+    for name in ("reset_peak_memory_stats", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 7)
+    case, device = predict_step.Case(TINY, "tiny", 2, ("exact",)), torch.device("cpu")
+    trunk = TINY.trunk(device, torch.float32)
+    monkeypatch.setattr(bench_largest, "DTYPE", torch.float32)
+    assert bench_largest.peak_of(case, "exact", 2, trunk, device) == 7
+    for error, found in (
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"), None),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), None),
+        (RuntimeError("an illegal memory access was encountered"), "raised"),
+    ):
+
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(bench_largest, "build", fail)
+        if found is None:
+            assert bench_largest.peak_of(case, "exact", 2, trunk, device) is None
+        else:
+            with pytest.raises(RuntimeError, match="illegal"):
+                bench_largest.peak_of(case, "exact", 2, trunk, device)

@@ -37,7 +37,8 @@ LARGEST = {
     "absent": [{"model": "SDXL", "gib": 24, "level": "exact", "reason": "made up"}],
 }  # fmt: skip
 CALLS_ABSENT = [
-    {"model": "SDXL", "batch_size": 4, "cell": "A3FTA r64, merged", "reason": "made up"}
+    {"model": "SD1.5", "batch_size": 4, "cell": "frozen base", "reason": "the minutes were over"},
+    {"model": "SDXL", "batch_size": 4, "cell": "A3FTA r64, merged", "reason": "made up"},
 ]
 SAVED = {
     "environment": {"commit": "abc", "torch": "2"}, "dtype": "bfloat16", "batch": 1,
@@ -102,6 +103,7 @@ def test_the_whole_page(tmp_path):
     assert "| quantize | ours, native | 0.50 | 1 |" in text
     assert "| A3FTA r64 | 120.0 | 119.0 to 121.0 | 1.20 | 1.11 | 3 | 7 |" in text
     assert text.count("- A3FTA r64, merged: made up") == 2
+    assert text.count("- frozen base: the minutes were over") == 2
     assert "| A3FTA r64 · exact | 3,072 | 0.75 | 5,120 |  |" in text
     assert "| PEFT LoRA r16, bf16 · checkpointing | 1,024 | 0.25 |  |  |" in text
     assert "| step, exact: time over the stock trunk | <= 0.90 | 0.88" in text

@@ -151,7 +151,7 @@ def test_a_captured_step_begins_where_the_other_does(monkeypatch, cell):
     for name, value in (
         ("Stream", Stream), ("current_stream", Stream), ("CUDAGraph", Recorded),
         ("stream", lambda _: contextlib.nullcontext()),
-        ("graph", lambda _: contextlib.nullcontext()),
+        ("graph", lambda *_, **__: contextlib.nullcontext()),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     device = torch.device("cpu")
@@ -363,7 +363,7 @@ def test_options(monkeypatch, tmp_path, capsys):
     assert {c.method for _, c in seen} == {LORA}
     assert bench_step.main(["--device", "cuda", "--list"]) == 0
     names = capsys.readouterr().out.splitlines()
-    assert names[-1] == f"SDXL 1024x1024, batch 1 | captured | {FUSED} | {GRAPH}"
+    assert names[-1] == f"SDXL 1024x1024, batch 1 | captured | {FUSED} | block-int8, {GRAPH}"
     telling = [n for n in names if n.startswith("SDXL 1024x1024, batch 4 | adapters")]
     assert f"SDXL 1024x1024, batch 4 | adapters | {ANCHOR}" == telling[0]
     for wrong, said in ((["--only", "("], "regular expression"), (["--only", "x9"], "no cell")):

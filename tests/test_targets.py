@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import floors, gpu, step_targets, targets
+from benchmarks import floors, gpu_stages, step_targets, targets
 from benchmarks.workloads import DIRECTIONS, workloads
 
 ABOUT = {
@@ -218,6 +218,9 @@ def test_files_in_and_out(tmp_path, capsys):
     (tmp_path / "made-up.json").write_text(json.dumps(found))
     (tmp_path / "cpu.json").write_text(json.dumps(found | {"environment": {"quick": False}}))
     (tmp_path / "aot_triton.json").write_text("[]")
+    for name in ("inference", "largest"):  # they have no targets
+        other = json.dumps({"environment": found["environment"], "rows": [{"model": "SDXL"}]})
+        (tmp_path / f"{name}_made-up.json").write_text(other)
     assert targets.main(["--results", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     written = (tmp_path / "made-up-targets.md").read_text()
@@ -225,17 +228,17 @@ def test_files_in_and_out(tmp_path, capsys):
     assert "driver 1, cuda 13.0, torch 2, triton 3, commit abc, date today." in written
     assert "| adapter | 16384x640-r64 | auto | 99.9 | 7 | 42 |" in written
     assert not (tmp_path / "cpu-targets.md").exists()
-    counts, wrong = gpu.read_targets(printed)
+    counts, wrong = gpu_stages.read_targets(printed)
     assert not wrong and sum(counts.values()) == TOTAL
     assert counts["missed"] == 0 and counts["met"] > 0
 
     assert targets.main(["--results", str(tmp_path), "--quick"]) == 0
     printed = capsys.readouterr().out
     assert "no results yet" in printed
-    assert gpu.read_targets(printed)[0] == {
+    assert gpu_stages.read_targets(printed)[0] == {
         "met": 0, "missed": 0, "not measured": TOTAL
     }  # fmt: skip
-    assert gpu.read_targets("Traceback")[1] == "the targets were not reported"
+    assert gpu_stages.read_targets("Traceback")[1] == "the targets were not reported"
 
 
 def test_a_folder_that_is_not_there(tmp_path, capsys):

@@ -13,6 +13,7 @@ keep `kept` where autograd sees it.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -109,9 +110,11 @@ def remember(
 ) -> tuple[tuple[Tensor, ...], Memory, list[Tensor]]:
     """(core(*parts) without a graph, the graph, what it needs beside the parts)."""
     memory = Memory(parts)
+    # the graph, which the memory holds, holds the hooks: through C++, where no collector looks
+    its = weakref.proxy(memory)
     with torch.enable_grad():
         entered = _Enter.apply(_anchor(), *parts)
-        with saved_tensors_hooks(memory._pack, memory._unpack):
+        with saved_tensors_hooks(lambda x: its._pack(x), lambda packed: its._unpack(packed)):
             outs = core(*entered)
     memory._inputs = [get_gradient_edge(x) for x in entered]
     memory._outputs = [get_gradient_edge(y) if y.requires_grad else None for y in outs]

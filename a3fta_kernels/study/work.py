@@ -129,7 +129,15 @@ def _start(subject: Subject, plan: Plan) -> None:
     _loaded = subject, plan
 
 
+def _float32() -> None:
+    """All of it, convolutions on a GPU too."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def _start_process(load: Load, plan: Plan) -> None:
+    _float32()
     parent = parent_process()
     if parent is not None:
         # Ctrl-C is told by the parent alone
@@ -167,6 +175,7 @@ def work(
     if not jobs:
         return
     # here first: what it makes is made once, and what is wrong with it is told as it is
+    _float32()
     subject = _subject(load, plan, jobs)
     if processes == 1:
         _start(subject, plan)
