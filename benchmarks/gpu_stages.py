@@ -49,6 +49,7 @@ PAIR = "georgian-32"
 STUDY = [
     "--k", "20", "--seeds", *map(str, range(8)), "--methods", "full", "full-slow", "attention",
     "lora-slow", "gelu", "film", "parallel", "--contender", "parallel",
+    "--checkpoints", "25", "38", "57", "85", "128", "192", "288", "432",
 ]  # fmt: skip
 GROUPS = {
     "all": STAGES, "test": ("test-ops", "test-train", "test-rest"), "bench": (*BENCHES, "targets")
