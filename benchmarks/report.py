@@ -314,8 +314,10 @@ def missing(results: Results) -> Iterator[str]:
     )  # fmt: skip
     for what, found, script in kinds:
         if not any("capability" in f["environment"] for f in found.values()):
-            yield (f"- {what} on a GPU: none measured; no GPU figure stands on this page "
-                   f"(`python benchmarks/{script}` on a machine with one)")  # fmt: skip
+            yield (
+                f"- {what} on a GPU: none measured (`python benchmarks/{script}` on a machine "
+                "with one)"
+            )
         if "cpu" not in found:
             yield f"- {what} on a CPU: `python benchmarks/{script}`"
     if results.saved is None:

@@ -181,13 +181,19 @@ def bars(
     """Horizontal bars, one panel below the other; `line` is where a rival stands."""
     panels = list(panels)
     counts = [len(found) for _, found in panels]
-    inches = 1.25 + sum(0.27 * n + 0.42 for n in counts)
+    told = textwrap.fill(source, 150)
+    top = 0.85 + 0.14 * told.count("\n")
+    inches = 0.4 + top + sum(0.27 * n + 0.42 for n in counts)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             len(panels), 1, figsize=(8.4, inches), sharex=line is not None, squeeze=False,
             gridspec_kw={"height_ratios": [n + 0.6 for n in counts], "hspace": 4.6 / sum(counts)},
         )  # fmt: skip
-        figure.subplots_adjust(left=0.34, right=0.93, top=1 - 0.85 / inches, bottom=0.5 / inches)
+        longest_label = max(len(b[0]) for _, found in panels for b in found)
+        figure.subplots_adjust(
+            left=max(0.34, 0.03 + 0.0079 * longest_label), right=0.93, top=1 - top / inches,
+            bottom=0.5 / inches,
+        )  # fmt: skip
         for ax, (name, found) in zip(axes[:, 0], panels, strict=True):
             longest = max(length for _, length, _, _ in found)
             for i, (_, length, colour, said) in enumerate(found):
@@ -211,5 +217,5 @@ def bars(
         axes[-1, 0].set_xlabel(label)
         figure.text(0.02, 1 - 0.1 / inches, title, fontsize=12.5, fontweight="bold", va="top",
                     color=INK)  # fmt: skip
-        figure.text(0.02, 1 - 0.38 / inches, source, fontsize=7.8, va="top", color=GREY)
+        figure.text(0.02, 1 - 0.38 / inches, told, fontsize=7.8, va="top", color=GREY)
         save(figure, path)

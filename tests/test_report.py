@@ -117,7 +117,7 @@ def test_the_same_results_give_the_same_bytes(tmp_path):
 
 def test_what_is_missing_is_named_and_the_rest_is_drawn(tmp_path):
     text = page(tmp_path)
-    assert text.count("none measured; no GPU figure stands on this page") == 3
+    assert text.count("on a GPU: none measured (") == 3
     for script in ("bench_step.py", "run.py", "bench_inference.py", "count_saved"):
         assert script in text
     assert not pictures(tmp_path)
