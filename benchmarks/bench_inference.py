@@ -34,7 +34,7 @@ from torch import Tensor, nn  # noqa: E402
 
 import a3fta_kernels as a3fta  # noqa: E402
 from benchmarks import measure, step_measure  # noqa: E402
-from benchmarks.bench_step import asked, environment, parsed  # noqa: E402
+from benchmarks.bench_step import add_options, asked, environment, parsed  # noqa: E402
 from benchmarks.run import write  # noqa: E402
 from benchmarks.step_methods import RANK, fill, lora  # noqa: E402
 from benchmarks.step_models import Model, models  # noqa: E402
@@ -160,15 +160,8 @@ class Call:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="calls of adapted denoisers, ours and rivals'")
-    parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true", help="a tiny model, few rounds")
-    parser.add_argument("--only", default="", help="a pattern of cells to measure")
-    parser.add_argument("--without", default="", help="a pattern of cells to leave out")
+    add_options(parser)
     parser.add_argument("--seconds", type=float, default=10.0, help="of rounds for each model")
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after this")
-    parser.add_argument("--commit", default="", help="named in the results where git is not there")
-    parser.add_argument("--list", action="store_true")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options, device = parsed(parser, arguments)
     plan = chosen(device.type, options)
     if not plan:

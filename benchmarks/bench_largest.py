@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from benchmarks import measure, predict_step, step_measure  # noqa: E402
-from benchmarks.bench_step import asked, environment, parsed  # noqa: E402
+from benchmarks.bench_step import add_options, asked, environment, parsed  # noqa: E402
 from benchmarks.predict_step import CASES, DTYPE, GIB, Case  # noqa: E402
 from benchmarks.run import write  # noqa: E402
 from benchmarks.step_methods import FUSED, Cell, build  # noqa: E402
@@ -44,14 +44,9 @@ TOO_LITTLE = ("out of memory", "ALLOC_FAILED", "unable to find an engine")
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="the largest batch that trains in a memory")
-    parser.add_argument("--device", choices=("cuda",), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="one level of each model")
-    parser.add_argument("--only", default="", help="a pattern of cases to measure")
-    parser.add_argument("--without", default="", help="a pattern of cases to leave out")
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no case after this")
-    parser.add_argument("--commit", default="", help="named in the results where git is not there")
-    parser.add_argument("--list", action="store_true")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    add_options(parser, quick="one level of each model")
+    # a CPU's memory has no such limit
+    parser.set_defaults(device="cuda")
     options, device = parsed(parser, arguments)
     plan = [
         (case, level)

@@ -43,17 +43,10 @@ from benchmarks.step_models import Model, models  # noqa: E402
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="whole training steps, ours and rivals")
-    parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true", help="a tiny model, few rounds")
-    parser.add_argument("--only", default="", help="a pattern of cells to measure")
-    parser.add_argument("--without", default="", help="a pattern of cells to leave out")
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after this")
+    add_options(parser)
     parser.add_argument("--seconds", type=float, default=20.0, help="of rounds for each batch")
     parser.add_argument("--threads", type=int, help="of the CPU (default: PyTorch's)")
-    parser.add_argument("--commit", default="", help="named in the results where git is not there")
     parser.add_argument("--compile", action="store_true", help="on the CPU too")
-    parser.add_argument("--list", action="store_true")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options, device = parsed(parser, arguments)
     plan = list(chosen(device.type, options))
     if not plan:
@@ -62,6 +55,18 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(full_name(m, b, c) for m, b in plan for c in b.cells))
         return 0
     return run(plan, device, options)
+
+
+def add_options(parser: argparse.ArgumentParser, quick: str = "a tiny model, few rounds") -> None:
+    """What every benchmark of whole models takes."""
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--only", default="", help="a pattern of cells to measure")
+    parser.add_argument("--without", default="", help="a pattern of cells to leave out")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after this")
+    parser.add_argument("--commit", default="", help="named in the results where git is not there")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
 
 
 def parsed(

@@ -120,7 +120,6 @@ def run_stages(wanted: tuple[str, ...], options: argparse.Namespace) -> int:
             environment["PYTHONPATH"] = os.pathsep.join(
                 filter(None, [str(site), os.environ.get("PYTHONPATH")])
             )
-        sys.path.insert(0, str(ROOT))
         from benchmarks.optional_packages import OPTIONAL
 
         absent = [p for p in (*NEEDED, *HELPFUL, *OPTIONAL) if importlib.util.find_spec(p) is None]

@@ -171,7 +171,6 @@ def test_a_captured_step_begins_where_the_other_does(monkeypatch, cell):
     assert step_measure.cosine(found[1], truth[1]) > 0.99999
     step.run()
     assert step.graph.replays == 2 and len(started) == 4
-    assert step_measure.count(cell, step, trunk(device), device)["peak_bytes"] is not None
     assert step_measure.peak_on_gpu(step, device) == {"peak_bytes": None}
 
 
