@@ -45,9 +45,10 @@ TOO_LITTLE = ("out of memory", "ALLOC_FAILED", "unable to find an engine")
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="the largest batch that trains in a memory")
     add_options(parser, quick="one level of each model")
-    # a CPU's memory has no such limit
     parser.set_defaults(device="cuda")
     options, device = parsed(parser, arguments)
+    if options.device != "cuda":
+        parser.error(f"--device: expected cuda, whose memory it fills, got {options.device}")
     plan = [
         (case, level)
         for case in CASES

@@ -99,6 +99,9 @@ def test_every_case_is_named(capsys):
     with pytest.raises(SystemExit):
         bench_largest.main(["--list", "--only", "SD9"])
     assert "no case is left" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench_largest.main(["--device", "cpu"])
+    assert "--device: expected cuda, whose memory it fills, got cpu" in capsys.readouterr().err
 
 
 def test_a_case_that_fails_is_named_and_the_others_are_measured(monkeypatch, tmp_path, capsys):
