@@ -131,7 +131,7 @@ def test_step(python: str, where: list[str], report: Path) -> Step:
     if importlib.util.find_spec("pytest_timeout"):
         command.append("--timeout=180")
     if importlib.util.find_spec("xdist"):
-        workers = max(1, min(8, (os.cpu_count() or 1) // 2))
+        workers = max(1, min(14, (os.cpu_count() or 1) - 2))
         command += ["-n", str(workers), "--dist", "worksteal"]
     return Step("suite", command, read=lambda text: read_report(report, text))
 
