@@ -5,7 +5,7 @@ and the table of cells in step_methods.py, how a batch of cells is measured in s
 Writes results/step_<device>.json and prints a table: time of a step, peak memory above the trunk's
 weights, bytes saved for backward, kernels or operators, trainable parameters.
 
-Rows of the file that were not measured again stay, if they are of the same commit and device, so
+Rows of the file that were not measured again stay, if they are of the same sources and device, so
 that short runs add up. Ratios are of times from one loop: each row names, under `beside`, what the
 cells of its batch took in the same rounds. A cell that was not measured is named, with the reason.
 Exit status is not zero where a cell was wrong or failed.
@@ -181,7 +181,7 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def merged(path: Path, found: dict[str, Any]) -> dict[str, Any]:
-    """Rows of the same commit and device that were not measured now stay.
+    """Rows of the same sources and device that were not measured now stay.
 
     Of a cell that several batches measure the row of the first batch stays, as long as that one is
     not measured again; what the other batches' cells are compared to is in their `beside`.
@@ -189,11 +189,11 @@ def merged(path: Path, found: dict[str, Any]) -> dict[str, Any]:
     before: dict[str, Any] = {"rows": [], "absent": []}
     if path.exists():
         old = json.loads(path.read_text())
-        same = ("device", "commit", "torch", "quick")
+        same = ("device", "sources", "torch", "quick")
         if all(old["environment"].get(k) == found["environment"][k] for k in same):
             before = old
         else:
-            print(f"{path.name} is of another commit or device: its rows are dropped")
+            print(f"{path.name} is of other sources or another device: its rows are dropped")
     rows = {key(r): r for r in before["rows"]}
     order = [batch.name for batch in batches("cuda")]
     for row in found["rows"]:

@@ -119,13 +119,13 @@ def _key(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def merged(path: Path, found: dict[str, Any]) -> dict[str, Any]:
-    """Rows of the same commit and device that were not measured now stay."""
+    """Rows of the same sources and device that were not measured now stay."""
     if not path.exists():
         return found
     before = json.loads(path.read_text())
-    same = ("device", "commit", "torch", "quick")
+    same = ("device", "sources", "torch", "quick")
     if any(before["environment"].get(k) != found["environment"][k] for k in same):
-        print(f"{path.name} is of another commit or device: its rows are dropped")
+        print(f"{path.name} is of other sources or another device: its rows are dropped")
         return found
     # dictionaries keep the first place of a key, and the last value
     rows = {(*_key(r), r["variant"]): r for r in (*before["rows"], *found["rows"])}
