@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .adapters import AdapterConfig
     from .attention import fuse_qkv, set_attention, unfuse_qkv
     from .backends import BackendStatus, BackendUnavailableError, backends
+    from .captured import Captured
     from .export import export_lora
     from .inject import (
         InjectionReport,
@@ -47,6 +48,7 @@ __all__ = [
     "AdapterFileError",
     "BackendStatus",
     "BackendUnavailableError",
+    "Captured",
     "InjectionReport",
     "LeanReport",
     "adapters_per_sample",
@@ -81,6 +83,7 @@ _HOMES = {
     "adapters": ("AdapterConfig",),
     "attention": ("fuse_qkv", "set_attention", "unfuse_qkv"),
     "backends": ("BackendStatus", "BackendUnavailableError", "backends"),
+    "captured": ("Captured",),
     "export": ("export_lora",),
     "inject": (
         "InjectionReport",

@@ -61,7 +61,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def sources() -> str:
-    """A digest of what is measured, the package and its C++: equal for commits that change neither."""
+    """A digest of the package and its C++, equal for commits that change neither."""
     digest = hashlib.sha256()
     parts = [*ROOT.glob("a3fta_kernels/**/*.py"), *ROOT.glob("csrc/**/*")]
     for path in sorted(p for p in parts if p.is_file()):

@@ -3,7 +3,7 @@
 Runs the pytest-benchmark files, writes results/<device>.json (environment, ceilings, one row per
 bench, workload, dtype, direction and variant) and prints a table; --quick writes
 results/<device>-quick.json. Rows of the file that were not measured again stay, if they are of the
-same commit and device. Rows of a run that was killed lie in results/<device>.rows: the next run
+same sources and device. Rows of a run that was killed lie in results/<device>.rows: the next run
 takes them over, or `--collect` alone. Exit status is not zero when a variant was wrong or did not
 run.
 """

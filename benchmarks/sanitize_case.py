@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from a3fta_kernels import ops
-from a3fta_kernels.backends import why_not
+from a3fta_kernels.backends import BackendUnavailableError, why_not
 from benchmarks.variants import EAGER, cross_inputs
 from benchmarks.workloads import Workload
 from tests.ops.norm_protocol import NormCase, unit_of
@@ -37,6 +37,7 @@ from tests.oracle import (
 )
 
 Run = tuple[str, str, torch.dtype]
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def cases(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
@@ -156,9 +157,10 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", default="native", choices=("native", "triton"))
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     arguments = parser.parse_args()
     ran = 0
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in (getattr(torch, name) for name in arguments.dtypes):
         run = (arguments.backend, arguments.device, dtype)
         reason = why_not(arguments.backend, torch.device(arguments.device), dtype)
         if reason is not None:
@@ -172,7 +174,11 @@ def main() -> int:
                 ran += 1
         if hasattr(ops, "cross_attention_adapter"):
             for workload in crosses(dtype, arguments.quick):
-                check_cross(workload, run)
+                try:
+                    check_cross(workload, run)
+                except BackendUnavailableError as why:
+                    print(f"{arguments.backend} {dtype} {workload}: {why}", flush=True)
+                    continue
                 print(f"{arguments.backend} {dtype} {workload}", flush=True)
                 ran += 1
         # rows of whole vectors and not, blocks of 128 that end short

@@ -41,7 +41,7 @@ LAYERS = [
     ["adapters.bottleneck"],
     ["adapters.*"],
     ["adapters"],
-    ["bank", "forwards", "stack", "whereabouts"],
+    ["bank", "captured", "forwards", "stack", "whereabouts"],
     ["placements"],
     ["projection"],
     ["tree"],

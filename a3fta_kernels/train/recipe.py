@@ -62,6 +62,7 @@ def finetune(settings: Settings, listener: Listener | None = None) -> Path:
     except ValueError as error:  # no such precision here, or not after a run of another
         raise TrainingError(f"mixed_precision {settings.mixed_precision}: {error}") from error
     main = accelerator.is_main_process
+    _check_graph(settings, accelerator)
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     torch.backends.cudnn.allow_tf32 = settings.tf32
     with _owned(output, main):
@@ -120,6 +121,16 @@ def _check_paths(settings: Settings) -> None:
                 f"output: expected a folder outside of {name}, which its samples would join, got "
                 f"{settings.output} in {folder}"
             )
+
+
+def _check_graph(settings: Settings, accelerator: Any) -> None:
+    if not settings.cuda_graph:
+        return
+    if accelerator.device.type != "cuda" or accelerator.num_processes > 1:
+        raise TrainingError(
+            f"cuda_graph: expected one process and its GPU, got {accelerator.num_processes} on "
+            f"{accelerator.device.type}"
+        )
 
 
 def _check_family(settings: Settings, family: Family) -> None:

@@ -165,6 +165,9 @@ class Settings:
     checkpoint_limit: int = setting(
         3, "running", "newest checkpoints kept, beside the best; 0: all", low=0, changeable=True
     )
+    cuda_graph: bool = setting(
+        False, "running", "record forward and backward once and replay them: one GPU, not fp16"
+    )
     resume: bool = setting(False, "running", "go on where the run stopped", changeable=True)
     push_to_hub: str = setting(
         "", "running", "name/of-a-repository to upload the adapter's folder to at the end",
@@ -190,6 +193,11 @@ class Settings:
             raise ValueError(
                 f"mixed_precision: expected no beside train={self.train}, whose weights train in "
                 f"fp32, got {self.mixed_precision}"
+            )
+        if self.cuda_graph and self.mixed_precision == "fp16":
+            raise ValueError(
+                "mixed_precision: expected no or bf16 beside cuda_graph, which scales no losses, "
+                "got fp16"
             )
         if self.heldout_count is not None and self.heldout not in ("auto", "holdout"):
             raise ValueError(

@@ -11,7 +11,7 @@ import contextlib
 import io
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..captured import Captured
 from ..inject import disabled, trainable_parameters
 from ..storage import save_adapter
 from . import checkpoints, monitor, records
@@ -27,6 +28,10 @@ from .errors import TrainingError
 from .families import Family, Row, stack
 from .optimizers import build, schedule
 from .settings import Settings
+
+# on the device; what was stacked of rows has names that begin with _ROW
+Batch = Mapping[str, Tensor]
+_ROW = "row "
 
 
 class Listener:
@@ -102,6 +107,13 @@ class Trainer:
         if prior := run.material.prior:
             self.prior_order = _order(prior, range(len(prior)), settings)
         self.device = self.accelerator.device
+        self.losses: dict[str, Callable[[Batch], Tensor]] = {
+            "photos": self._of_photos, "prior": self._of_prior
+        }  # fmt: skip
+        self.captured: dict[str, Captured] = {}
+        if settings.cuda_graph:
+            for name, loss in self.losses.items():
+                self.captured[name] = Captured(self._share(loss), self.parameters)
         self.done = 0
 
     def advance(self) -> dict[str, Any]:
@@ -123,13 +135,10 @@ class Trainer:
             number = ((step - 1) * settings.accumulate + turn) * world + rank
             chosen = self.order[number]
             photos += chosen
-            parts = self._losses(number, chosen)
-            for i, loss in enumerate(parts):
+            parts = self._parts(number, chosen)
+            for i, (name, batch) in enumerate(parts):
                 last = turn == settings.accumulate - 1 and i == len(parts) - 1
-                with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                    value = loss()
-                    self.accelerator.backward(value / settings.accumulate)
-                total += value.detach().double() / settings.accumulate
+                total += self._descend(name, batch, last)
         if world > 1:
             total = self.accelerator.reduce(total, "mean")
         loss_value = float(total)
@@ -150,8 +159,24 @@ class Trainer:
             "seconds": time.perf_counter() - began, "memory": _peak(self.device),
         }  # fmt: skip
 
-    def _losses(self, number: int, chosen: Sequence[int]) -> list[Callable[[], Tensor]]:
-        """What to minimise for batch `number`, each its own forward and backward."""
+    def _share(self, loss: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
+        return lambda batch: loss(batch) / self.run.settings.accumulate
+
+    def _descend(self, name: str, batch: Batch, last: bool) -> Tensor:
+        """Adds the gradients of a part of the step; its share of the loss, in float64."""
+        if self.captured:
+            try:
+                return self.captured[name](batch).double()
+            except RuntimeError as error:
+                raise TrainingError(f"cuda_graph: {error}") from error
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+            value = self.losses[name](batch)
+            self.accelerator.backward(value / self.run.settings.accumulate)
+        return value.detach().double() / self.run.settings.accumulate
+
+    def _parts(self, number: int, chosen: Sequence[int]) -> list[tuple[str, Batch]]:
+        """What to minimise for batch `number`, each its own forward and backward: the name of a
+        loss, and what it is of."""
         settings, material, family = self.run.settings, self.run.material, self.run.family
         draw = generator(settings.seed, "batch", number)
         mirrored = torch.rand(len(chosen), generator=draw) < 0.5
@@ -165,31 +190,34 @@ class Trainer:
             for row, quiet in zip(rows, silent.tolist(), strict=True)
         ]
         noisy, target, level = self._noised(rows, draw)
-
-        def photos() -> Tensor:
-            errors = (self._predict(self.model, noisy, level, rows).float() - target).square()
-            weight = family.noise.weight(level, settings.snr_gamma).to(errors.device)
-            return (weight * errors.flatten(1).mean(1)).mean()
-
-        if not settings.prior_weight:
-            return [photos]
-
-        def prior() -> Tensor:
-            """The model's distance from itself without its adapters."""
-            others = rows
+        weight = family.noise.weight(level, settings.snr_gamma)
+        parts = [("photos", self._batch(rows, noisy, level, target=target, weight=weight))]
+        if settings.prior_weight:
             if self.prior_order is not None:
-                others = [material.prior[i] for i in self.prior_order[number]]
-            others = [{**row, **material.prior_text} for row in others]
-            x, _, at = self._noised(others, generator(settings.seed, "prior", number))
-            with torch.no_grad(), disabled(self.plain):
-                teacher = self._predict(self.plain, x, at, others).float()
-            errors = (self._predict(self.model, x, at, others).float() - teacher).square()
-            return settings.prior_weight * errors.mean()
+                rows = [material.prior[i] for i in self.prior_order[number]]
+            rows = [{**row, **material.prior_text} for row in rows]
+            noisy, _, level = self._noised(rows, generator(settings.seed, "prior", number))
+            parts.append(("prior", self._batch(rows, noisy, level)))
+        return parts
 
-        return [photos, prior]
+    def _batch(self, rows: list[Row], noisy: Tensor, level: Tensor, **more: Tensor) -> Batch:
+        found = {"noisy": noisy, "time": self.run.family.noise.time(level), **more}
+        found |= {f"{_ROW}{name}": value for name, value in stack(rows).items()}
+        return {name: x.to(self.device) for name, x in found.items()}
+
+    def _of_photos(self, batch: Batch) -> Tensor:
+        errors = (self._predict(self.model, batch).float() - batch["target"]).square()
+        return (batch["weight"] * errors.flatten(1).mean(1)).mean()
+
+    def _of_prior(self, batch: Batch) -> Tensor:
+        """The model's distance from itself without its adapters."""
+        with torch.no_grad(), disabled(self.plain):
+            teacher = self._predict(self.plain, batch).float()
+        errors = (self._predict(self.model, batch).float() - teacher).square()
+        return self.run.settings.prior_weight * errors.mean()
 
     def _noised(self, rows: list[Row], draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """(noisy, target) on the device, and the levels."""
+        """(noisy, target), and the levels."""
         noise_of, batch = self.run.family.noise, stack(rows)
         x = self.run.family.clean(batch, draw)
         noise = torch.randn(x.shape, generator=draw)
@@ -197,14 +225,12 @@ class Trainer:
             shared = torch.randn(*x.shape[:2], 1, 1, generator=draw)
             noise = noise + self.run.settings.noise_offset * shared
         level = noise_of.draw(len(x), draw)
-        noisy, target = noise_of.noisy(x, noise, level), noise_of.target(x, noise, level)
-        return noisy.to(self.device), target.to(self.device), level
+        return noise_of.noisy(x, noise, level), noise_of.target(x, noise, level), level
 
-    def _predict(self, model: nn.Module, noisy: Tensor, level: Tensor, rows: list[Row]) -> Tensor:
-        time = self.run.family.noise.time(level).to(self.device)
-        row = {name: value.to(self.device) for name, value in stack(rows).items()}
+    def _predict(self, model: nn.Module, batch: Batch) -> Tensor:
+        row = {k.removeprefix(_ROW): x for k, x in batch.items() if k.startswith(_ROW)}
         with self.accelerator.autocast():
-            return self.run.family.predict(model, noisy, time, row)
+            return self.run.family.predict(model, batch["noisy"], batch["time"], row)
 
     def _check(self, step: int, what: str, value: float, photos: Sequence[int]) -> None:
         if math.isfinite(value):

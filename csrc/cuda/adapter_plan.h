@@ -91,15 +91,15 @@ constexpr int64_t cluster_bytes(const ClusterLayout& s, int padded) {
   return kMailboxBytes + 4 * kClusterRows * padded + 2 * halves;
 }
 
-// The smallest cluster whose blocks hold their slices, since fewer blocks exchange less; three
-// buffers of dy before two. Powers of two, which fill the 16 or 18 processors that a cluster can be
+// The smallest cluster whose blocks hold their slices, since fewer blocks exchange less, but two, as
+// a block alone is no cluster that st.async may send in; three buffers of dy before two. Powers of two, which fill the 16 or 18 processors that a cluster can be
 // placed on; 16 blocks only where 8 do not do, since not every device can place them.
 inline ClusterLayout plan_cluster(const Chip& chip, int64_t n, int64_t c, int64_t rank,
                                   bool through) {
   const int padded = padded_rank(rank);
   if (padded == 0 || chip.capability < 90) return {};
-  constexpr int kChoices[][2] = {{1, 3}, {2, 3}, {4, 3}, {8, 3},  {1, 2},
-                                 {2, 2}, {4, 2}, {8, 2}, {16, 3}, {16, 2}};
+  constexpr int kChoices[][2] = {{2, 3}, {4, 3}, {8, 3},  {2, 2},
+                                 {4, 2}, {8, 2}, {16, 3}, {16, 2}};
   for (const auto& [blocks, dy_buffers] : kChoices) {
     ClusterLayout s{blocks,  slice_width(n, blocks), slice_width(c, blocks),
                     through, dy_buffers,             0};
@@ -130,7 +130,7 @@ constexpr int64_t forward_bytes(const ForwardLayout& s, int padded) {
 inline ForwardLayout plan_cluster_forward(const Chip& chip, int64_t channels, int64_t rank) {
   const int padded = padded_rank(rank);
   if (padded == 0 || chip.capability < 90) return {};
-  constexpr int kChoices[][2] = {{1, 3}, {2, 3}, {4, 3}, {8, 3}, {8, 2}, {16, 3}, {16, 2}};
+  constexpr int kChoices[][2] = {{2, 3}, {4, 3}, {8, 3}, {8, 2}, {16, 3}, {16, 2}};
   for (const auto& [blocks, h_buffers] : kChoices) {
     ForwardLayout s{blocks, slice_width(channels, blocks), h_buffers, 0};
     s.shared_bytes = forward_bytes(s, padded);

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ pytest.importorskip("diffusers")
 from a3fta_kernels.cli.demo import base, compare, data, metrics, report, training
 from a3fta_kernels.cli.errors import CommandError
 from a3fta_kernels.train import closeness
+from benchmarks import measure
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,29 @@ def test_legible_reads_real_digits_and_not_shuffled_labels(digits):
     real, held = digits.reference, digits.heldout
     assert metrics.legible(held.x, held.y, real.x, real.y) > 0.9
     assert metrics.legible(held.x, (held.y + 1) % 10, real.x, real.y) < 0.1
+
+
+@pytest.mark.parametrize(
+    "count",
+    [metrics.saved_for_backward, lambda model, x: measure.saved_bytes(lambda: model(x), [])],
+    ids=["demo", "benchmarks"],
+)
+def test_counting_saved_bytes_keeps_nothing(count):
+    """An operator that saves its own output, held by what was saved, would never be freed."""
+    graphs = []
+
+    class Exp(nn.Module):
+        def forward(self, x):
+            token = nn.Module()  # as long-lived as the graph whose hook holds it
+            graphs.append(weakref.ref(token))
+            y = (x + 0).exp()
+            y.register_hook(lambda grad, held=token: grad)
+            return y
+
+    x = torch.ones(8, requires_grad=True)
+    assert count(Exp(), x) == x.nbytes
+    gc.collect()
+    assert graphs[0]() is None
 
 
 def test_saved_bytes_count_each_storage_once_and_no_weights():

@@ -178,6 +178,15 @@ def test_a_residual_alone(kernels, monkeypatch):
     assert torch.equal(grad, torch.ones_like(grad))
 
 
+@CASES
+def test_all_that_is_saved_is_written(case, kernels, poisoned):
+    """hz too, whose rows are padded: else two equal calls would differ."""
+    arguments = op_arguments(case, *kernels)
+    found = torch.ops.a3fta.cross_attention_adapter(*arguments)
+    assert found[1].shape[1] > layout.hz_widths(6, case.r)[0]
+    assert all(x.isfinite().all() for x in found)
+
+
 def test_the_widths_of_hz():
     for channels, rank in ((320, 16), (320, 1), (33, 64), (5, 17)):
         columns, stride = layout.hz_widths(channels, rank)

@@ -34,6 +34,23 @@ def command(folder: Path, *more: str) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_run_of_replayed_graphs(precision, tmp_path):
+    """The losses of a run without; and the same once more after an interruption."""
+    found = {}
+    for name, more in (("eager", ()), ("graph", ("--cuda-graph",))):
+        folder = tmp_path / name
+        folder.mkdir()
+        runs.write_unet(folder)
+        runs.write_photos(folder, 6)
+        command(folder, "--mixed-precision", precision, "--steps", "6", *more)
+        if more:
+            command(folder, "--mixed-precision", precision, "--steps", "8", "--resume", *more)
+        found[name] = [entry["loss"] for entry in records.read(folder / "run", records.LOG)]
+    assert len(found["graph"]) == 8
+    assert found["graph"][:6] == pytest.approx(found["eager"], rel=0.02)
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_a_run_on_a_gpu(precision, tmp_path):
     runs.write_unet(tmp_path)

@@ -37,6 +37,7 @@ def settings(tmp_path, accelerators, pipelines):
         ({"lean": "auto", "budget": "much"}, "budget: expected a size"),
         ({"log_with": ("paper",)}, "log_with: expected one of those installed"),
         ({"optimizer": "sgd"}, "optimizer: "),
+        ({"cuda_graph": True}, "cuda_graph: expected one process and its GPU, got 1 on cpu"),
     ],
 )
 def test_what_cannot_be_leaves_no_run(settings, changes, told):

@@ -119,6 +119,11 @@ def test_help_says_the_defaults():
             ValueError,
             "mixed_precision: expected no beside",
         ),
+        (
+            {"cuda_graph": True, "mixed_precision": "fp16"},
+            ValueError,
+            "mixed_precision: expected no or bf16 beside cuda_graph, .*got fp16",
+        ),
         ({"budget": "1GiB"}, ValueError, "lean: expected auto beside a budget, got 'exact'"),
         ({"prior_prompt": "a dog"}, ValueError, "prior_weight: expected more than 0"),
         ({"prior_data": "dogs"}, ValueError, "prior_weight: expected more than 0"),

@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 
+from a3fta_kernels.train.errors import TrainingError
+from tests import graphs
 from tests.train import setups
 from tests.train.setups import gradients, held, norm, same, values
 
@@ -116,6 +118,39 @@ def test_dropout_draws_anew_in_every_step_and_process(trainers):
             trainer.advance()
             seeds.add(torch.initial_seed())
     assert len(seeds) == 6
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"accumulate": 3, "batch": 1}, {"dropout": 0.5}, {"prior_weight": 0.5}, {"ema": 0.9}],
+    ids=str,
+)
+def test_replayed_steps_are_those_of_eager_code(trainers, monkeypatch, changes):
+    pools = graphs.stand_in(monkeypatch)
+    (eager, _), (replayed, seen) = trainers(**changes), trainers(cuda_graph=True, **changes)
+    for _ in range(3):
+        expected, entry = eager.advance(), replayed.advance()
+        assert entry["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert entry["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    for ours, theirs in zip(values(replayed), values(eager), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    # a recording of each loss, and every batch was seen
+    assert len(pools) == 1 + ("prior_weight" in changes)
+    assert len(seen.noised) == 3 * changes.get("accumulate", 1) * len(pools)
+
+
+def test_a_loss_that_cannot_be_recorded_ends_the_run_with_a_reason(trainers, monkeypatch):
+    graphs.stand_in(monkeypatch)
+    trainer, _ = trainers(cuda_graph=True)
+
+    def fails(*_):
+        raise RuntimeError("loss: expected what a CUDA graph can hold, got: a sync")
+
+    monkeypatch.setattr(trainer.captured["photos"], "_record", fails)
+    before = values(trainer)
+    with pytest.raises(TrainingError, match="cuda_graph: loss: expected what a CUDA graph can"):
+        trainer.advance()
+    assert same(values(trainer), before) and trainer.done == 0
 
 
 def test_clipping_clips(trainers):

@@ -54,7 +54,7 @@ def saved_for_backward(model: nn.Module, *args: Any, **kwargs: Any) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             found[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that comes back as it is would keep its own node
 
     # the graph, alive in `output`, keeps every saved storage from being reused while we count
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

@@ -196,6 +196,8 @@ def forward(
     n, rank = v_up.shape
     columns, width = hz_widths(channels, rank)
     hz, a = q.new_empty(batch * length, width), q.new_empty(batch * length, rank)
+    if width > columns:  # of odd sizes: what no kernel writes
+        hz[:, columns:] = 0.0
     if batch * length == 0:
         return q.new_empty(0, n), hz, a
     head_dim, keys = channels // heads, k.shape[1]

@@ -1,0 +1,62 @@
+"""A stand-in for CUDA graphs, whose replays call again."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+
+import a3fta_kernels as a3fta
+from a3fta_kernels import captured as module
+
+
+class Graph:
+    def pool(self):
+        return "pool"
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Lets `Captured` run on the CPU; the pools that recordings are given."""
+
+    class Stream:
+        def __init__(self, device=None):
+            pass
+
+        def wait_stream(self, other):
+            assert isinstance(other, Stream)
+
+    pools = []
+
+    @contextlib.contextmanager
+    def graph(recorded, pool, stream, capture_error_mode):
+        pools.append(pool)
+        yield
+
+    for name, value in (
+        ("Stream", Stream), ("current_stream", Stream), ("CUDAGraph", Graph), ("graph", graph),
+        ("stream", lambda _: contextlib.nullcontext()),
+        ("device", lambda _: contextlib.nullcontext()), ("set_stream", lambda _: None),
+        ("get_rng_state", lambda _: torch.get_rng_state()),
+        ("set_rng_state", lambda state, _: torch.set_rng_state(state)),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(module, "_gpu_of", lambda parameters: parameters[0].device)
+    record = a3fta.Captured._record
+
+    def recorded(self, given):
+        found = record(self, given)
+
+        def replay():
+            value, grads = self._gradients(found.inputs)
+            found.loss.copy_(value)
+            for mine, grad in zip(found.grads, grads, strict=True):
+                if mine is not None:
+                    mine.copy_(grad)
+
+        found.graph.replay = replay
+        return found
+
+    monkeypatch.setattr(a3fta.Captured, "_record", recorded)
+    return pools
