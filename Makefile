@@ -69,7 +69,7 @@ gpu: ## build for the GPU found, test, compute-sanitizer, benchmark; needs torch
 	$(PYTHON) benchmarks/gpu.py $(if $(STAGE),--stage $(STAGE))
 
 wheel: setup ## an abi3 wheel and an sdist in dist/
-	$(PY) -m build --no-isolation
+	A3FTA_CUDA_ARCHS=all $(PY) -m build --no-isolation
 
 clean: ## remove the virtual environment and everything built
 	rm -rf build dist *.egg-info a3fta_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)

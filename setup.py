@@ -10,7 +10,8 @@ Options, environment variables read while building:
     CXX               the C++ compiler (default: c++, g++ or clang++)
     A3FTA_NATIVE=0    install without the compiled library
     A3FTA_CUDA=0      build without CUDA kernels; 1: fail where nvcc is missing (default: if found)
-    A3FTA_CUDA_ARCHS  GPU architectures, e.g. "90" or "80+PTX 120" (default: all of CUDA_ARCHS)
+    A3FTA_CUDA_ARCHS  GPU architectures, e.g. "90" or "80+PTX 120", or "all" of CUDA_ARCHS (default:
+                      those of the GPUs here; all where there is none)
     MAX_JOBS          how many compilers run at once (default: the number of processors)
 
 Objects are kept in build/native and rebuilt when a source, a header, or the command changes.
@@ -100,12 +101,17 @@ class Cuda:
 
     def gencode(self) -> list[str]:
         """-gencode options; architectures that this nvcc does not know are left out, by name."""
-        asked = os.environ.get("A3FTA_CUDA_ARCHS")
-        names = re.split(r"[\s,;]+", (asked or CUDA_ARCHS).strip())
         listing = subprocess.run(
             [self.nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
         ).stdout
         known = set(re.findall(r"sm_(\d+)", listing))
+        asked, here = os.environ.get("A3FTA_CUDA_ARCHS"), archs_here()
+        if not asked and here and known.issuperset(here):
+            names = here
+        elif not asked or asked == "all":
+            names, asked = CUDA_ARCHS.split(), None
+        else:
+            names = re.split(r"[\s,;]+", asked.strip())
         flags = []
         for name in names:
             match = re.fullmatch(r"(\d+)([a-z]?)(\+PTX)?", name)
@@ -126,6 +132,15 @@ class Cuda:
             if arch == "90a":
                 flags.append("-DA3FTA_SM90A")
         return flags
+
+
+def archs_here() -> list[str]:
+    """Those of this machine's GPUs that the kernels run on."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.version.cuda else 0
+    found = {torch.cuda.get_device_capability(i) for i in range(count)}
+    return [f"{major}{minor}" for major, minor in sorted(found) if major >= 8]
 
 
 def find_cuda() -> Cuda | None:
