@@ -5,10 +5,10 @@ and the table of cells in step_methods.py, how a batch of cells is measured in s
 Writes results/step_<device>.json and prints a table: time of a step, peak memory above the trunk's
 weights, bytes saved for backward, kernels or operators, trainable parameters.
 
-Rows of the file that were not measured again stay, if they are of the same sources and device, so
-that short runs add up. Ratios are of times from one loop: each row names, under `beside`, what the
-cells of its batch took in the same rounds. A cell that was not measured is named, with the reason.
-Exit status is not zero where a cell was wrong or failed.
+Rows of the file that were not measured again stay, if they are of the same device, so that short
+runs add up; each row says of which commit it is. Ratios are of times from one loop: each row names,
+under `beside`, what the cells of its batch took in the same rounds. A cell that was not measured is
+named, with the reason. Exit status is not zero where a cell was wrong or failed.
 
     --only PATTERN      cells, models or batches whose name matches
                         ("SDXL 1024x1024, batch 4 | adapters | A3FTA r64 | exact")
@@ -181,7 +181,7 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def merged(path: Path, found: dict[str, Any]) -> dict[str, Any]:
-    """Rows of the same sources and device that were not measured now stay.
+    """Rows of the same device that were not measured now stay, each with its commit.
 
     Of a cell that several batches measure the row of the first batch stays, as long as that one is
     not measured again; what the other batches' cells are compared to is in their `beside`.
@@ -189,14 +189,15 @@ def merged(path: Path, found: dict[str, Any]) -> dict[str, Any]:
     before: dict[str, Any] = {"rows": [], "absent": []}
     if path.exists():
         old = json.loads(path.read_text())
-        same = ("device", "sources", "torch", "quick")
+        same = ("device", "torch", "quick")
         if all(old["environment"].get(k) == found["environment"][k] for k in same):
             before = old
         else:
-            print(f"{path.name} is of other sources or another device: its rows are dropped")
-    rows = {key(r): r for r in before["rows"]}
+            print(f"{path.name} is of another device or torch: its rows are dropped")
+    rows = {key(r): {"commit": before["environment"]["commit"], **r} for r in before["rows"]}
     order = [batch.name for batch in batches("cuda")]
     for row in found["rows"]:
+        row["commit"] = found["environment"]["commit"]
         kept = rows.get(key(row))
         if kept is None or order.index(row["batch"]) <= order.index(kept["batch"]):
             rows[key(row)] = row

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import math
 import os
 import platform
@@ -38,7 +37,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": device_name(device),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": commit(),
-        "sources": sources(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -58,15 +56,6 @@ def environment(device: torch.device) -> dict[str, Any]:
             "l2_bytes": properties.L2_cache_size,
         }
     return found
-
-
-def sources() -> str:
-    """A digest of the package and its C++, equal for commits that change neither."""
-    digest = hashlib.sha256()
-    parts = [*ROOT.glob("a3fta_kernels/**/*.py"), *ROOT.glob("csrc/**/*")]
-    for path in sorted(p for p in parts if p.is_file()):
-        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def device_name(device: torch.device) -> str:

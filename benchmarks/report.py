@@ -98,7 +98,7 @@ def step_sections(step: Found, stem: str, out: Path) -> Iterator[str]:
             floor = rows.get(Cell(FLOOR, STOCK))
             at = over_lora(Cell(FLOOR, STOCK), floor) if floor else None
             title = f"{model}: time and memory of a training step ({on})"
-            figures.scatter(out / name, title, source(about), placed, at)
+            figures.scatter(out / name, title, source(about, rows.values()), placed, at)
             yield f"![time and memory of a training step of {model}](figures/{name})\n"
             yield "\n".join(said(placed)) + "\n"
         if rows:
@@ -155,16 +155,18 @@ def step_table(rows: dict[Cell, Row], about: dict[str, Any]) -> Iterator[str]:
     loops = sorted({r["rounds"] for r in rows.values()})
     yield (
         f"\nPeak above the trunk's weights by {' and '.join(sorted(ways)) or 'nothing'}; medians "
-        f"of {' or '.join(map(str, loops))} rounds, every cell one step a round. {source(about)}.\n"
+        f"of {' or '.join(map(str, loops))} rounds, every cell one step a round. "
+        f"{source(about, rows.values())}.\n"
     )
 
 
 def op_section(found: Found, stem: str, out: Path) -> Iterator[str]:
     about = found["environment"]
     on, dtype = place(about), "bfloat16" if "capability" in about else "float32"
-    panels = []
+    panels: list[tuple[str, list[Bar]]] = []
+    shown = [r for r in found["rows"] if r["dtype"] == dtype]
     for op in BENCHES:
-        bars = op_bars([r for r in found["rows"] if r["op"] == op and r["dtype"] == dtype])
+        bars = op_bars([r for r in shown if r["op"] == op])
         if bars:
             panels.append((op, bars))
     if not panels:
@@ -172,7 +174,7 @@ def op_section(found: Found, stem: str, out: Path) -> Iterator[str]:
     name = f"ops-{stem}.png"
     title = f"The ops, forward and backward, {dtype} ({on})"
     axis = "time over eager PyTorch's  (left is faster; mean of as many workloads as in brackets)"
-    figures.bars(out / name, title, source(about), panels, axis, line=1.0)
+    figures.bars(out / name, title, source(about, shown), panels, axis, line=1.0)
     yield f"\n## The ops, on {on}\n"
     yield f"![bars: each op over eager PyTorch](figures/{name})\n"
     yield "| op | variant | time over eager | workloads |"
@@ -180,7 +182,7 @@ def op_section(found: Found, stem: str, out: Path) -> Iterator[str]:
     for op, bars in panels:
         for variant, ratio, _, text in bars:
             yield f"| {op} | {variant} | {ratio:.2f} | {text.partition('(')[2].rstrip(')')} |"
-    yield f"\n{source(about)}.\n"
+    yield f"\n{source(about, shown)}.\n"
 
 
 def op_bars(rows: list[Row]) -> list[Bar]:

@@ -3,9 +3,9 @@
 Runs the pytest-benchmark files, writes results/<device>.json (environment, ceilings, one row per
 bench, workload, dtype, direction and variant) and prints a table; --quick writes
 results/<device>-quick.json. Rows of the file that were not measured again stay, if they are of the
-same sources and device. Rows of a run that was killed lie in results/<device>.rows: the next run
-takes them over, or `--collect` alone. Exit status is not zero when a variant was wrong or did not
-run.
+same device, and say of which commit they are. Rows of a run that was killed lie in
+results/<device>.rows: the next run takes them over, or `--collect` alone. Exit status is not zero
+when a variant was wrong or did not run.
 """
 
 from __future__ import annotations
@@ -119,16 +119,23 @@ def _key(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def merged(path: Path, found: dict[str, Any]) -> dict[str, Any]:
-    """Rows of the same sources and device that were not measured now stay."""
+    """Rows of the same device that were not measured now stay, each with its commit; of another
+    commit whole groups, since what is compared is of one loop."""
+    commit = found["environment"]["commit"]
+    for row in found["rows"]:
+        row["commit"] = commit
     if not path.exists():
         return found
     before = json.loads(path.read_text())
-    same = ("device", "sources", "torch", "quick")
+    same = ("device", "torch", "quick")
     if any(before["environment"].get(k) != found["environment"][k] for k in same):
-        print(f"{path.name} is of other sources or another device: its rows are dropped")
+        print(f"{path.name} is of another device or torch: its rows are dropped")
         return found
+    measured = {_key(row) for row in found["rows"]}
+    old = [{"commit": before["environment"]["commit"], **row} for row in before["rows"]]
+    old = [row for row in old if row["commit"] == commit or _key(row) not in measured]
     # dictionaries keep the first place of a key, and the last value
-    rows = {(*_key(r), r["variant"]): r for r in (*before["rows"], *found["rows"])}
+    rows = {(*_key(r), r["variant"]): r for r in (*old, *found["rows"])}
     return found | {"rows": sorted(rows.values(), key=lambda r: BENCHES.index(r["op"]))}
 
 

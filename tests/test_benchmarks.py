@@ -334,7 +334,7 @@ def test_ratios_and_file(tmp_path):
     )
     assert [r["x_eager"] for r in rows] == [1.0, 2.0, 10.0]
     assert rows[1]["of_floor"] == 0.4 and "of_floor" not in rows[2]
-    environment = {"device": "d", "sources": "c", "torch": "t", "quick": False}
+    environment = {"device": "d", "commit": "c", "torch": "t", "quick": False}
     found = {"environment": environment, "ceilings": {"copy_bytes_per_s": 1e9}, "rows": rows}
     path = tmp_path / "d.json"
     run.write(path, found)
@@ -346,12 +346,19 @@ def test_ratios_and_file(tmp_path):
     ]  # fmt: skip
     again = found | {"rows": [rows[1] | {"q50_us": 4.0}]}
     assert [r["q50_us"] for r in run.merged(path, again)["rows"]] == [10.0, 4.0, 1.0]
-    other = linear | {"environment": environment | {"sources": "another"}}
-    assert run.merged(path, other) == other
+    # of another commit: groups that were not measured stay, and say of which they are
+    later = again | {"environment": environment | {"commit": "later"}}
+    found = run.merged(path, later)["rows"]
+    assert [(r["variant"], r["commit"]) for r in found] == [("native", "later")]
+    later["rows"] = [rows[0] | {"op": "adapter_linear"}]
+    found = run.merged(path, later)["rows"]
+    assert [r["commit"] for r in found] == ["c", "c", "c", "later"]
+    other = linear | {"environment": environment | {"torch": "another"}}
+    assert [r["op"] for r in run.merged(path, other)["rows"]] == ["adapter_linear"]
 
 
 def test_rows_of_a_killed_run_are_kept(tmp_path):
-    environment = {"device": "d", "sources": "c", "torch": "t", "quick": False}
+    environment = {"device": "d", "commit": "c", "torch": "t", "quick": False}
     row = {"op": "adapter", "workload": "w", "dtype": "float32", "direction": "forward"}
     lines = [
         {"environment": environment},

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("diffusers")
 
 import a3fta_kernels as a3fta
-from benchmarks import bench_step, measure, step_measure, step_methods, step_models
+from benchmarks import bench_step, step_measure, step_methods, step_models
 from benchmarks.step_measure import Found, Limits, measure_batch, rounds
 from benchmarks.step_methods import (
     ANCHOR,
@@ -294,7 +294,7 @@ def row_of(cell: Cell, model) -> dict:
             "peak_bytes": 1, "saved_bytes": 1, "beside": {}}  # fmt: skip
 
 
-def run(monkeypatch, out, *arguments: str, fails: str = "", sources: str = "abc") -> tuple:
+def run(monkeypatch, out, *arguments: str, fails: str = "", commit: str = "abc") -> tuple:
     """The command with cells that cost nothing; what it measured, and the file."""
     seen: list[tuple[str, Cell]] = []
 
@@ -309,9 +309,8 @@ def run(monkeypatch, out, *arguments: str, fails: str = "", sources: str = "abc"
         return found
 
     monkeypatch.setattr(step_measure, "measure_batch", fake)
-    monkeypatch.setattr(measure, "sources", lambda: sources)
     monkeypatch.setattr(step_models.Model, "trunk", lambda *_: torch.nn.Identity())
-    code = bench_step.main(["--device", "cpu", "--out", str(out), *arguments])
+    code = bench_step.main(["--device", "cpu", "--out", str(out), "--commit", commit, *arguments])
     path = next(iter(out.glob("*.json")))
     return code, seen, json.loads(path.read_text())
 
@@ -353,13 +352,14 @@ def test_rows_add_up(monkeypatch, tmp_path):
     assert cells_of(third["absent"]) == [("tiny", FUSED, "recompute")]
     _, _, fourth = run(monkeypatch, tmp_path, *quick, "--only", "recompute$")
     assert not fourth["absent"] and ("tiny", FUSED, "recompute") in cells_of(fourth["rows"])
-    # another commit of the same sources: all stay
-    given = ("--commit", "another")
-    _, _, fifth = run(monkeypatch, tmp_path, *quick, "--only", "recompute$", *given)
+    # of another commit: what was not measured again stays, and says of which it is
+    _, _, fifth = run(monkeypatch, tmp_path, *quick, "--only", "recompute$", commit="def")
     assert set(cells_of(fifth["rows"])) == set(cells_of(fourth["rows"]))
-    assert fifth["environment"]["commit"] == "another"
-    # other sources: nothing stays
-    _, _, other = run(monkeypatch, tmp_path, *quick, "--only", "exact", sources="def")
+    assert {r["variant"] for r in fifth["rows"] if r["commit"] == "def"} >= {"recompute"}
+    assert {r["commit"] for r in fifth["rows"] if r["variant"] == "exact"} == {"abc"}
+    # another version of torch: nothing stays
+    monkeypatch.setattr(torch, "__version__", "0.0")
+    _, _, other = run(monkeypatch, tmp_path, *quick, "--only", "exact")
     assert set(cells_of(other["rows"])) == set(cells_of(first["rows"]))
 
 
