@@ -50,6 +50,25 @@ def test_what_is_folded_costs_no_operator_and_one_call_serves_all(measured):
     assert counts["A3FTA r64, an adapter per image, one by one"] > 3 * frozen
 
 
+def test_replayed_cells_are_measured_on_a_gpu_alone(capsys):
+    names = {}
+    for device in ("cpu", "cuda"):
+        assert bench_inference.main(["--device", device, "--list"]) == 0
+        names[device] = capsys.readouterr().out
+    assert "graph" not in names["cpu"]
+    assert "| A3FTA r64, graph\n" in names["cuda"] and "frozen base, graph" in names["cuda"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
+def test_replayed_calls_are_right(tmp_path):
+    options = ["--quick", "--device", "cuda", "--out", str(tmp_path), "--only", "graph"]
+    assert bench_inference.main(options) == 0
+    (file,) = tmp_path.glob("*.json")
+    rows = {row["cell"]: row for row in json.loads(file.read_text())["rows"]}
+    assert rows["A3FTA r64, graph"]["peak_bytes"] is None
+    assert rows["A3FTA r64, graph"]["counts"]["kernels"] > 0
+
+
 def tiny():
     (model,) = QUICK
     device = torch.device("cpu")
