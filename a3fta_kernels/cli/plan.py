@@ -10,7 +10,7 @@ from typing import Any
 
 from ..memory.account import mib, parse_size
 from ..memory.levels import LEVELS
-from ..memory.plan import ALLOWANCE, PRECISIONS, Plan, make_plan, runs
+from ..memory.plan import CONTEXT, PRECISIONS, UNUSABLE, Plan, make_plan, runs
 from . import subject
 from .errors import CommandError
 
@@ -33,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--level", choices=LEVELS, help="this level alone (all)")
     parser.add_argument("--precision", choices=PRECISIONS, help="of the weights (all)")
     parser.add_argument(
-        "--allowance", type=_size, default=f"{ALLOWANCE >> 20}MiB",
-        help="for the CUDA context, workspaces and fragmentation: assumed, not measured",
+        "--allowance", type=_size,
+        help="for the CUDA context, workspaces and fragmentation "
+        f"({CONTEXT >> 20}MiB and {100 * UNUSABLE:g} %% of the memory)",
     )  # fmt: skip
     parser.add_argument(
         "--workers", type=subject.positive, default=min(4, os.cpu_count() or 1), help="processes"
@@ -100,7 +101,7 @@ def _print(plan: Plan, batch: int | None) -> None:
     console.print(table)
     console.print(
         f"peak and total at batch 1; total = weights + AdamW + peak + {mib(plan.allowance)} for "
-        f"the CUDA context, workspaces and fragmentation, assumed; batch: the largest that fits",
+        f"the CUDA context, workspaces and fragmentation; batch: the largest that fits",
         highlight=False,
     )
     if plan.best is not None and plan.confirmed is not None:

@@ -5,9 +5,9 @@
 weights: the model with its adapters. optimizer: AdamW's two moments, in the dtype of what trains.
 peak: `step_peak`'s, of inputs, activations and gradients, and of temporary tensors. update: the
 copy of what trains that PyTorch's AdamW makes while it steps. allowance: what no tensor of the step
-holds; see ALLOWANCE. Above batch 1 every tensor is either of the batch's size or independent of it,
-so that peak is a line, which batches 2 and 3 give; at batch 1 some copies become views, and the
-line is an upper bound.
+holds; see `allowance_of`. Above batch 1 every tensor is either of the batch's size or independent
+of it, so that peak is a line, which batches 2 and 3 give; at batch 1 some copies become views, and
+the line is an upper bound.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from .account import mib
 from .levels import LEVELS
 from .peak import Peak, step_peak
 
-# assumed, not measured: a CUDA context with its loaded kernels (about 500 MiB), the workspaces of
-# cuBLAS and cuDNN, and what the caching allocator cannot use of its blocks
-ALLOWANCE = 768 << 20
+# On an H200 a context with its loaded kernels took 788 MiB; of the rest six cases of
+# benchmarks/bench_largest.py could use all but 6 % of the memory: workspaces, and what the caching
+# allocator cannot use of its blocks.
+CONTEXT = 788 << 20
+UNUSABLE = 0.06
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SAMPLES = (2, 3)  # the batches that are run
 
@@ -71,7 +73,7 @@ class Row:
     def peak(self, batch: int) -> int:
         return max(self.constant + self.per_sample * batch, self.gradients + self.update)
 
-    def need(self, batch: int, allowance: int = ALLOWANCE) -> int:
+    def need(self, batch: int, allowance: int) -> int:
         """Bytes of a training step with this batch."""
         return self.weights + self.optimizer + self.peak(batch) + allowance
 
@@ -113,7 +115,7 @@ def make_plan(
     batch: int | None = None,
     levels: Iterable[str] = LEVELS,
     precisions: Iterable[str] = PRECISIONS,
-    allowance: int = ALLOWANCE,
+    allowance: int | None = None,
     workers: int = 1,
     progress: Callable[[], None] = lambda: None,
 ) -> Plan:
@@ -125,11 +127,13 @@ def make_plan(
         batch: recommend the cheapest level, then precision, that fits this batch. None: the
             largest batch that fits; of equals the cheapest.
         levels, precisions: keys of LEVELS and PRECISIONS, cheapest first.
+        allowance: bytes that no tensor of the step holds. None: as `allowance_of` says.
         workers: processes. progress: is called after every run.
 
     Raises what the functions above raise.
     """
     resolution = models.resolution_of(model) if resolution is None else resolution
+    allowance = allowance_of(memory) if allowance is None else allowance
     kinds = [(level, precision) for precision in precisions for level in levels]
     jobs = [
         Job(model, resolution, method, rank, level, precision, size)
@@ -167,6 +171,11 @@ def make_plan(
         confirmed += max(exact, best.gradients + best.update)
     found = methods.METHODS[method].rank if rank is None else rank
     return Plan(model, resolution, method, found, memory, allowance, rows, best, chosen, confirmed)
+
+
+def allowance_of(memory: int) -> int:
+    """What is set aside of a device's memory for the CUDA context, workspaces and fragmentation."""
+    return CONTEXT + round(UNUSABLE * memory)
 
 
 def runs(levels: Iterable[str] = LEVELS, precisions: Iterable[str] = PRECISIONS) -> int:

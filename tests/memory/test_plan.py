@@ -14,7 +14,7 @@ from a3fta_kernels.memory import methods, models, step_peak
 from a3fta_kernels.memory import plan as plans
 from a3fta_kernels.memory.account import parse_size
 from a3fta_kernels.memory.levels import LEVELS
-from a3fta_kernels.memory.plan import Job, Row, make_plan, run, runs
+from a3fta_kernels.memory.plan import Job, Row, allowance_of, make_plan, run, runs
 
 from .. import models as small
 
@@ -113,6 +113,16 @@ def test_nothing_fits(folder):
     assert row.level == "block" and need == row.need(1, 700 * MIB) > 700 * MIB
     read = json.loads(found.to_json())
     assert read["least"] == {"level": "block", "precision": "bf16", "bytes": need}
+
+
+def test_what_is_set_aside(folder):
+    """With it, the batches that an H200 was seen to train in the memory of smaller devices."""
+    gib = 2**30
+    assert allowance_of(12 * gib) == (788 << 20) + round(0.72 * gib)
+    found = make_plan(folder, gib, rank=4, precisions=["bf16"], levels=["block"])
+    assert found.allowance == allowance_of(gib) and found.batch > 0
+    (row,) = found.rows
+    assert row.need(row.batch, found.allowance) <= gib < row.need(row.batch + 1, found.allowance)
 
 
 def test_runs_are_shared_out_to_processes(folder, monkeypatch):
