@@ -33,12 +33,14 @@ def choices(results: dict[str, Any]) -> dict[str, Any]:
     if about.get("quick", False):
         raise ValueError("results: expected those of a full run, got a --quick one")
     medians: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
+    commits = set()
     for row in results["rows"]:
         backend, _, path = row["variant"].partition("-")
         if (row["op"], row["direction"]) != (OP, "forward+backward"):
             continue
         if path in PATHS and row["workload"] in SHAPES:
             medians[row["workload"], row["dtype"], backend][path] = row["q50_us"]
+            commits.add(row.get("commit", about["commit"]))
     found = []
     for (workload, dtype, backend), times in medians.items():
         # a path that has no rival was not chosen
@@ -52,6 +54,7 @@ def choices(results: dict[str, Any]) -> dict[str, Any]:
             "a backend; got none"
         )
     provenance = {name: about[name] for name in PROVENANCE if name in about}
+    provenance["commit"] = " and ".join(sorted(commits))
     return provenance | {"choices": sorted(found)}
 
 
