@@ -14,6 +14,7 @@ from ..triton_support import (
     AotKernel,
     Config,
     Launcher,
+    cdiv,
     chip,
     config,
     dot,
@@ -126,14 +127,14 @@ def weight_grad(
     block_r = rank_block(rank, RANK_LIMIT)
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
-        blocks = triton.cdiv(n, meta["BLOCK_N"]) * triton.cdiv(rank, meta["BLOCK_R"])
+        blocks = cdiv(n, meta["BLOCK_N"]) * cdiv(rank, meta["BLOCK_R"])
         # two programs a processor, each with at least four steps of its loop
         wanted = max(1, 2 * chip(x.device).processors // blocks)
-        rows = triton.cdiv(triton.cdiv(m, wanted), meta["BLOCK_M"]) * meta["BLOCK_M"]
+        rows = cdiv(cdiv(m, wanted), meta["BLOCK_M"]) * meta["BLOCK_M"]
         rows = max(rows, min(4 * meta["BLOCK_M"], m))
-        splits = triton.cdiv(m, rows)
+        splits = cdiv(m, rows)
         allot(splits)
-        grid = (triton.cdiv(n, meta["BLOCK_N"]), triton.cdiv(rank, meta["BLOCK_R"]), splits)
+        grid = (cdiv(n, meta["BLOCK_N"]), cdiv(rank, meta["BLOCK_R"]), splits)
         return grid, dict(
             x_ptr=x, s_ptr=s, out_ptr=partial["out"], x_sum_ptr=partial.get("x_sum"),
             M=m, N=n, R=rank, rows_per_split=rows, stride_xm=x.stride(0),

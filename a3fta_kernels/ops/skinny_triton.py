@@ -23,6 +23,7 @@ from ..triton_support import (
     Launcher,
     activate,
     activate_slope,
+    cdiv,
     config,
     dense,
     dot,
@@ -228,7 +229,7 @@ def rows_forward(
     block_r = rank_block(rank, RANK_LIMIT)
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
-        grid = (triton.cdiv(m, meta["BLOCK_M"]), triton.cdiv(rank, block_r))
+        grid = (cdiv(m, meta["BLOCK_M"]), cdiv(rank, block_r))
         return grid, dict(
             x_ptr=x, w_down_ptr=w_down, v_ptr=v, b_down_ptr=dense(b_down), bias_ptr=dense(bias),
             gamma_ptr=dense(gamma), beta_ptr=dense(beta), a_ptr=a,
@@ -293,9 +294,9 @@ def rows_backward(
     length = m // samples if m else 0
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
-        tiles = triton.cdiv(length, meta["BLOCK_M"])
+        tiles = cdiv(length, meta["BLOCK_M"])
         allot(tiles)
-        grid = (samples * tiles, triton.cdiv(rank, block_r))
+        grid = (samples * tiles, cdiv(rank, block_r))
         return grid, dict(
             dy_ptr=dy, v_ptr=v, a_ptr=a, w_down_ptr=w_down, gamma_ptr=dense(gamma),
             beta_ptr=dense(beta) if need_sums else None, da_ptr=da, z_ptr=z,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_support import AotKernel, Config, Launcher, config
+from ..triton_support import AotKernel, Config, Launcher, cdiv, config
 
 AT_ONCE = 4  # tensors of one launch
 
@@ -114,8 +114,7 @@ def _launch(partial: list[Any]) -> list[Tensor]:
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
         blocks = (
-            y.shape[0] * triton.cdiv(size, meta["BLOCK_S"])
-            for y, size in zip(made, sizes, strict=True)
+            y.shape[0] * cdiv(size, meta["BLOCK_S"]) for y, size in zip(made, sizes, strict=True)
         )
         return (sum(blocks),), arguments
 
