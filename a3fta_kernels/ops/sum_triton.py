@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import triton
@@ -98,25 +99,27 @@ def totals(*partial: Tensor | None) -> list[Tensor | None]:
     return found
 
 
+# of sum_kernel's arguments, in its order
+_ARGUMENTS = tuple(
+    name.format(i)
+    for name in ("x{}_ptr", "y{}_ptr", "samples{}", "parts{}", "size{}")
+    for i in range(AT_ONCE)
+)
+
+
 def _launch(partial: list[Any]) -> list[Tensor]:
-    made = [x.new_empty(x.shape[0], *x.shape[2:]) for x in partial]
-    sizes = [y[0].numel() for y in made]
+    shapes = [x.shape for x in partial]
+    made = [x.new_empty(b, *rest) for x, (b, _, *rest) in zip(partial, shapes, strict=True)]
+    sizes = [math.prod(shape[2:]) for shape in shapes]
     unused = [None] * (AT_ONCE - len(partial))
-    arguments: dict[str, Any] = {}
-    for name, values in (
-        ("x{}_ptr", [*partial, *unused]),
-        ("y{}_ptr", [*made, *unused]),
-        ("samples{}", [*(x.shape[0] for x in partial), *unused]),
-        ("parts{}", [*(x.shape[1] for x in partial), *unused]),
-        ("size{}", [*sizes, *unused]),
-    ):
-        arguments |= {name.format(i): value for i, value in enumerate(values)}
+    samples, parts = [shape[0] for shape in shapes], [shape[1] for shape in shapes]
+    values = [x for group in (partial, made, samples, parts, sizes) for x in (*group, *unused)]
+    arguments = dict(zip(_ARGUMENTS, values, strict=True))
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
-        blocks = (
-            y.shape[0] * cdiv(size, meta["BLOCK_S"]) for y, size in zip(made, sizes, strict=True)
-        )
-        return (sum(blocks),), arguments
+        block = meta["BLOCK_S"]
+        blocks = sum(b * cdiv(size, block) for b, size in zip(samples, sizes, strict=True))
+        return (blocks,), arguments
 
     launch_sum(plan, partial[0], 16)
     return made
