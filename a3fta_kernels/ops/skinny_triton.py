@@ -310,4 +310,4 @@ def rows_backward(
     else:
         launch_rows_backward(plan, dy, block_r, rows_bucket(m), n, samples, dh is None, need_sums)
     da_sum, dgamma, dbeta = (partial[name] for name in need)
-    return Up(da, dh, z, None if da_sum is None else da_sum.flatten(0, 1)[None], dgamma, dbeta)
+    return Up(da, dh, z, None if da_sum is None else da_sum.view(1, -1, rank), dgamma, dbeta)
