@@ -253,7 +253,7 @@ class Up(NamedTuple):
     da: Tensor  # (M, R)
     dh: Tensor | None  # (M, N)
     z: Tensor | None = None  # (M, R)
-    da_sum: Tensor | None = None  # (1, parts, R)
+    da_sum: Tensor | None = None  # (parts, R)
     dgamma: Tensor | None = None  # (B, parts, R)
     dbeta: Tensor | None = None  # (B, parts, R)
 
@@ -310,4 +310,4 @@ def rows_backward(
     else:
         launch_rows_backward(plan, dy, block_r, rows_bucket(m), n, samples, dh is None, need_sums)
     da_sum, dgamma, dbeta = (partial[name] for name in need)
-    return Up(da, dh, z, None if da_sum is None else da_sum.view(1, -1, rank), dgamma, dbeta)
+    return Up(da, dh, z, None if da_sum is None else da_sum.view(-1, rank), dgamma, dbeta)

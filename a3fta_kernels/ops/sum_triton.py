@@ -81,20 +81,23 @@ AOT_KERNELS = (
 )
 
 
-def totals(*partial: Tensor | None) -> list[Tensor | None]:
-    """Of each (samples, parts, ...) in fp32 the sum over its parts (samples, ...); None stays."""
+def totals(*partial: Tensor | None, axis: int) -> list[Tensor | None]:
+    """Of each, in fp32, the sum over its parts; None stays.
+
+    axis 0: all is of one sample, (parts, ...). axis 1: (samples, parts, ...).
+    """
     found = list(partial)
     several = []
     for i, x in enumerate(partial):
         if x is None:
             continue
-        if x.shape[1] > 1 and x.numel() > 0:
+        if x.shape[axis] > 1 and x.numel() > 0:
             several.append(i)
         else:  # nothing to add: the only part, or zeros
-            found[i] = x[:, 0] if x.shape[1] == 1 else x.sum(1)
+            found[i] = x.select(axis, 0) if x.shape[axis] == 1 else x.sum(axis)
     for first in range(0, len(several), AT_ONCE):
         chosen = several[first : first + AT_ONCE]
-        for i, y in zip(chosen, _launch([partial[i] for i in chosen]), strict=True):
+        for i, y in zip(chosen, _launch([partial[i] for i in chosen], axis), strict=True):
             found[i] = y
     return found
 
@@ -107,12 +110,15 @@ _ARGUMENTS = tuple(
 )
 
 
-def _launch(partial: list[Any]) -> list[Tensor]:
-    shapes = [x.shape for x in partial]
-    made = [x.new_empty(b, *rest) for x, (b, _, *rest) in zip(partial, shapes, strict=True)]
-    sizes = [math.prod(shape[2:]) for shape in shapes]
+def _launch(partial: list[Any], axis: int) -> list[Tensor]:
+    shapes = [tuple(x.shape) for x in partial]  # a torch.Size is slow to slice
+    samples, parts = [s[0] if axis else 1 for s in shapes], [s[axis] for s in shapes]
+    rest = [s[axis + 1 :] for s in shapes]
+    sizes = [math.prod(shape) for shape in rest]
+    made = [
+        x.new_empty(s[:axis] + shape) for x, s, shape in zip(partial, shapes, rest, strict=True)
+    ]
     unused = [None] * (AT_ONCE - len(partial))
-    samples, parts = [shape[0] for shape in shapes], [shape[1] for shape in shapes]
     values = [x for group in (partial, made, samples, parts, sizes) for x in (*group, *unused)]
     arguments = dict(zip(_ARGUMENTS, values, strict=True))
 
