@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -168,9 +169,19 @@ def chip(device: torch.device) -> Chip:
     return Chip(10 * major + minor, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+# triton.cdiv and triton.next_power_of_2 take 2 us each on the host, sixty times what these do
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The first one from n >= 1 on."""
+    return 1 << (n - 1).bit_length()
+
+
 def rank_block(rank: int, limit: int) -> int:
     """The rank padded to a power of two that tensor cores take."""
-    return min(limit, max(16, triton.next_power_of_2(rank)))
+    return min(limit, max(16, power_of_2(rank)))
 
 
 def descriptors_fit(device: torch.device, *matrices: Tensor | None) -> bool:
@@ -179,23 +190,30 @@ def descriptors_fit(device: torch.device, *matrices: Tensor | None) -> bool:
     They need sm_90, and rows without gaps that begin at multiples of 16 bytes. Elements are of 16
     bits: the kernels that use descriptors are for tensor cores.
     """
-    return chip(device).capability >= 90 and all(
-        x is None
-        or (
-            x.element_size() == 2
-            and x.numel() > 0
-            and x.stride(1) == 1
-            and x.shape[1] <= x.stride(0) < 2**38
-            and x.stride(0) % 8 == 0
-            and x.data_ptr() % 16 == 0
-        )
-        for x in matrices
-    )
+    if chip(device).capability < 90:
+        return False
+    for x in matrices:
+        if x is None:
+            continue
+        rows, columns = x.shape
+        stride, unit = x.stride()
+        fits = x.element_size() == 2 and rows > 0 and columns > 0 and unit == 1
+        fits = fits and columns <= stride < 2**38 and stride % 8 == 0
+        if not fits or x.data_ptr() % 16 != 0:
+            return False
+    return True
+
+
+class _Descriptor(TensorDescriptor):
+    """Without the checks that Triton makes of each: `descriptors_fit` has made them."""
+
+    def __post_init__(self) -> None:
+        pass
 
 
 def descriptor(x: Tensor | None, *block: int) -> TensorDescriptor | None:
     """Of a matrix for which `descriptors_fit`, read or written in blocks of this shape."""
-    return None if x is None else TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
+    return None if x is None else _Descriptor(x, x.shape, x.stride(), block)
 
 
 # tile sizes -> grid and arguments
@@ -233,6 +251,9 @@ class AotKernel:
         return self.launchers.get(variant, self.launcher)
 
 
+_KEPT = 1024  # compiled kernels of a launcher, by the traits of their arguments
+
+
 class Launcher:
     """A kernel with its configurations: picks one and launches.
 
@@ -245,6 +266,7 @@ class Launcher:
         self.kernel = kernel
         self.configs = configs
         self._chosen: dict[tuple, Config] = {}
+        self._compiled: dict[tuple, CompiledKernel] = {}
 
     def __call__(self, plan: Plan, like: Tensor, rank: int, *key: Any) -> None:
         """Launches on `like`'s device what `plan(tile sizes)` returns: a grid and the arguments.
@@ -276,7 +298,36 @@ class Launcher:
             choice = candidates[0]
             if like.is_cuda and not torch.cuda.is_current_stream_capturing():
                 choice = self._chosen[full] = fastest(prepared, candidates)
-        prepared(choice)()
+        grid, arguments = plan(choice.meta)
+        self._start(grid, arguments | choice.meta, choice.options, like.device)
+
+    def _start(
+        self, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, Any],
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        """`kernel[grid](...)`. What that returned for arguments of the same traits is kept: to find
+        it again Triton takes as long as all else in a launch."""
+        values = [arguments[name] for name in self.kernel.arg_names]
+        traits = (device, *options.values(), *map(_trait, values))
+        compiled = self._compiled.get(traits)
+        if compiled is not None:
+            compiled[(*grid, 1, 1)[:3]](*values)
+            return
+        compiled = self.kernel[grid](**arguments, **options)
+        if isinstance(compiled, CompiledKernel):  # the interpreter has none
+            if len(self._compiled) == _KEPT:
+                self._compiled.clear()
+            self._compiled[traits] = compiled
+
+
+def _trait(value: Any) -> Any:
+    """What Triton compiles a kernel for, and more: of a number all, where it takes 1 and multiples
+    of 16 apart; of a tensor the dtype and the alignment; of a descriptor the block."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16
+    if isinstance(value, TensorDescriptor):
+        return value.base.dtype, *value.block_shape
+    return type(value), value
 
 
 def fastest(prepared: Callable[[Config], Callable[[], Any]], candidates: list[Config]) -> Config:
@@ -297,7 +348,7 @@ def fastest(prepared: Callable[[Config], Callable[[], Any]], candidates: list[Co
 
 def rows_bucket(m: int) -> int:
     """Row counts that share their tiles: retuning for every M would cost more than it gains."""
-    return triton.next_power_of_2(m)
+    return power_of_2(m)
 
 
 def dense(x: Tensor | None) -> Tensor | None:

@@ -18,6 +18,7 @@ from ..triton_support import (
     AotKernel,
     Config,
     Launcher,
+    cdiv,
     config,
     dense,
     descriptor,
@@ -263,7 +264,7 @@ def concat_gemm(
     k = 0 if x is None else x.shape[1]
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
-        grid = (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),)
+        grid = (cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]),)
         return grid, dict(
             x_ptr=x, w_ptr=w, s_ptr=s, t_ptr=t, bias_ptr=dense(bias), residual_ptr=residual,
             out_ptr=out, M=m, N=n, K=k, R=rank, start=start, length=length,
@@ -295,7 +296,7 @@ def _concat_gemm_tma(
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
         block_m, block_n, block_k, block_r = (meta[f"BLOCK_{axis}"] for axis in "MNKR")
-        grid = (triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)
+        grid = (cdiv(m, block_m) * cdiv(n, block_n),)
         wide, narrow = (block_k, block_n), (block_r, block_n)
         return grid, dict(
             x_desc=descriptor(x, block_m, block_k), s_desc=descriptor(s, block_m, block_r),

@@ -14,6 +14,7 @@ from ..triton_support import (
     AotKernel,
     Config,
     Launcher,
+    cdiv,
     chip,
     config,
     dot,
@@ -101,17 +102,15 @@ def weight_grads(dh: Tensor | None, h: Tensor, dy: Tensor, up: Up) -> AdapterGra
     assert up.z is not None
     down, _ = weight_grad(h, up.da, transposed=True)
     g_up, dy_sum = weight_grad(dy, up.z, need_sum=True)
-    sums = totals(down, g_up, up.da_sum, dy_sum, up.dgamma, up.dbeta)
-    # what is summed over all rows has one sample
-    whole = [None if x is None else x[0] for x in sums[:4]]
-    return AdapterGrads(dh, whole[0], whole[1], whole[2], whole[3], sums[4], sums[5])
+    sums = totals(down, g_up, up.da_sum, dy_sum, axis=0)
+    return AdapterGrads(dh, *sums, *totals(up.dgamma, up.dbeta, axis=1))
 
 
 def weight_grad(
     x: Tensor, s: Tensor, *, transposed: bool = False, need_sum: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """x.T @ s (1, parts, N, R), or its transpose, in fp32, still to be summed over its parts; with
-    `need_sum` the sums of x (1, parts, N).
+    """x.T @ s (parts, N, R), or its transpose, in fp32, still to be summed over its parts; with
+    `need_sum` the sums of x (parts, N).
     """
     m, n = x.shape
     rank = s.shape[1]
@@ -119,21 +118,21 @@ def weight_grad(
     partial: dict[str, Tensor] = {}
 
     def allot(splits: int) -> None:
-        partial["out"] = x.new_empty((1, splits, *shape), dtype=torch.float32)
+        partial["out"] = x.new_empty((splits, *shape), dtype=torch.float32)
         if need_sum:
-            partial["x_sum"] = x.new_empty((1, splits, n), dtype=torch.float32)
+            partial["x_sum"] = x.new_empty((splits, n), dtype=torch.float32)
 
     block_r = rank_block(rank, RANK_LIMIT)
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
-        blocks = triton.cdiv(n, meta["BLOCK_N"]) * triton.cdiv(rank, meta["BLOCK_R"])
+        blocks = cdiv(n, meta["BLOCK_N"]) * cdiv(rank, meta["BLOCK_R"])
         # two programs a processor, each with at least four steps of its loop
         wanted = max(1, 2 * chip(x.device).processors // blocks)
-        rows = triton.cdiv(triton.cdiv(m, wanted), meta["BLOCK_M"]) * meta["BLOCK_M"]
+        rows = cdiv(cdiv(m, wanted), meta["BLOCK_M"]) * meta["BLOCK_M"]
         rows = max(rows, min(4 * meta["BLOCK_M"], m))
-        splits = triton.cdiv(m, rows)
+        splits = cdiv(m, rows)
         allot(splits)
-        grid = (triton.cdiv(n, meta["BLOCK_N"]), triton.cdiv(rank, meta["BLOCK_R"]), splits)
+        grid = (cdiv(n, meta["BLOCK_N"]), cdiv(rank, meta["BLOCK_R"]), splits)
         return grid, dict(
             x_ptr=x, s_ptr=s, out_ptr=partial["out"], x_sum_ptr=partial.get("x_sum"),
             M=m, N=n, R=rank, rows_per_split=rows, stride_xm=x.stride(0),

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_support import AotKernel, Config, Launcher, activate, activate_slope, config
+from ..triton_support import AotKernel, Config, Launcher, activate, activate_slope, cdiv, config
 from .activations import activation_code
 from .norm_triton import load_parameter
 
@@ -253,7 +253,7 @@ class Tiles:
         self.lanes = _LANES["last" if self.last else "first"]
         (choice,) = tile_configs(x.element_size(), self.lanes, 80)
         self.length = choice.meta["BLOCK_S"]
-        self.parts = triton.cdiv(x.shape[2], self.length)
+        self.parts = cdiv(x.shape[2], self.length)
 
     def sums(self, *shape: int) -> Tensor:
         return self.x.new_empty(shape, dtype=torch.float32)
@@ -267,7 +267,7 @@ class Tiles:
         sizes |= {"G": self.groups} if "G" in names else {}
 
         def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
-            return (b * self.parts * triton.cdiv(c, meta["BLOCK_C"]),), arguments | sizes
+            return (b * self.parts * cdiv(c, meta["BLOCK_C"]),), arguments | sizes
 
         launcher(plan, self.x, self.lanes)
 

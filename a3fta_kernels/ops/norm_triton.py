@@ -20,7 +20,9 @@ from ..triton_support import (
     Launcher,
     activate,
     activate_slope,
+    cdiv,
     config,
+    power_of_2,
     rows_bucket,
 )
 from .activations import activation_code
@@ -143,7 +145,7 @@ AOT_KERNELS = (
 
 def fits_a_row(n: int, x: Tensor) -> bool:
     """Whether a program holds n elements of x's dtype."""
-    return triton.next_power_of_2(n) * x.element_size() <= ROW_BYTES
+    return power_of_2(n) * x.element_size() <= ROW_BYTES
 
 
 def rows_forward(
@@ -200,6 +202,6 @@ def _launch(
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
         sizes = dict(M=m, N=n, G=groups, S=positions, ACT=code, GROUPED=grouped)
-        return (triton.cdiv(m, meta["BLOCK_M"]),), arguments | sizes
+        return (cdiv(m, meta["BLOCK_M"]),), arguments | sizes
 
-    launcher(plan, x, triton.next_power_of_2(n), rows_bucket(m), n, code, grouped)
+    launcher(plan, x, power_of_2(n), rows_bucket(m), n, code, grouped)

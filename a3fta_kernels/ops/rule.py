@@ -100,13 +100,16 @@ def cast_together(tensors: Sequence[Any], dtype: torch.dtype) -> list[Any]:
 def cast_by_two_kernels(sources: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     # torch._foreach_copy_ is one, and slower: few blocks serve tensors as small as an adapter's
     step = 128 // dtype.itemsize
-    parts, sizes = [], []
+    parts: list[Tensor] = []
+    places = []
     for t in sources:
+        places.append(len(parts))
+        parts.append(t if t.dim() == 1 else t.reshape(-1))
         gap = -t.numel() % step
-        parts += [t.reshape(-1), t.new_empty(gap)] if gap else [t.reshape(-1)]
-        sizes.append(t.numel() + gap)
-    copies = torch.cat(parts).to(dtype).split(sizes)
-    return [c[: t.numel()].view(t.shape) for c, t in zip(copies, sources, strict=True)]
+        if gap:
+            parts.append(t.new_empty(gap))
+    copies = torch.cat(parts).to(dtype).split([part.numel() for part in parts])
+    return [copies[i].view(t.shape) for i, t in zip(places, sources, strict=True)]
 
 
 def autocast_dtype(h: Tensor) -> torch.dtype:

@@ -23,6 +23,7 @@ from ..triton_support import (
     Launcher,
     activate,
     activate_slope,
+    cdiv,
     config,
     dense,
     dot,
@@ -228,7 +229,7 @@ def rows_forward(
     block_r = rank_block(rank, RANK_LIMIT)
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
-        grid = (triton.cdiv(m, meta["BLOCK_M"]), triton.cdiv(rank, block_r))
+        grid = (cdiv(m, meta["BLOCK_M"]), cdiv(rank, block_r))
         return grid, dict(
             x_ptr=x, w_down_ptr=w_down, v_ptr=v, b_down_ptr=dense(b_down), bias_ptr=dense(bias),
             gamma_ptr=dense(gamma), beta_ptr=dense(beta), a_ptr=a,
@@ -252,7 +253,7 @@ class Up(NamedTuple):
     da: Tensor  # (M, R)
     dh: Tensor | None  # (M, N)
     z: Tensor | None = None  # (M, R)
-    da_sum: Tensor | None = None  # (1, parts, R)
+    da_sum: Tensor | None = None  # (parts, R)
     dgamma: Tensor | None = None  # (B, parts, R)
     dbeta: Tensor | None = None  # (B, parts, R)
 
@@ -293,9 +294,9 @@ def rows_backward(
     length = m // samples if m else 0
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
-        tiles = triton.cdiv(length, meta["BLOCK_M"])
+        tiles = cdiv(length, meta["BLOCK_M"])
         allot(tiles)
-        grid = (samples * tiles, triton.cdiv(rank, block_r))
+        grid = (samples * tiles, cdiv(rank, block_r))
         return grid, dict(
             dy_ptr=dy, v_ptr=v, a_ptr=a, w_down_ptr=w_down, gamma_ptr=dense(gamma),
             beta_ptr=dense(beta) if need_sums else None, da_ptr=da, z_ptr=z,
@@ -309,4 +310,4 @@ def rows_backward(
     else:
         launch_rows_backward(plan, dy, block_r, rows_bucket(m), n, samples, dh is None, need_sums)
     da_sum, dgamma, dbeta = (partial[name] for name in need)
-    return Up(da, dh, z, None if da_sum is None else da_sum.flatten(0, 1)[None], dgamma, dbeta)
+    return Up(da, dh, z, None if da_sum is None else da_sum.view(-1, rank), dgamma, dbeta)

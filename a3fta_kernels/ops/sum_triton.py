@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_support import AotKernel, Config, Launcher, config
+from ..triton_support import AotKernel, Config, Launcher, cdiv, config
 
 AT_ONCE = 4  # tensors of one launch
 
@@ -80,44 +81,51 @@ AOT_KERNELS = (
 )
 
 
-def totals(*partial: Tensor | None) -> list[Tensor | None]:
-    """Of each (samples, parts, ...) in fp32 the sum over its parts (samples, ...); None stays."""
+def totals(*partial: Tensor | None, axis: int) -> list[Tensor | None]:
+    """Of each, in fp32, the sum over its parts; None stays.
+
+    axis 0: all is of one sample, (parts, ...). axis 1: (samples, parts, ...).
+    """
     found = list(partial)
     several = []
     for i, x in enumerate(partial):
         if x is None:
             continue
-        if x.shape[1] > 1 and x.numel() > 0:
+        if x.shape[axis] > 1 and x.numel() > 0:
             several.append(i)
         else:  # nothing to add: the only part, or zeros
-            found[i] = x[:, 0] if x.shape[1] == 1 else x.sum(1)
+            found[i] = x.select(axis, 0) if x.shape[axis] == 1 else x.sum(axis)
     for first in range(0, len(several), AT_ONCE):
         chosen = several[first : first + AT_ONCE]
-        for i, y in zip(chosen, _launch([partial[i] for i in chosen]), strict=True):
+        for i, y in zip(chosen, _launch([partial[i] for i in chosen], axis), strict=True):
             found[i] = y
     return found
 
 
-def _launch(partial: list[Any]) -> list[Tensor]:
-    made = [x.new_empty(x.shape[0], *x.shape[2:]) for x in partial]
-    sizes = [y[0].numel() for y in made]
+# of sum_kernel's arguments, in its order
+_ARGUMENTS = tuple(
+    name.format(i)
+    for name in ("x{}_ptr", "y{}_ptr", "samples{}", "parts{}", "size{}")
+    for i in range(AT_ONCE)
+)
+
+
+def _launch(partial: list[Any], axis: int) -> list[Tensor]:
+    shapes = [tuple(x.shape) for x in partial]  # a torch.Size is slow to slice
+    samples, parts = [s[0] if axis else 1 for s in shapes], [s[axis] for s in shapes]
+    rest = [s[axis + 1 :] for s in shapes]
+    sizes = [math.prod(shape) for shape in rest]
+    made = [
+        x.new_empty(s[:axis] + shape) for x, s, shape in zip(partial, shapes, rest, strict=True)
+    ]
     unused = [None] * (AT_ONCE - len(partial))
-    arguments: dict[str, Any] = {}
-    for name, values in (
-        ("x{}_ptr", [*partial, *unused]),
-        ("y{}_ptr", [*made, *unused]),
-        ("samples{}", [*(x.shape[0] for x in partial), *unused]),
-        ("parts{}", [*(x.shape[1] for x in partial), *unused]),
-        ("size{}", [*sizes, *unused]),
-    ):
-        arguments |= {name.format(i): value for i, value in enumerate(values)}
+    values = [x for group in (partial, made, samples, parts, sizes) for x in (*group, *unused)]
+    arguments = dict(zip(_ARGUMENTS, values, strict=True))
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
-        blocks = (
-            y.shape[0] * triton.cdiv(size, meta["BLOCK_S"])
-            for y, size in zip(made, sizes, strict=True)
-        )
-        return (sum(blocks),), arguments
+        block = meta["BLOCK_S"]
+        blocks = sum(b * cdiv(size, block) for b, size in zip(samples, sizes, strict=True))
+        return (blocks,), arguments
 
     launch_sum(plan, partial[0], 16)
     return made

@@ -363,15 +363,15 @@ LAUNCHES = {
     ),
     ("adapter_linear", "skinny"): (
         (["rows_forward"], 2, 0),
-        (["rows_backward", "weight_grad", "weight_grad", "sum"], 3, 4),
+        (["rows_backward", "weight_grad", "weight_grad", "sum"], 3, 2),
     ),
     ("adapter_linear", "fused"): (
         (["linear_forward"], 1, 0),
-        (["rows_backward", "concat_gemm", "weight_grad", "weight_grad", "sum"], 1, 4),
+        (["rows_backward", "concat_gemm", "weight_grad", "weight_grad", "sum"], 1, 2),
     ),
     ("adapter_linear", "concat"): (
         (["rows_forward", "concat_gemm"], 1, 0),
-        (["rows_backward", "concat_gemm", "weight_grad", "weight_grad", "sum"], 1, 4),
+        (["rows_backward", "concat_gemm", "weight_grad", "weight_grad", "sum"], 1, 2),
     ),
 }
 

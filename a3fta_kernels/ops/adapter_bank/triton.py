@@ -10,14 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_support import (
-    AotKernel,
-    Launcher,
-    activate,
-    dot,
-    rank_block,
-    rows_bucket,
-)
+from ...triton_support import AotKernel, Launcher, activate, cdiv, dot, rank_block, rows_bucket
 from ..activations import activation_code
 from ..skinny_triton import RANK_LIMIT, rows_configs, up_tile
 
@@ -126,7 +119,7 @@ def forward(
     length = m // len(index)
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
-        tiles = triton.cdiv(length, meta["BLOCK_M"])
+        tiles = cdiv(length, meta["BLOCK_M"])
         return (len(index) * tiles,), dict(
             h_ptr=h, residual_ptr=residual, w_down_ptr=w_down, w_up_ptr=w_up, b_down_ptr=b_down,
             b_up_ptr=b_up, scale_ptr=scale, index_ptr=index, y_ptr=y, rows_per_sample=length,

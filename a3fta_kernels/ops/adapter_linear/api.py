@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...backends import BackendUnavailableError, resolve
 from ...checks import check_choice, check_device, check_dtype, check_shape, check_tensor
-from ..rule import autocast_dtype, autocasts, without_autocast
+from ..rule import autocast_dtype, autocasts, cast, without_autocast
 from ..validate import FLOATS, check_adapter, check_input
 from . import contract
 from .reference import adapter_linear as reference
@@ -71,7 +71,7 @@ def adapter_linear(
     check_linear(h, weight, bias, residual)
     check_choice("path", path, ("auto", *contract.PATHS))
     chosen = resolve(backend, h.device, dtype)
-    h = h.to(dtype)
+    h = cast(h, dtype)
     if isinstance(scale, Tensor):
         scale = scale.reshape(())  # (1, 1) would add dimensions to all it meets
 

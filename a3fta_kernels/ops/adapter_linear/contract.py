@@ -49,7 +49,6 @@ from ..rule import (
     refuse_second_derivative,
     rows,
     scaled,
-    times,
 )
 from . import choice
 
@@ -126,20 +125,23 @@ def merged_up(
         w_up = scaled(w_up, scale, scale_tensor, dtype)
         b_up = None if b_up is None else scaled(b_up, scale, scale_tensor, dtype)
         scale = 1.0
-    # the products take the scale and the bias, which saves kernels of their own
     w_up, b_up = cast(w_up, dtype), cast(b_up, dtype)
-    if scale == 1.0:
-        v = weight_slice @ w_up
-    else:
-        blank = weight_slice.new_empty(1)
-        v = torch.addmm(blank, weight_slice, w_up, beta=0, alpha=scale)
+    v = product(weight_slice, w_up, scale)
     if b_up is None:
         return v, cast(bias, wide)
     if bias is None:
-        total = torch.addmv(weight_slice.new_empty(1), weight_slice, b_up, beta=0, alpha=scale)
+        total = product(weight_slice, b_up, scale)
     else:
-        total = torch.addmv(bias.to(dtype), weight_slice, b_up, alpha=scale)
-    return v, total.to(wide)
+        total = torch.addmv(cast(bias, dtype), weight_slice, b_up, alpha=scale)
+    return v, cast(total, wide)
+
+
+def product(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    """scale * x @ y, y a matrix or a vector. The product takes the scale: no kernel of its own."""
+    if scale == 1.0:
+        return x @ y
+    run = torch.addmm if y.dim() == 2 else torch.addmv
+    return run(x.new_empty(1), x, y, beta=0, alpha=scale)
 
 
 def forward(
@@ -216,7 +218,7 @@ def backward(
         rows(hs),
         a,
         weight,
-        w_down.to(dtype).contiguous(),
+        cast(w_down, dtype).contiguous(),
         v,
         cast(gamma, dtype),
         cast(beta, dtype),
@@ -235,7 +237,7 @@ def backward(
     for name, tensor in zip(names, like, strict=True):
         grad = found.get(name)
         if need[name] and grad is not None and tensor is not None:
-            results.append(grad.to(tensor.dtype))
+            results.append(cast(grad, tensor.dtype))
         else:
             results.append(hs.new_empty(0))
     return results
@@ -250,7 +252,7 @@ def parameter_grads(
     scale: float,
     need: dict[str, bool],
 ) -> dict[str, Tensor | None]:
-    """The adapter's gradients by name, in the wide dtype; `weight_slice` (N, C) is Ws."""
+    """The adapter's gradients by name, in any dtype; `weight_slice` (N, C) is Ws."""
     dtype = weight_slice.dtype
     wide = acc_dtype(dtype)
     found = {
@@ -259,22 +261,26 @@ def parameter_grads(
         "gamma": grads.dgamma,
         "beta": grads.dbeta,
     }
-    if need["w_up"] or need["b_up"] or need["scale_tensor"]:
-        assert grads.g_up is not None and grads.dy_sum is not None
-        # in fp16 a sum over rows may leave the range: stay wide there
-        narrow = wide if dtype == torch.float16 else dtype
-        weight_t = weight_slice.t().to(narrow)
-        factor = scale if scale_tensor is None else scale_tensor.to(wide) * scale
-        g_up = (weight_t @ grads.g_up.to(narrow)).to(wide)
-        found["w_up"] = times(g_up, factor)
-        dscale = (g_up * w_up.to(wide)).sum() if need["scale_tensor"] else None
-        if b_up is not None:
-            g_bias = (weight_t @ grads.dy_sum.to(narrow)).to(wide)
-            found["b_up"] = times(g_bias, factor)
-            dscale = None if dscale is None else dscale + g_bias @ b_up.to(wide)
-        if scale_tensor is not None and dscale is not None:
-            found["scale_tensor"] = (dscale * scale).view(scale_tensor.shape)
-    return found
+    if not (need["w_up"] or need["b_up"] or need["scale_tensor"]):
+        return found
+    assert grads.g_up is not None and grads.dy_sum is not None
+    # in fp16 a sum over rows may leave the range: stay wide there
+    narrow = wide if dtype == torch.float16 else dtype
+    weight_t = cast(weight_slice.t(), narrow)
+    # a scale in a tensor comes after, as its own gradient takes the products without it
+    number = scale if scale_tensor is None else 1.0
+    g_up = product(weight_t, cast(grads.g_up, narrow), number)
+    g_bias = None if b_up is None else product(weight_t, cast(grads.dy_sum, narrow), number)
+    if scale_tensor is None:
+        return found | {"w_up": g_up, "b_up": g_bias}
+    g_up, g_bias = cast(g_up, wide), cast(g_bias, wide)
+    if need["scale_tensor"]:
+        dscale = (g_up * cast(w_up, wide)).sum()
+        if b_up is not None and g_bias is not None:
+            dscale = dscale + g_bias @ cast(b_up, wide)
+        found["scale_tensor"] = (dscale * scale).view(scale_tensor.shape)
+    factor = cast(scale_tensor, wide) * scale
+    return found | {"w_up": g_up * factor, "b_up": None if g_bias is None else g_bias * factor}
 
 
 def save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -17,6 +17,7 @@ from ...triton_support import (
     AotKernel,
     Config,
     Launcher,
+    cdiv,
     config,
     dense,
     descriptor,
@@ -316,7 +317,7 @@ def fused_forward(
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
         block_m, block_n, block_k = (meta[f"BLOCK_{axis}"] for axis in "MNK")
-        grid = (triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)
+        grid = (cdiv(m, block_m) * cdiv(n, block_n),)
         ragged = not whole and (start % block_k != 0 or (start + length) % block_k != 0)
         if by_descriptors:
             return grid, shared | dict(

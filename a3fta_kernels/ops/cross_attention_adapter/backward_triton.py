@@ -25,6 +25,7 @@ from ...triton_support import (
     AotKernel,
     Config,
     Launcher,
+    cdiv,
     chip,
     config,
     rank_block,
@@ -337,9 +338,7 @@ def attention_grads(
     )  # fmt: skip
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
-        return (triton.cdiv(length, meta["BLOCK_M"]) * batch,), dict(
-            shared, dq_ptr=dq, **key_meta(keys)
-        )
+        return (cdiv(length, meta["BLOCK_M"]) * batch,), dict(shared, dq_ptr=dq, **key_meta(keys))
 
     key = (rows_bucket(length), batch, heads, mask is None)
     launch_query_grad(head_dim, keys, attended["PER_QUERY"])(plan, q, block_r, *key)
@@ -348,15 +347,15 @@ def attention_grads(
     partial: dict[str, Tensor] = {}
 
     def plan_keys(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
-        programs = triton.cdiv(keys, meta["BLOCK_N"]) * heads * batch
+        programs = cdiv(keys, meta["BLOCK_N"]) * heads * batch
         # two programs a processor, each with at least four steps of its loop
         wanted = max(1, 2 * chip(q.device).processors // programs)
-        rows = triton.cdiv(triton.cdiv(length, wanted), meta["BLOCK_M"]) * meta["BLOCK_M"]
+        rows = cdiv(cdiv(length, wanted), meta["BLOCK_M"]) * meta["BLOCK_M"]
         rows = max(rows, 4 * meta["BLOCK_M"])
-        splits = triton.cdiv(length, rows)
+        splits = cdiv(length, rows)
         for name in ("dk_ptr", "dv_ptr"):
             partial[name] = q.new_empty(splits, *k.shape, dtype=torch.float32)
-        grid = (triton.cdiv(keys, meta["BLOCK_N"]), heads, batch * splits)
+        grid = (cdiv(keys, meta["BLOCK_N"]), heads, batch * splits)
         return grid, dict(shared, **partial, rows_per_split=rows, splits=splits)
 
     launch_key_grad(head_dim)(plan_keys, q, block_r, *key, keys)

@@ -175,7 +175,7 @@ def backward(
     for name, tensor in zip(_WANTED, like, strict=True):
         grad = found.get(name)
         if need[name] and grad is not None and tensor is not None:
-            results.append(grad.to(tensor.dtype))
+            results.append(cast(grad, tensor.dtype))
         else:
             results.append(q.new_empty(0))
     return results

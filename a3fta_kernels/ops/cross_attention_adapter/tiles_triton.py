@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_support import dot
+from ...triton_support import dot, power_of_2
 
 # larger axes are several blocks of this size: larger tiles take registers until some spill
 KEY_BLOCK = 128
@@ -48,7 +48,7 @@ def blocks(length: int, largest: int, ratio: int) -> Blocks:
 
 
 def _power_of_two(length: int) -> int:
-    return max(16, triton.next_power_of_2(length))
+    return max(16, power_of_2(length))
 
 
 def head_meta(head_dim: int) -> dict[str, int]:

@@ -23,6 +23,7 @@ from ...triton_support import (
     AotKernel,
     Config,
     Launcher,
+    cdiv,
     config,
     dense,
     modulated,
@@ -206,7 +207,7 @@ def forward(
     attended = mask_arguments(mask)
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
-        return (triton.cdiv(length, meta["BLOCK_M"]) * batch,), dict(
+        return (cdiv(length, meta["BLOCK_M"]) * batch,), dict(
             w_down_ptr=w_down, b_down_ptr=dense(b_down), gamma_ptr=dense(gamma),
             beta_ptr=dense(beta), hz_ptr=hz, a_ptr=a, M=length, H=heads, R=rank,
             Z=columns - channels, stride_hz=width, D=head_dim, SCALE=attention_scale,

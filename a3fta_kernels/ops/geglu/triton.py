@@ -15,6 +15,7 @@ from ...triton_support import (
     Launcher,
     activate,
     activate_slope,
+    cdiv,
     config,
     rows_bucket,
 )
@@ -105,7 +106,7 @@ def _launch(launcher: Launcher, m: int, f: int, activation: str, **arguments: An
     code = activation_code(activation)
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
-        grid = (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(f, meta["BLOCK_N"]),)
+        grid = (cdiv(m, meta["BLOCK_M"]) * cdiv(f, meta["BLOCK_N"]),)
         return grid, dict(arguments, M=m, F=f, ACT=code)
 
     launcher(plan, arguments["p_ptr"], 0, rows_bucket(m), f, code)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_support import AotKernel, Config, Launcher, config, rows_bucket
+from ...triton_support import AotKernel, Config, Launcher, cdiv, config, rows_bucket
 from . import layout
 from .layout import range_count
 
@@ -132,6 +132,6 @@ def _launch(launcher: Launcher, like: Tensor, n: int, **arguments: Tensor) -> No
         return
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
-        return (triton.cdiv(range_count(n), meta["BLOCK_B"]),), dict(arguments, n=n)
+        return (cdiv(range_count(n), meta["BLOCK_B"]),), dict(arguments, n=n)
 
     launcher(plan, like, 0, rows_bucket(n))
