@@ -204,16 +204,9 @@ def descriptors_fit(device: torch.device, *matrices: Tensor | None) -> bool:
     return True
 
 
-class _Descriptor(TensorDescriptor):
-    """Without the checks that Triton makes of each: `descriptors_fit` has made them."""
-
-    def __post_init__(self) -> None:
-        pass
-
-
 def descriptor(x: Tensor | None, *block: int) -> TensorDescriptor | None:
     """Of a matrix for which `descriptors_fit`, read or written in blocks of this shape."""
-    return None if x is None else _Descriptor(x, x.shape, x.stride(), block)
+    return None if x is None else TensorDescriptor(x, x.shape, x.stride(), block)
 
 
 # tile sizes -> grid and arguments
