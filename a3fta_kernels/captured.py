@@ -109,6 +109,7 @@ class Captured:
         graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
         with torch.cuda.device(self.device), _same_numbers(self.device):
             here = torch.cuda.current_stream()
+            _forget_accumulators(self.parameters)
             side.wait_stream(here)
             with torch.cuda.stream(side):
                 for _ in range(self.warm_up):
@@ -121,7 +122,10 @@ class Captured:
                 ):
                     value, grads = self._gradients(held)
             except RuntimeError as error:
-                torch.cuda.set_stream(here)  # one that breaks off may leave its own
+                # one that breaks off may leave its stream, and random numbers for a graph alone
+                torch.cuda.set_stream(here)
+                numbers = torch.cuda.default_generators[self.device.index]
+                numbers.graphsafe_set_state(numbers.clone_state())
                 raise RuntimeError(
                     f"loss: expected what a CUDA graph can hold, got: {error}"
                 ) from error
@@ -162,6 +166,19 @@ def _gpu_of(parameters: list[nn.Parameter]) -> torch.device:
         found = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"parameters: expected all on one GPU, got them on {found}")
     return devices.pop()
+
+
+def _forget_accumulators(parameters: list[nn.Parameter]) -> None:
+    """Lets the next graph of autograd make its own nodes for these leaves.
+
+    A node runs on the stream that it was made on, and an earlier loss that is still held keeps
+    those of its stream, which a recording may not touch. A change of dtype, and back, drops them.
+    """
+    for parameter in parameters:
+        data = parameter.data
+        other = torch.float64 if data.dtype != torch.float64 else torch.float32
+        parameter.data = data.new_empty(0, dtype=other)
+        parameter.data = data
 
 
 @contextlib.contextmanager

@@ -12,6 +12,16 @@ import a3fta_kernels as a3fta
 from a3fta_kernels import captured as module
 
 
+class Generator:
+    """A recording that broke off leaves one that is of no more use."""
+
+    def clone_state(self):
+        return "state"
+
+    def graphsafe_set_state(self, state):
+        assert state == "state"
+
+
 class Graph:
     def pool(self):
         return "pool"
@@ -42,6 +52,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         ("set_rng_state", lambda state, _: torch.set_rng_state(state)),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "default_generators", {None: Generator()})
     monkeypatch.setattr(module, "_gpu_of", lambda parameters: parameters[0].device)
     record = a3fta.Captured._record
 

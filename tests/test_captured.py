@@ -123,6 +123,31 @@ def test_recording_uses_up_no_random_numbers(stand_in):
     assert len(drawn) == 5 and torch.equal(drawn[-1], torch.rand(()))
 
 
+def test_a_loss_that_is_still_held_does_not_matter(stand_in):
+    """autograd's nodes of its leaves belong to the stream that it was computed on."""
+    model, loss, _ = model_and_loss()
+    weight, nodes = model.weight, []
+
+    def node():
+        return weight.expand_as(weight).grad_fn.next_functions[0][0]
+
+    held = loss(batch(0))
+    before, place, version = node(), weight.data_ptr(), weight._version
+
+    def watched(given):
+        nodes.append(node())
+        return loss(given)
+
+    value = a3fta.Captured(watched, model.parameters())(batch(0))
+    assert all(found is not before for found in nodes)
+    assert (weight.data_ptr(), weight._version) == (place, version)
+    found = grads_of(model)
+    model.zero_grad()
+    held.backward()
+    same(found, grads_of(model))
+    torch.testing.assert_close(value, held.detach())
+
+
 def test_what_cannot_be_recorded(stand_in, monkeypatch):
     model, loss, _ = model_and_loss()
 
@@ -216,5 +241,6 @@ def test_after_a_loss_that_cannot_be_recorded():
     with pytest.raises(RuntimeError, match="loss: expected what a CUDA graph can hold"):
         a3fta.Captured(reads, [weight])(x)
     assert weight.grad is None
+    assert torch.rand(4, device="cuda").isfinite().all()  # not for a graph alone
     assert float(a3fta.Captured(lambda g: (weight * g["x"]).sum(), [weight])(x)) == 4
     assert weight.grad.tolist() == [1] * 4
