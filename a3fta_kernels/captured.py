@@ -124,7 +124,7 @@ class Captured:
             except RuntimeError as error:
                 # one that breaks off may leave its stream, and random numbers for a graph alone
                 torch.cuda.set_stream(here)
-                numbers = torch.cuda.default_generators[self.device.index]
+                numbers = _numbers_of(self.device)
                 numbers.graphsafe_set_state(numbers.clone_state())
                 raise RuntimeError(
                     f"loss: expected what a CUDA graph can hold, got: {error}"
@@ -166,6 +166,10 @@ def _gpu_of(parameters: list[nn.Parameter]) -> torch.device:
         found = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"parameters: expected all on one GPU, got them on {found}")
     return devices.pop()
+
+
+def _numbers_of(device: torch.device) -> torch.Generator:
+    return torch.cuda.default_generators[device.index]
 
 
 def _forget_accumulators(parameters: list[nn.Parameter]) -> None:

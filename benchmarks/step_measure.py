@@ -93,6 +93,8 @@ def measure_batch(
         clocks = {cell: clock(step, device) for cell, step in steps.items()}
         samples, failed = rounds(clocks, limits)
         for cell in samples:
+            if limits.over:  # what was timed has to be written yet
+                break
             try:
                 found.rows[cell] |= started(cell, steps[cell], device)
             except Exception as error:  # its times stand

@@ -52,7 +52,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         ("set_rng_state", lambda state, _: torch.set_rng_state(state)),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch.cuda, "default_generators", {None: Generator()})
+    monkeypatch.setattr(module, "_numbers_of", lambda device: Generator())
     monkeypatch.setattr(module, "_gpu_of", lambda parameters: parameters[0].device)
     record = a3fta.Captured._record
 

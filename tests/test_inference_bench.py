@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib.util
 import json
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,6 +61,31 @@ def test_replayed_cells_are_measured_on_a_gpu_alone(capsys):
         names[device] = capsys.readouterr().out
     assert "graph" not in names["cpu"]
     assert "| A3FTA r64, graph\n" in names["cuda"] and "frozen base, graph" in names["cuda"]
+
+
+def test_a_graph_has_the_weights_that_it_reads(monkeypatch):
+    class Stream:
+        def wait_stream(self, other):
+            assert isinstance(other, Stream)
+
+    nothing = contextlib.nullcontext()
+    for name, value in (
+        ("Stream", Stream), ("current_stream", Stream), ("stream", lambda _: nothing),
+        ("CUDAGraph", lambda: SimpleNamespace(replay=lambda: None)),
+        ("graph", lambda *_, **__: nothing),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    class Model(torch.nn.Module):
+        def forward(self, x, return_dict):
+            return (x,)
+
+    model = Model()
+    alive = weakref.ref(model)
+    replay = bench_inference._replayed(bench_inference.once)(model, {"x": torch.ones(2)})
+    del model
+    gc.collect()
+    assert alive() is not None and replay().tolist() == [1, 1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")

@@ -184,6 +184,25 @@ def test_captured_steps_are_right_and_measured():
     assert graphs and all(row["peak_bytes"] is None and row["q50_us"] > 0 for row in graphs)
 
 
+def test_what_was_timed_stays_where_the_minutes_end(device):
+    class Late(Limits):
+        """Over when all cells are built."""
+
+        asked = 0
+
+        @property
+        def over(self):
+            self.asked += 1
+            return self.asked > 2
+
+    cells = (Cell(EAGER, STOCK), Cell(FUSED, STOCK))
+    found = measure_batch(
+        TINY, trunk(device), Batch("adapters", cells), device, Late(0.0, 3, math.inf)
+    )
+    assert set(found.rows) == set(cells) and not found.absent
+    assert all(row["q50_us"] > 0 and "counts" not in row for row in found.rows.values())
+
+
 def test_a_cell_that_computes_something_else_is_not_timed(device, monkeypatch):
     def lean(model, level, **rest):
         model.conv_out.register_forward_hook(lambda module, args, y: 1.01 * y)
