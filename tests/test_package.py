@@ -305,6 +305,25 @@ def test_the_memory_table_is_what_was_counted():
             assert f" {states} " in README[README.index("gradients and AdamW take") :][:100]
 
 
+def test_the_table_of_steps_is_what_was_measured():
+    rows = json.loads((ROOT / "benchmarks/results/step_nvidia-h200.json").read_text())["rows"]
+    for label, method, variant in (
+        ("PEFT LoRA r16", "PEFT LoRA r16", "stock"),
+        ("A3FTA r64, `exact`", "A3FTA r64", "exact"),
+        ("PEFT LoRA r16, graph", "PEFT LoRA r16", "graph"),
+        ("A3FTA r64, `exact`, graph", "A3FTA r64", "exact, graph"),
+    ):
+        cells = [label]
+        for model in ("SDXL 1024x1024", "SD1.5 512x512"):
+            key = (model, 4, method, variant)
+            names = ("model", "batch_size", "method", "variant")
+            row = next(r for r in rows if tuple(r[n] for n in names) == key)
+            peak = row["peak_bytes"]
+            told = "" if peak is None else f" ({peak / 2**20:,.0f})"
+            cells.append(f"{row['q50_us'] / 1e3:.0f}{told}")
+        assert f"| {' | '.join(cells)} |" in README
+
+
 def test_the_count_is_reproduced():
     if not a3fta.backends()["native"].available:
         pytest.skip("counted with the compiled library, which is not here")
