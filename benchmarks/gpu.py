@@ -14,7 +14,9 @@
     bench-linear-16                       with R = 16
     bench-cross      attention to text
     bench-block      a whole transformer block
-    bench-step       whole training steps of SDXL and SD1.5: results/step_<device>.json
+    bench-step       whole training steps of SDXL, batch 4: results/step_<device>.json
+    bench-step-small            of SD1.5, and of SDXL at batch 1
+    bench-step-full             beside full fine-tuning
     bench-step-compile          beside rivals under torch.compile
     bench-step-graph            as CUDA graphs, ours and LoRA
     bench-largest    the batch that fits into a memory, beside `a3fta plan`: largest_<device>.json

@@ -25,7 +25,9 @@ BENCHES = {
     "bench-linear-16": ["--only", "adapter_linear", "--rank", "16"],
     "bench-cross": ["--only", "cross_attention_adapter"],
     "bench-block": ["--only", "block"],
-    "bench-step": ["--only", r"\| (adapters|full) \|"],
+    "bench-step": ["--only", r"SDXL .*batch 4 \| adapters"],
+    "bench-step-small": ["--only", r"(SD1\.5 .*batch 4|batch 1) \| adapters"],
+    "bench-step-full": ["--only", r"\| full \|"],
     "bench-step-compile": ["--only", r"batch 4 \| compiled \|"],
     "bench-step-graph": ["--only", r"\| captured \|"],
     "bench-largest": [],
@@ -37,9 +39,7 @@ BENCHES = {
 }
 # of a stage, where it is not run.py
 SCRIPTS = {
-    **dict.fromkeys(
-        ("bench-step", "bench-step-compile", "bench-step-graph"), "benchmarks/bench_step.py"
-    ),
+    **{stage: "benchmarks/bench_step.py" for stage in BENCHES if stage.startswith("bench-step")},
     "bench-largest": "benchmarks/bench_largest.py",
     "bench-inference": "benchmarks/bench_inference.py",
 }

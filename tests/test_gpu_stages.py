@@ -76,7 +76,7 @@ def test_whole_steps_are_all_in_a_stage(tmp_path):
     stages = [s for s, script in gpu_stages.SCRIPTS.items() if script.endswith("bench_step.py")]
     commands = [gpu_stages.steps(s, options(tmp_path), "90a", tmp_path)[0].command for s in stages]
     wanted = [c[c.index("--only") + 1] for c in commands]
-    assert len(wanted) == 3 and len(set(wanted)) == 3
+    assert len(wanted) == 5 and len(set(wanted)) == 5
     done = run("benchmarks/bench_step.py", "--device", "cuda", "--list")
     left = [n for n in done.stdout.splitlines() if not any(re.search(w, n) for w in wanted)]
     # at batch 1 nothing is said about the compiler
