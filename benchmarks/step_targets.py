@@ -13,7 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .step_methods import ANCHOR, CHECKPOINTING, COMPILE, EQUAL, FUSED, LEVELS, LORA, STOCK, Cell
+from .step_methods import (
+    ANCHOR,
+    CHECKPOINTING,
+    COMPILE,
+    EQUAL,
+    FUSED,
+    GRAPH,
+    LEVELS,
+    LORA,
+    STOCK,
+    Cell,
+)
 
 GIB = 2**30
 SDXL, SDXL_ONE = ("SDXL 1024x1024", 4), ("SDXL 1024x1024", 1)
@@ -101,10 +112,12 @@ def _targets() -> Iterator[StepTarget]:
     exact, recompute, block = (Cell(FUSED, x) for x in ("exact", "recompute", "block"))
     stock, checkpointing = Cell(FUSED, STOCK), Cell(FUSED, CHECKPOINTING)
     rivals = (ANCHOR, Cell(EQUAL, STOCK))
+    graphs = (Cell(FUSED, f"exact, {GRAPH}"), Cell(LORA, GRAPH))
     compiled = (Cell(LORA, COMPILE), Cell(EQUAL, COMPILE))
     gpu = [
         ("exact: time over PEFT LoRA, eager", time_over(exact, *rivals), 0.80, (SDXL,)),
         ("exact: time over PEFT LoRA, compiled", time_over(exact, *compiled), 1.0, (SDXL,)),
+        ("exact, graph: time over PEFT LoRA, graph", time_over(*graphs), 0.80, (SDXL, SD15)),
         ("exact: peak above weights over PEFT LoRA", peak_over(exact, ANCHOR), 0.73, (SDXL,)),
         ("recompute: peak over PEFT LoRA", peak_over(recompute, ANCHOR), 0.30, (SDXL,)),
         ("recompute: time over PEFT LoRA, eager", time_over(recompute, *rivals), 1.0, (SDXL,)),
