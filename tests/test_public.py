@@ -93,6 +93,7 @@ PUBLIC = {
     "AdapterFileError",
     "BackendStatus",
     "BackendUnavailableError",
+    "Captured",
     "InjectionReport",
     "LeanReport",
     "adapters_per_sample",

@@ -17,6 +17,8 @@ def bitsandbytes_4bit(linear: nn.Linear) -> nn.Module:
     layer = Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, **options)
     layer.weight = Params4bit(linear.weight.data, False, quant_type="nf4", module=layer)
     layer.bias = linear.bias
+    # on a CPU with bf16 products it would pack them anew, which layers as small as these it cannot
+    layer.support_avx512bf16_for_cpu = False
     return layer.to("cpu")  # the move packs the weight
 
 

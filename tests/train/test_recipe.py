@@ -103,13 +103,13 @@ def test_the_held_out_photos_are_never_trained_on(tmp_path, monkeypatch):
     from a3fta_kernels.train.trainer import Trainer
 
     seen: set[int] = set()
-    losses = Trainer._losses
+    parts = Trainer._parts
 
     def spy(self, number, chosen):
         seen.update(chosen)
-        return losses(self, number, chosen)
+        return parts(self, number, chosen)
 
-    monkeypatch.setattr(Trainer, "_losses", spy)
+    monkeypatch.setattr(Trainer, "_parts", spy)
     settings = setting_out(tmp_path, 8, heldout="holdout", heldout_count=2, steps=12)
     finetune(settings)
     held = {
