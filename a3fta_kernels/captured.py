@@ -43,15 +43,16 @@ class Captured:
         parameters: what gets gradients.
         warm_up: calls before recording, in which tiles are chosen and libraries loaded.
 
-    A call adds gradients to `.grad` as `backward` does, but runs no hooks of parameters, and
-    returns the loss without a graph. A `.grad` that was None becomes a tensor that the next call
-    may write over: copy what is to stay. Random numbers of the GPU are new in every call, and
-    recording uses none up. The memory of the largest recording stays taken as long as this object
-    is there.
+    A call adds gradients to `.grad` as `backward` does, without what `backward` calls after it
+    has accumulated, and returns the loss without a graph. A `.grad` that was None becomes a tensor
+    that the next call may write over: copy what is to stay. Random numbers of the GPU are new in
+    every call, and recording uses none up. Recordings share their memory, which stays taken as
+    long as this object is there.
 
     Raises:
         TypeError, ValueError: an input is no tensor, or not on the parameters' GPU.
-        RuntimeError: `loss` cannot be recorded; the message says what it did.
+        RuntimeError: `loss` cannot be recorded; the message says what it did. All recordings are
+            forgotten then, and PyTorch may hold on to memory until the process ends.
     """
 
     def __init__(
@@ -64,8 +65,11 @@ class Captured:
         self.parameters = list(parameters)
         self.warm_up = warm_up
         self.device = _gpu_of(self.parameters)
+        # one for all: a block of memory serves the stream that it was taken for
+        self._side = torch.cuda.Stream(self.device)
         self._recordings: dict[tuple, _Recording] = {}
         self._places: tuple[int, ...] = ()
+        self._storages: list[Tensor] = []
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """The loss of these inputs, whose gradients are then in `.grad`."""
@@ -74,14 +78,16 @@ class Captured:
         if places != self._places:  # moved, or given other storage
             self.reset()
             self._places = places
-        key = tuple((name, x.shape, x.stride(), x.dtype) for name, x in inputs.items())
+            # as long as they are held nothing new has their place
+            self._storages = [p.detach() for p in self.parameters]
+        key = tuple((name, x.shape, x.stride(), x.dtype) for name, x in sorted(inputs.items()))
         recording = self._recordings.get(key)
         if recording is None:
             recording = self._recordings[key] = self._record(inputs)
         with torch.no_grad():
             for name, x in inputs.items():
                 recording.inputs[name].copy_(x, non_blocking=True)
-            self._keep(recording.grads)
+            self._keep()
             recording.graph.replay()
             self._add(recording.grads)
         return recording.loss.clone()
@@ -106,7 +112,7 @@ class Captured:
         others = next(iter(self._recordings.values()), None)
         # recordings never run at once and keep nothing from one call to the next but gradients
         pool = None if others is None else others.graph.pool()
-        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
+        graph, side = torch.cuda.CUDAGraph(), self._side
         with torch.cuda.device(self.device), _same_numbers(self.device):
             here = torch.cuda.current_stream()
             _forget_accumulators(self.parameters)
@@ -115,6 +121,8 @@ class Captured:
                 for _ in range(self.warm_up):
                     self._gradients(held)
             here.wait_stream(side)
+            # casts of weights that autocast keeps belong into the graph, and to nobody after it
+            torch.clear_autocast_cache()
             try:
                 # autograd's threads may load kernels meanwhile
                 with torch.cuda.graph(
@@ -122,26 +130,33 @@ class Captured:
                 ):
                     value, grads = self._gradients(held)
             except RuntimeError as error:
-                # one that breaks off may leave its stream, and random numbers for a graph alone
+                # one that breaks off may leave its stream, and random numbers for a graph alone,
+                # and other graphs without theirs
                 torch.cuda.set_stream(here)
                 numbers = _numbers_of(self.device)
                 numbers.graphsafe_set_state(numbers.clone_state())
+                self.reset()
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
                 raise RuntimeError(
                     f"loss: expected what a CUDA graph can hold, got: {error}"
                 ) from error
+            finally:
+                torch.clear_autocast_cache()
         return _Recording(graph, held, value, grads)
 
     def _gradients(self, inputs: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         with torch.enable_grad():
             value = self.loss(dict(inputs))
             found = torch.autograd.grad(value, self.parameters, allow_unused=True)
-        return value.detach(), found
+        return value.detach(), tuple(_each_its_own(self.parameters, found))
 
-    def _keep(self, grads: tuple[Tensor | None, ...]) -> None:
-        """What a replay would write over and the caller has not taken away."""
-        for parameter, grad in zip(self.parameters, grads, strict=True):
-            if grad is not None and parameter.grad is grad:
-                parameter.grad = grad.clone()
+    def _keep(self) -> None:
+        """What a replay, of whatever recording, would write over and the caller has not taken."""
+        ours = {id(grad) for r in self._recordings.values() for grad in r.grads}
+        for parameter in self.parameters:
+            if parameter.grad is not None and id(parameter.grad) in ours:
+                parameter.grad = parameter.grad.clone()
 
     def _add(self, grads: tuple[Tensor | None, ...]) -> None:
         sums, parts = [], []
@@ -166,6 +181,19 @@ def _gpu_of(parameters: list[nn.Parameter]) -> torch.device:
         found = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"parameters: expected all on one GPU, got them on {found}")
     return devices.pop()
+
+
+def _each_its_own(
+    parameters: list[nn.Parameter], grads: tuple[Tensor | None, ...]
+) -> Iterator[Tensor | None]:
+    """The gradients laid out as their parameters, no two in one place: as `backward` has them."""
+    seen: set[int] = set()
+    for parameter, grad in zip(parameters, grads, strict=True):
+        if grad is not None:
+            if grad.data_ptr() in seen or grad.stride() != parameter.stride():
+                grad = torch.empty_like(parameter).copy_(grad)
+            seen.add(grad.data_ptr())
+        yield grad
 
 
 def _numbers_of(device: torch.device) -> torch.Generator:

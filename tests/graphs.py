@@ -1,4 +1,4 @@
-"""A stand-in for CUDA graphs, whose replays call again."""
+"""A stand-in for CUDA graphs, whose replays call again, and spoil what shares their memory."""
 
 from __future__ import annotations
 
@@ -56,10 +56,17 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(module, "_gpu_of", lambda parameters: parameters[0].device)
     record = a3fta.Captured._record
 
+    made = []
+
     def recorded(self, given):
         found = record(self, given)
+        made.append(found)
 
         def replay():
+            for other in made:
+                for grad in other.grads if other is not found else ():
+                    if grad is not None:
+                        grad.fill_(torch.nan)
             value, grads = self._gradients(found.inputs)
             found.loss.copy_(value)
             for mine, grad in zip(found.grads, grads, strict=True):

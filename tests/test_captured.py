@@ -89,6 +89,37 @@ def test_gradients_add_up(stand_in, to_none):
         torch.testing.assert_close(values[3], loss(batch(4)).detach())
 
 
+def test_gradients_of_another_recording_are_kept(stand_in):
+    """Its memory is written over by this one's replay."""
+    model, loss, _ = model_and_loss()
+    step = a3fta.Captured(loss, model.parameters())
+    for seed, rows in ((1, 4), (2, 5), (3, 5), (4, 4)):
+        if seed == 3:
+            model.zero_grad()
+        step(batch(seed, rows))
+    found = grads_of(model)
+    model.zero_grad()
+    for seed, rows in ((3, 5), (4, 4)):
+        loss(batch(seed, rows)).backward()
+    same(found, grads_of(model))
+
+
+def test_every_gradient_is_a_tensor_of_its_own(stand_in):
+    """As `backward` makes them, so that what clips in place clips once."""
+    p, q, r = (nn.Parameter(torch.ones(2, 3) * i) for i in (1, 2, 3))
+
+    def loss(given):
+        return ((p + q) * given["x"]).sum() + r.t().sum()
+
+    step = a3fta.Captured(loss, [p, q, r])
+    step({"x": torch.ones(2, 3)})
+    assert p.grad is not q.grad and p.grad.data_ptr() != q.grad.data_ptr()
+    assert r.grad.is_contiguous()
+    torch.nn.utils.clip_grad_norm_([p, q, r], 1.0)
+    for grad in (p.grad, q.grad, r.grad):
+        torch.testing.assert_close(grad, torch.full((2, 3), 18**-0.5), rtol=1e-4, atol=0)
+
+
 def test_weights_may_change_in_place_and_move(stand_in):
     model, loss, _ = model_and_loss()
     step = a3fta.Captured(loss, model.parameters(), warm_up=1)
@@ -227,6 +258,42 @@ def test_random_numbers_on_a_gpu():
     assert (float(step(x)), float(step(x))) == (first, second) and first != second
     torch.manual_seed(3)
     assert float(loss(x)) == first
+
+
+@GPU
+def test_several_sizes_share_memory_and_no_gradients():
+    unet = adapted_unet("cuda").train()
+    parameters = list(a3fta.trainable_parameters(unet))
+    loss = unet_loss(unet)
+    step = a3fta.Captured(loss, parameters)
+    small = inputs(unet, seed=10)
+    large = {k: torch.cat([v, v, v]) for k, v in inputs(unet, seed=11).items()}
+    for given in (small, large):
+        step(given)
+    unet.zero_grad()
+    for given in (large, small):
+        step(given)
+    found = [p.grad.clone() for p in parameters]
+    unet.zero_grad()
+    for given in (large, small):
+        loss(given).backward()
+    for ours, p in zip(found, parameters, strict=True):
+        torch.testing.assert_close(ours, p.grad, rtol=1e-3, atol=1e-5)
+
+
+@GPU
+def test_under_the_callers_autocast():
+    """Casts of weights are in the graph: it sees what an optimizer changes."""
+    layer = nn.Linear(8, 8, device="cuda")
+    step = a3fta.Captured(lambda g: layer(g["x"]).float().square().mean(), layer.parameters())
+    x = {"x": torch.ones(4, 8, device="cuda")}
+    with torch.autocast("cuda", torch.bfloat16):
+        layer(x["x"])  # fills autocast's cache
+        before = float(step(x))
+        with torch.no_grad():
+            layer.weight.mul_(2)
+            layer.bias.mul_(2)
+        assert float(step(x)) == pytest.approx(4 * before, rel=0.05)
 
 
 @GPU

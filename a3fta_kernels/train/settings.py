@@ -199,6 +199,16 @@ class Settings:
                 "mixed_precision: expected no or bf16 beside cuda_graph, which scales no losses, "
                 "got fp16"
             )
+        if self.cuda_graph and self.gradient_checkpointing:
+            raise ValueError(
+                "gradient_checkpointing: expected off beside cuda_graph, as it asks for the state "
+                "of random numbers, got on; lean=block goes with it"
+            )
+        if self.cuda_graph and self.prior_weight and self.train != "adapter":
+            raise ValueError(
+                f"train: expected adapter beside cuda_graph and prior_weight, whose model without "
+                f"adapters is copied from the CPU, got {self.train}"
+            )
         if self.heldout_count is not None and self.heldout not in ("auto", "holdout"):
             raise ValueError(
                 f"heldout_count: expected none beside heldout={self.heldout}, "

@@ -107,13 +107,7 @@ class Trainer:
         if prior := run.material.prior:
             self.prior_order = _order(prior, range(len(prior)), settings)
         self.device = self.accelerator.device
-        self.losses: dict[str, Callable[[Batch], Tensor]] = {
-            "photos": self._of_photos, "prior": self._of_prior
-        }  # fmt: skip
-        self.captured: dict[str, Captured] = {}
-        if settings.cuda_graph:
-            for name, loss in self.losses.items():
-                self.captured[name] = Captured(self._share(loss), self.parameters)
+        self.captured = Captured(self._share, self.parameters) if settings.cuda_graph else None
         self.done = 0
 
     def advance(self) -> dict[str, Any]:
@@ -136,9 +130,9 @@ class Trainer:
             chosen = self.order[number]
             photos += chosen
             parts = self._parts(number, chosen)
-            for i, (name, batch) in enumerate(parts):
+            for i, batch in enumerate(parts):
                 last = turn == settings.accumulate - 1 and i == len(parts) - 1
-                total += self._descend(name, batch, last)
+                total += self._descend(batch, last)
         if world > 1:
             total = self.accelerator.reduce(total, "mean")
         loss_value = float(total)
@@ -156,27 +150,29 @@ class Trainer:
         self.done = step
         return {
             "step": step, "loss": loss_value, "lr": rate, "grad_norm": float(norm),
-            "seconds": time.perf_counter() - began, "memory": _peak(self.device),
+            "seconds": time.perf_counter() - began, "memory": self._peak(),
         }  # fmt: skip
 
-    def _share(self, loss: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
-        return lambda batch: loss(batch) / self.run.settings.accumulate
+    def _loss(self, batch: Batch) -> Tensor:
+        return self._of_photos(batch) if "target" in batch else self._of_prior(batch)
 
-    def _descend(self, name: str, batch: Batch, last: bool) -> Tensor:
+    def _share(self, batch: Batch) -> Tensor:
+        return self._loss(batch) / self.run.settings.accumulate
+
+    def _descend(self, batch: Batch, last: bool) -> Tensor:
         """Adds the gradients of a part of the step; its share of the loss, in float64."""
-        if self.captured:
+        if self.captured is not None:
             try:
-                return self.captured[name](batch).double()
+                return self.captured(batch).double()
             except RuntimeError as error:
                 raise TrainingError(f"cuda_graph: {error}") from error
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-            value = self.losses[name](batch)
+            value = self._loss(batch)
             self.accelerator.backward(value / self.run.settings.accumulate)
         return value.detach().double() / self.run.settings.accumulate
 
-    def _parts(self, number: int, chosen: Sequence[int]) -> list[tuple[str, Batch]]:
-        """What to minimise for batch `number`, each its own forward and backward: the name of a
-        loss, and what it is of."""
+    def _parts(self, number: int, chosen: Sequence[int]) -> list[Batch]:
+        """What to minimise for batch `number`, each its own forward and backward."""
         settings, material, family = self.run.settings, self.run.material, self.run.family
         draw = generator(settings.seed, "batch", number)
         mirrored = torch.rand(len(chosen), generator=draw) < 0.5
@@ -191,13 +187,13 @@ class Trainer:
         ]
         noisy, target, level = self._noised(rows, draw)
         weight = family.noise.weight(level, settings.snr_gamma)
-        parts = [("photos", self._batch(rows, noisy, level, target=target, weight=weight))]
+        parts = [self._batch(rows, noisy, level, target=target, weight=weight)]
         if settings.prior_weight:
             if self.prior_order is not None:
                 rows = [material.prior[i] for i in self.prior_order[number]]
             rows = [{**row, **material.prior_text} for row in rows]
             noisy, _, level = self._noised(rows, generator(settings.seed, "prior", number))
-            parts.append(("prior", self._batch(rows, noisy, level)))
+            parts.append(self._batch(rows, noisy, level))
         return parts
 
     def _batch(self, rows: list[Row], noisy: Tensor, level: Tensor, **more: Tensor) -> Batch:
@@ -231,6 +227,14 @@ class Trainer:
         row = {k.removeprefix(_ROW): x for k, x in batch.items() if k.startswith(_ROW)}
         with self.accelerator.autocast():
             return self.run.family.predict(model, batch["noisy"], batch["time"], row)
+
+    def _peak(self) -> int | None:
+        """Bytes of the GPU; of a replay what is set aside, as its memory counts as free."""
+        if self.device.type != "cuda":
+            return None
+        if self.captured is not None:
+            return torch.cuda.max_memory_reserved(self.device)
+        return torch.cuda.max_memory_allocated(self.device)
 
     def _check(self, step: int, what: str, value: float, photos: Sequence[int]) -> None:
         if math.isfinite(value):
@@ -331,7 +335,8 @@ class Trainer:
         return entry
 
     def close(self) -> None:
-        """Takes accelerate's wrapping off the model again."""
+        """Takes accelerate's wrapping off the model again, and lets go of recordings."""
+        self.captured = None
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
 
@@ -341,7 +346,3 @@ def _order(rows: Sequence[Row], chosen: Sequence[int], settings: Settings) -> Or
     for i in chosen:
         by_shape.setdefault(rows[i]["mean"].shape, []).append(i)
     return Order(tuple(map(tuple, by_shape.values())), settings.batch, settings.seed)
-
-
-def _peak(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -124,6 +124,16 @@ def test_help_says_the_defaults():
             ValueError,
             "mixed_precision: expected no or bf16 beside cuda_graph, .*got fp16",
         ),
+        (
+            {"cuda_graph": True, "gradient_checkpointing": True},
+            ValueError,
+            "gradient_checkpointing: expected off beside cuda_graph",
+        ),
+        (
+            {"cuda_graph": True, "prior_weight": 1.0, "train": "adapter+attention"},
+            ValueError,
+            "train: expected adapter beside cuda_graph and prior_weight.* got adapter.attention",
+        ),
         ({"budget": "1GiB"}, ValueError, "lean: expected auto beside a budget, got 'exact'"),
         ({"prior_prompt": "a dog"}, ValueError, "prior_weight: expected more than 0"),
         ({"prior_data": "dogs"}, ValueError, "prior_weight: expected more than 0"),

@@ -146,7 +146,7 @@ def test_a_loss_that_cannot_be_recorded_ends_the_run_with_a_reason(trainers, mon
     def fails(*_):
         raise RuntimeError("loss: expected what a CUDA graph can hold, got: a sync")
 
-    monkeypatch.setattr(trainer.captured["photos"], "_record", fails)
+    monkeypatch.setattr(trainer.captured, "_record", fails)
     before = values(trainer)
     with pytest.raises(TrainingError, match="cuda_graph: loss: expected what a CUDA graph can"):
         trainer.advance()
