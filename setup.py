@@ -11,7 +11,7 @@ Options, environment variables read while building:
     A3FTA_NATIVE=0    install without the compiled library
     A3FTA_CUDA=0      build without CUDA kernels; 1: fail where nvcc is missing (default: if found)
     A3FTA_CUDA_ARCHS  GPU architectures, e.g. "90" or "80+PTX 120", or "all" of CUDA_ARCHS (default:
-                      those of the GPUs here; all where there is none)
+                      those of the GPUs here, for no others; all where there is none)
     MAX_JOBS          how many compilers run at once (default: the number of processors)
 
 Objects are kept in build/native and rebuilt when a source, a header, or the command changes.
@@ -105,8 +105,9 @@ class Cuda:
             [self.nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
         ).stdout
         known = set(re.findall(r"sm_(\d+)", listing))
-        asked, here = os.environ.get("A3FTA_CUDA_ARCHS"), archs_here()
-        if not asked and here and known.issuperset(here):
+        asked = os.environ.get("A3FTA_CUDA_ARCHS")
+        here = [] if asked else archs_here()
+        if here and known.issuperset(here):
             names = here
         elif not asked or asked == "all":
             names, asked = CUDA_ARCHS.split(), None
@@ -138,8 +139,12 @@ def archs_here() -> list[str]:
     """Those of this machine's GPUs that the kernels run on."""
     import torch
 
-    count = torch.cuda.device_count() if torch.version.cuda else 0
-    found = {torch.cuda.get_device_capability(i) for i in range(count)}
+    try:
+        count = torch.cuda.device_count() if torch.version.cuda else 0
+        found = {torch.cuda.get_device_capability(i) for i in range(count)}
+    except RuntimeError as error:  # a GPU that may not be used now
+        say(f"GPUs of this machine: {error}")
+        return []
     return [f"{major}{minor}" for major, minor in sorted(found) if major >= 8]
 
 

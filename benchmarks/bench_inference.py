@@ -134,9 +134,14 @@ def _replayed(prepare: Prepare) -> Prepare:
         with torch.cuda.stream(side):
             for _ in range(3):  # tiles are chosen, libraries loaded
                 run()
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph, stream=side):
-            y = run()
+        here = torch.cuda.current_stream()
+        here.wait_stream(side)
+        try:
+            with torch.cuda.graph(graph, stream=side):
+                y = run()
+        except Exception:  # one that breaks off may leave the stream that it was captured on
+            torch.cuda.set_stream(here)
+            raise
 
         def replay(held: Run = run) -> Tensor:  # a graph does not hold the weights that it reads
             graph.replay()
@@ -270,7 +275,12 @@ def measure_model(
         }
         samples, failed = step_measure.rounds(clocks, limits)
         for cell in samples:  # after all rounds: once used, CUPTI makes every launch slower
-            facts[cell]["counts"] = measure.count(calls[cell].run, device, warm=True)
+            if limits.over:  # what was timed has to be written yet
+                break
+            try:
+                facts[cell]["counts"] = measure.count(calls[cell].run, device, warm=True)
+            except Exception as error:  # its times stand
+                print(f"  {cell}: kernels are not counted: {step_measure.reason(error)}")
     absent |= failed
     label = {
         "model": model.name, "batch_size": model.batch, "like": model.like,
@@ -312,7 +322,7 @@ def print_rows(rows: list[dict[str, Any]], absent: list[dict[str, Any]]) -> None
             parts.insert(1, f"{row['of_frozen']:.2f}x frozen")
         if row["peak_bytes"] is not None:
             parts.append(f"peak {row['peak_bytes'] / 2**20:.0f} MiB")
-        parts += [f"{count} {what}" for what, count in row["counts"].items()]
+        parts += [f"{count} {what}" for what, count in row.get("counts", {}).items()]
         print(f"  {row['cell']:48s} {', '.join(parts)}")
     for row in absent:
         print(f"  {row['cell']:48s} {row['reason']}")

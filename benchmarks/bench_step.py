@@ -189,17 +189,18 @@ def merged(path: Path, found: dict[str, Any]) -> dict[str, Any]:
     before: dict[str, Any] = {"rows": [], "absent": []}
     if path.exists():
         old = json.loads(path.read_text())
-        same = ("device", "torch", "quick")
-        if all(old["environment"].get(k) == found["environment"][k] for k in same):
+        same = ("device", "torch", "triton", "peft", "quick")
+        if all(old["environment"].get(k) == found["environment"].get(k) for k in same):
             before = old
         else:
-            print(f"{path.name} is of another device or torch: its rows are dropped")
+            print(f"{path.name} is of another device, or of other versions: its rows are dropped")
     rows = {key(r): {"commit": before["environment"]["commit"], **r} for r in before["rows"]}
     order = [batch.name for batch in batches("cuda")]
     for row in found["rows"]:
         row["commit"] = found["environment"]["commit"]
         kept = rows.get(key(row))
-        if kept is None or order.index(row["batch"]) <= order.index(kept["batch"]):
+        later = kept is not None and kept["commit"] != row["commit"]
+        if kept is None or later or order.index(row["batch"]) <= order.index(kept["batch"]):
             rows[key(row)] = row
     absent = {key(r): r for r in (*before["absent"], *found["absent"]) if key(r) not in rows}
     return found | {"absent": list(absent.values()), "rows": list(rows.values())}

@@ -69,7 +69,7 @@ def _table(rows: list[Row], about: dict[str, Any]) -> Iterator[str]:
             row["cell"], f"{mid:.1f}", f"{low:.1f} to {high:.1f}",
             f"{row['of_frozen']:.2f}" if row["of_frozen"] else "",
             f"{row['images_per_second']:.3g}", mib(row["peak_bytes"]),
-            str(row["counts"].get(counted, "")),
+            str(row.get("counts", {}).get(counted, "")),
         ]  # fmt: skip
         yield f"| {' | '.join(cells)} |"
     loops = sorted({row["rounds"] for row in rows})

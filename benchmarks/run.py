@@ -127,9 +127,9 @@ def merged(path: Path, found: dict[str, Any]) -> dict[str, Any]:
     if not path.exists():
         return found
     before = json.loads(path.read_text())
-    same = ("device", "torch", "quick")
-    if any(before["environment"].get(k) != found["environment"][k] for k in same):
-        print(f"{path.name} is of another device or torch: its rows are dropped")
+    same = ("device", "torch", "triton", "quick")
+    if any(before["environment"].get(k) != found["environment"].get(k) for k in same):
+        print(f"{path.name} is of another device, torch or Triton: its rows are dropped")
         return found
     measured = {_key(row) for row in found["rows"]}
     old = [{"commit": before["environment"]["commit"], **row} for row in before["rows"]]

@@ -312,6 +312,7 @@ def test_the_table_of_steps_is_what_was_measured():
         ("A3FTA r64, `exact`", "A3FTA r64", "exact"),
         ("PEFT LoRA r16, graph", "PEFT LoRA r16", "graph"),
         ("A3FTA r64, `exact`, graph", "A3FTA r64", "exact, graph"),
+        ("A3FTA r64, `block` with 8-bit norms, graph", "A3FTA r64", "block-int8, graph"),
     ):
         cells = [label]
         for model in ("SDXL 1024x1024", "SD1.5 512x512"):

@@ -25,9 +25,9 @@ from .account import mib
 from .levels import LEVELS
 from .peak import Peak, step_peak
 
-# On an H200 a context with its loaded kernels took 788 MiB, and of 12 and 24 GiB six cases of
-# benchmarks/bench_largest.py could not use another 7.0 to 7.6 %: workspaces, and what the caching
-# allocator cannot use of its blocks.
+# On an H200 a context with its loaded kernels took 788 MiB. Beside that a share of 7.0 to 7.6 % of
+# 12 and 24 GiB, for workspaces and what the caching allocator cannot use of its blocks, finds the
+# six largest batches of benchmarks/bench_largest.py.
 CONTEXT = 788 << 20
 UNUSABLE = 0.075
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -49,6 +49,7 @@ from ..rule import (
     refuse_second_derivative,
     rows,
     scaled,
+    times,
 )
 from . import choice
 
@@ -270,7 +271,8 @@ def parameter_grads(
     # a scale in a tensor comes after, as its own gradient takes the products without it
     number = scale if scale_tensor is None else 1.0
     g_up = product(weight_t, cast(grads.g_up, narrow), number)
-    g_bias = None if b_up is None else product(weight_t, cast(grads.dy_sum, narrow), number)
+    # of a vector PyTorch rounds the scale to the product's dtype
+    g_bias = None if b_up is None else times(weight_t @ cast(grads.dy_sum, narrow), number)
     if scale_tensor is None:
         return found | {"w_up": g_up, "b_up": g_bias}
     g_up, g_bias = cast(g_up, wide), cast(g_bias, wide)
