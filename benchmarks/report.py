@@ -27,6 +27,7 @@ from .step_methods import (
     FLOOR,
     FULL,
     FUSED,
+    GRAPH,
     LEVELS,
     LORA,
     STOCK,
@@ -93,7 +94,7 @@ def step_sections(step: Found, stem: str, out: Path) -> Iterator[str]:
     for model, rows in by_model(step).items():
         yield f"\n## A whole training step: {model}, on {on}\n"
         placed = points(rows)
-        if placed:
+        if len(placed) > 2:
             name = f"{stem}-{slug(model)}.png"
             floor = rows.get(Cell(FLOOR, STOCK))
             at = over_lora(Cell(FLOOR, STOCK), floor) if floor else None
@@ -101,6 +102,14 @@ def step_sections(step: Found, stem: str, out: Path) -> Iterator[str]:
             figures.scatter(out / name, title, source(about, rows.values()), placed, at)
             yield f"![time and memory of a training step of {model}](figures/{name})\n"
             yield "\n".join(said(placed)) + "\n"
+        if bars := graph_bars(rows):
+            name = f"{stem}-{slug(model)}-graph.png"
+            title = f"{model}: training steps as CUDA graphs ({on})"
+            axis = "time over PEFT LoRA's, started by Python  (left is faster)"
+            figures.bars(
+                out / name, title, source(about, rows.values()), [("", bars)], axis, line=1.0
+            )
+            yield f"![bars: training steps of {model} as CUDA graphs](figures/{name})\n"
         if rows:
             yield from step_table(rows, about)
         absent = [r for r in step["absent"] if f"{r['model']}, batch {r['batch_size']}" == model]
@@ -111,6 +120,19 @@ def step_sections(step: Found, stem: str, out: Path) -> Iterator[str]:
     verdicts = step_targets.judge(step, device)
     yield f"\n## Targets of the step, on {on}\n"
     yield "\n".join(step_targets.table(step, device, verdicts)[3:])
+
+
+def graph_bars(rows: dict[Cell, Row]) -> list[Bar]:
+    """All cells of the loop that steps as graphs were timed in; none where there was no such."""
+    beside = next((r["beside"] for cell, r in rows.items() if cell.variant.endswith(GRAPH)), {})
+    if str(ANCHOR) not in beside:
+        return []
+    found = []
+    for text, time in beside.items():
+        cell, ratio = Cell(*text.split(" | ")), time / beside[str(ANCHOR)]
+        colour = figures.LORA if cell.method == LORA else figures.OURS
+        found.append((label(cell), ratio, colour, f"{ratio:.2f}"))
+    return found
 
 
 def said(placed: list[Point]) -> list[str]:

@@ -84,7 +84,10 @@ def test_the_whole_page(tmp_path):
     assert "Missing" not in text
     names = set(pictures(tmp_path))
     assert names == {part.partition(")")[0] for part in text.split("(figures/")[1:]}
-    assert len(names) == 5 + 2 + 1 + 2
+    assert len(names) == 5 + 2 + 1 + 2 + 3
+    # of three models on a GPU; a loop that had no graph has no such picture
+    graphs = [name for name in names if name.endswith("-graph.png")]
+    assert len(graphs) == 3 and all(name.startswith("step-made-up") for name in graphs)
     # a GPU's results first; a CPU is called a CPU in every section
     assert text.index("on Made Up") < text.index("on CPU")
     assert text.count("commit abc") >= 8
