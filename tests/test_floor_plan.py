@@ -22,7 +22,7 @@ LAYERS = [
     ["checks"],
     ["backends"],
     ["triton_support"],
-    ["ops.activations", "ops.rule", "ops.*.layout"],
+    ["ops.activations", "ops.rule", "ops.*.layout", "ops.*.limits", "ops.*.attention"],
     [
         "ops.validate",
         "ops.skinny_triton",
@@ -125,7 +125,7 @@ EXCEPTIONS = [
 # op: its modules beside those that every op has
 BESIDE = {
     "adapter_linear": ["choice", "fused_triton"],
-    "cross_attention_adapter": ["backward_triton", "layout", "tiles_triton"],
+    "cross_attention_adapter": ["attention", "backward_triton", "limits", "tiles_triton"],
     "quantize": ["layout"],
 }
 # ops without kernels in the compiled library: `native` computes them of other ops

@@ -164,26 +164,6 @@ def test_unfused_reason(index):
     assert layer.unfused_reason() is None if reason is None else reason in layer.unfused_reason()
 
 
-def test_attention_joins_the_layer_where_a_backward_may_come(monkeypatch):
-    monkeypatch.setattr(projection.cross_attention_api, "unfused_reason", lambda *_: None)
-    layer = adapt(linear())
-    add(layer, "a")
-
-    def reason():
-        q = torch.ones(1, 2, 16)
-        return layer.unattended_reason(q, q, 2, None, layer.active())
-
-    assert layer.train() and reason() is None
-    assert layer.eval() and reason() is None
-    with torch.no_grad():
-        assert reason() == "without gradients it is faster apart"
-        layer.backend = "triton"
-        assert reason() is None
-        layer.backend = "auto"
-        # a checkpoint's first forward, whose second one has gradients
-        assert layer.train() and reason() is None
-
-
 def test_a_layer_that_trains_gets_its_gradient():
     layer = adapt(linear())
     add(layer, "a")

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from a3fta_kernels.ops.activations import activate, activation_grad
-from a3fta_kernels.ops.cross_attention_adapter.layout import hz_widths
 from a3fta_kernels.ops.rule import AdapterGrads
 
 
@@ -39,7 +38,7 @@ def forward(
     q, k, v, mask, weight, bias, w_down, v_up, b_down, gamma, beta, residual, heads,
     attention_scale, activation,
 ):  # fmt: skip
-    batch, length, channels = q.shape
+    batch, length, _ = q.shape
     h = merge(probabilities(q, k, mask, heads, attention_scale) @ split(v, heads)).flatten(0, 1)
     a = h @ w_down.t() + (0 if b_down is None else b_down)
     z = activate(a, activation)
@@ -47,19 +46,16 @@ def forward(
         z = z * (1 + per_row(gamma, batch, length))
     if beta is not None:
         z = z + per_row(beta, batch, length)
-    rank = w_down.shape[0]
-    hz = q.new_zeros(batch * length, hz_widths(channels, rank)[1])
-    hz[:, :channels], hz[:, channels : channels + rank] = h, z
     y = h @ weight.t() + z @ v_up.t()
-    y = y if bias is None else y + bias
-    return y if residual is None else y + residual, hz, a
+    y = y if bias is None else (y + bias).to(y.dtype)  # bias may be wider
+    return y if residual is None else y + residual, h, a
 
 
 def backward(
-    dy, hz, a, q, k, v, mask, weight, w_down, v_up, gamma, beta, heads, attention_scale,
+    dy, h, a, q, k, v, mask, weight, w_down, v_up, gamma, beta, heads, attention_scale,
     activation, need_q, need_kv, need_dw,
 ):  # fmt: skip
-    batch, length, channels = q.shape
+    batch, length, _ = q.shape
     dz = dy @ v_up
     wide = dz if gamma is None else dz * (1 + per_row(gamma, batch, length))
     da = activation_grad(wide, a, activation)
@@ -70,10 +66,12 @@ def backward(
     dq = merge(ds @ split(k, heads))
     dk = merge(ds.transpose(-1, -2) @ split(q, heads)) if need_kv else None
     dv = merge(p.transpose(-1, -2) @ dh) if need_kv else None
-    z = hz[:, channels : channels + w_down.shape[0]]
+    z = activate(a, activation)
+    z = z if gamma is None else z * (1 + per_row(gamma, batch, length))
+    z = z if beta is None else z + per_row(beta, batch, length)
     by_sample = (batch, length, -1)
     return dq, dk, dv, AdapterGrads(
-        None, da.t() @ hz[:, :channels], dy.t() @ z, da.sum(0), dy.sum(0),
+        None, da.t() @ h, dy.t() @ z, da.sum(0), dy.sum(0),
         None if gamma is None else (dz * activate(a, activation)).view(by_sample).sum(1),
         None if beta is None else dz.view(by_sample).sum(1),
     )  # fmt: skip

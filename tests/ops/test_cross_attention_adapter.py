@@ -7,15 +7,16 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from a3fta_kernels import BackendUnavailableError, ops
 from a3fta_kernels.backends import triton_interpreted
-from a3fta_kernels.ops.cross_attention_adapter import api, layout
+from a3fta_kernels.ops.cross_attention_adapter import api, limits
 
 from ..oracle import IN_ORDER, Case, check, run_id, runs
 
 # the kernels compute fp32 in the interpreter alone: there it shows errors that bf16 would hide
-TAKEN = (*layout.DTYPES, torch.float32) if triton_interpreted() else layout.DTYPES
+TAKEN = (*limits.DTYPES, torch.float32) if triton_interpreted() else limits.DTYPES
 ALL = [run for run in runs() if run[0] != "triton" or run[2] in TAKEN]
 RUNS = pytest.mark.parametrize("run", ALL, ids=run_id)
 KERNELS = pytest.mark.parametrize("run", [r for r in ALL if r[0] == "triton"], ids=run_id)
@@ -23,7 +24,7 @@ KERNELS = pytest.mark.parametrize("run", [r for r in ALL if r[0] == "triton"], i
 
 @pytest.fixture(autouse=True)
 def fp32_in_the_interpreter(monkeypatch):
-    monkeypatch.setattr(layout, "DTYPES", TAKEN)
+    monkeypatch.setattr(limits, "DTYPES", TAKEN)
 
 
 def case(lead=(2, 5), head_dim=16, heads=2, keys=7, r=4, n=20, **options) -> Case:
@@ -127,7 +128,7 @@ def test_twice_the_same_bits(run):
 
 @KERNELS
 def test_what_is_saved(run):
-    """Of size M x C q, which the caller has, and [h, z]."""
+    """Of size M x C q, which the caller has, and h."""
     inputs = case((2, 32), 24, 2, 7, 4, n=48).inputs(run[2], run[1])
     kept: dict[int, int] = {}
 
@@ -139,18 +140,19 @@ def test_what_is_saved(run):
         ops.cross_attention_adapter(**inputs, backend="triton")
     given = {v.untyped_storage().data_ptr() for v in inputs.values() if isinstance(v, torch.Tensor)}
     assert all(inputs[name].untyped_storage().data_ptr() in kept for name in "qkv")
-    # 64 rows of 48 channels and 16 columns for z, a and V
-    assert sum(n for p, n in kept.items() if p not in given) == 64 * 64 + 64 * 4 + 48 * 4
+    # h, a and V
+    assert sum(n for p, n in kept.items() if p not in given) == 64 * 48 + 64 * 4 + 48 * 4
 
 
 @KERNELS
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nothing_hides_a_value_that_is_no_number(value, run):
-    """In q it reaches its row, in k and v its sample. PyTorch's own CPU kernel hides some."""
+    """In q it reaches its row, in k and v its sample; some of PyTorch's kernels hide it."""
     for name, at in (("q", (1, 3, 2)), ("v", (0, 2, 5)), ("k", (0, 2, 5))):
         inputs = case().inputs(run[2], run[1])
         inputs[name].data[at] = value
-        y = ops.cross_attention_adapter(**inputs, backend="triton")
+        with sdpa_kernel(SDPBackend.MATH):
+            y = ops.cross_attention_adapter(**inputs, backend="triton")
         finite = torch.ones(2, 5, dtype=torch.bool)
         if name == "q":
             finite[1, 3] = False
@@ -224,9 +226,9 @@ def test_what_the_kernels_refuse(change, reason, run):
 
 
 def test_single_precision_is_left_to_the_library(monkeypatch):
-    monkeypatch.setattr(layout, "DTYPES", (torch.float16, torch.bfloat16))
-    assert "float32" in str(layout.refusal(torch.float32, 64, 77, 16))
-    assert layout.refusal(torch.bfloat16, 64, 77, 16) is None
+    monkeypatch.setattr(limits, "DTYPES", (torch.float16, torch.bfloat16))
+    assert "float32" in str(limits.refusal(torch.float32, 64, 77, 16))
+    assert limits.refusal(torch.bfloat16, 64, 77, 16) is None
 
 
 @KERNELS

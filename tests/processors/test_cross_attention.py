@@ -16,7 +16,7 @@ import a3fta_kernels as a3fta
 from a3fta_kernels import projection
 from a3fta_kernels.backends import backends, triton_interpreted
 from a3fta_kernels.ops.adapter_linear import choice
-from a3fta_kernels.ops.cross_attention_adapter import api, contract, layout
+from a3fta_kernels.ops.cross_attention_adapter import api, contract, limits
 from a3fta_kernels.processors import A3FTAAttnProcessor, unet
 
 from .. import models
@@ -49,7 +49,7 @@ def engine(request, monkeypatch) -> Engine:
         found = Engine("triton", "cpu", torch.float32)
     else:
         found = Engine("triton", "cuda", torch.float16)
-    monkeypatch.setattr(layout, "DTYPES", (*layout.DTYPES, found.dtype))
+    monkeypatch.setattr(limits, "DTYPES", (*limits.DTYPES, found.dtype))
     plain = api.apply_prepared
 
     def counted(*arguments):
@@ -154,7 +154,7 @@ def test_what_freeze_for_inference_kept_is_used(engine, monkeypatch):
     monkeypatch.setattr(projection, "resolve", lambda *_: "triton")
     a3fta.freeze_for_inference(holder)
     assert holder.attn.to_out[0].frozen is not None
-    monkeypatch.setattr(contract, "merged", None)
+    monkeypatch.setattr(contract, "merged_up", None)
     y = holder()
     assert engine.calls == 2
     close(engine, y, expected)

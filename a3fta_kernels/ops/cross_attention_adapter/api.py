@@ -11,8 +11,8 @@ from ..adapter_linear import adapter_linear
 from ..adapter_linear.api import check_linear
 from ..rule import autocast_dtype, autocasts, without_autocast
 from ..validate import FLOATS, check_adapter, check_input
-from . import contract, layout
-from .reference import attention
+from . import contract, limits
+from .attention import attention
 from .reference import cross_attention_adapter as reference
 
 
@@ -52,10 +52,10 @@ def cross_attention_adapter(
         attention_scale: default head_dim ** -0.5.
         w_down, w_up, weight, bias, b_down, b_up, residual, scale, activation, gamma, beta: as in
             `adapter_linear` for h (B, Lq, C).
-        backend: triton has the fused kernels, in fp16 and bf16, for up to 512 keys (256 above
-            head_dim 64, 192 above 128), head_dim 160 and rank 64. Where they cannot run
-            (`unfused_reason` says why), auto and the other backends compute
-            `F.scaled_dot_product_attention` and `adapter_linear` one after the other.
+        backend: forward it is `F.scaled_dot_product_attention` and `adapter_linear` everywhere.
+            triton has a backward of its own, in fp16 and bf16, for up to 512 keys (256 above
+            head_dim 64, 192 above 128), head_dim 160 and rank 64. Where that cannot run
+            (`unfused_reason` says why), auto and the other backends have that of the two.
 
     Returns:
         y (B, Lq, N), contiguous, in q's (under autocast: the autocast) dtype, promoted with
@@ -109,12 +109,12 @@ def cross_attention_adapter(
 def unfused_reason(
     q: Tensor, k: Tensor, heads: int, rank: int, mask: Tensor | None, backend: str
 ) -> str | None:
-    """Why the fused kernels cannot take such a call; None where they can."""
+    """Why the kernels cannot take such a call; None where they can."""
     dtype = autocast_dtype(q)
     chosen = resolve(backend, q.device, dtype)
     if chosen != "triton":
         return f"backend {chosen!r} has no kernel for it"
-    reason = layout.refusal(dtype, q.shape[-1] // heads, k.shape[1], rank)
+    reason = limits.refusal(dtype, q.shape[-1] // heads, k.shape[1], rank)
     if reason is not None:
         return reason
     if mask is not None and mask.requires_grad and torch.is_grad_enabled():
@@ -143,7 +143,7 @@ def apply_prepared(
     v_up: Tensor | None,
     v_bias: Tensor | None,
 ) -> Tensor:
-    """The fused kernels; `v_up` and `v_bias`, where given, are V and the bias that belongs to it.
+    """One op with the kernels' backward; `v_up` and `v_bias`, where given, are V and the bias that belongs to it.
 
     Arguments are not checked: `unfused_reason` has to be None.
     """

@@ -6,7 +6,7 @@
     dq = ds @ k,  dk = ds.T @ q,  dv = p.T @ dh
 
 All keys of a row are at hand, so delta needs neither h nor a pass of its own. dq has a program for
-a block of rows and all heads, as the forward. dk and dv, only where asked for, have one for a block
+a block of rows and all heads. dk and dv, only where asked for, have one for a block
 of keys, a head and a span of rows; it takes the softmax's statistics from the kernel for dq, and
 spans are added in a fixed order.
 """
@@ -31,7 +31,7 @@ from ...triton_support import (
     rank_block,
     rows_bucket,
 )
-from .layout import RANK_LIMIT
+from .limits import RANK_LIMIT
 from .tiles_triton import (
     HEAD_BLOCK,
     KEY_BLOCK,

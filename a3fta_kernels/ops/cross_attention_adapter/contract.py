@@ -3,25 +3,23 @@
 With heads split and V, s, W as in adapter_linear/contract.py, for every head:
 
     p  = softmax(q k^T * attention_scale + mask);  h = p v
-    a  = h @ w_down.T + b_down;  z = act(a) * (1 + gamma) + beta
-    y  = [h, z] @ [W, V].T + (bias + s * W @ b_up) [+ residual]
-    dz, da, P, and the adapter's gradients as in adapter_linear
+    a, z, y, and dz, da, P and the adapter's gradients as in adapter_linear
     dh = dy @ W + da @ w_down
     ds = p * (dh v^T - sum over keys of p * dh v^T)
     dq = ds k * attention_scale;  dk = ds^T q * attention_scale;  dv = p^T dh
 
-Kept for the backward: q, k, v, mask, [h, z], a and V. dk and dv are computed where asked for, the
-mask has no gradient.
+Kept for the backward: q, k, v, mask, h, a and V. dk and dv are computed where asked for, the mask
+has no gradient.
 
 The kernels (triton.py) know nothing of autograd; unit stride along channels, else any:
 
     forward(q, k, v, mask, weight, bias, w_down, v_up, b_down, gamma, beta, residual, heads,
-            attention_scale, activation) -> (y, hz, a)
-    backward(dy, hz, a, q, k, v, mask, weight, w_down, v_up, gamma, beta, heads, attention_scale,
+            attention_scale, activation) -> (y, h, a)
+    backward(dy, h, a, q, k, v, mask, weight, w_down, v_up, gamma, beta, heads, attention_scale,
              activation, need_q, need_kv, need_dw) -> (dq, dk, dv, AdapterGrads with g_up = P)
 
 q (B, Lq, C); k, v (B, Lk, C); mask (B, heads, Lq, Lk), bool or in q's dtype; weight (N, C); v_up
-(N, R) is V; y, dy, residual (M, N), M = B * Lq; a (M, R); hz (M, at least C + R) starts with h.
+(N, R) is V; `bias` as in adapter_linear; y, dy, residual (M, N), M = B * Lq; h (M, C); a (M, R).
 """
 
 from __future__ import annotations
@@ -35,9 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter_linear.contract import parameter_grads
-from ..rule import autocast_dtype, cast, is_plain, refuse_second_derivative, rows, scaled
-from .layout import hz_widths
+from ..adapter_linear.contract import merged_up, parameter_grads
+from ..rule import autocast_dtype, cast, cast_together, is_plain, refuse_second_derivative, rows
 
 _SIGNATURE = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor weight, Tensor w_down, Tensor w_up, "
@@ -48,31 +45,13 @@ _SIGNATURE = (
 _OPTIONS = 4  # trailing arguments of _SIGNATURE that are no tensors
 _NAMES = tuple(part.split()[1] for part in _SIGNATURE.split(", ")[:-_OPTIONS])
 _SAVED = _NAMES[: _NAMES.index("residual")]
-SAVED = ("hz", "a", "v_up", *_SAVED)  # what `save` keeps, in order
+SAVED = ("h", "a", "v_up", *_SAVED)  # what `save` keeps, in order
 _WANTED = tuple(name for name in _SAVED if name not in ("mask", "weight"))
 
 
 @functools.cache
 def kernels() -> ModuleType:
     return importlib.import_module(".triton", __package__)
-
-
-def merged(
-    weight: Tensor,
-    bias: Tensor | None,
-    w_up: Tensor,
-    b_up: Tensor | None,
-    scale_tensor: Tensor | None,
-    scale: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:
-    """V = s * W @ w_up (N, R) and bias + s * W @ b_up (N,), in the dtype of the last GEMM."""
-    weight, bias = weight.to(dtype), cast(bias, dtype)
-    v_up = weight @ scaled(w_up, scale, scale_tensor, dtype)
-    if b_up is None:
-        return v_up, bias
-    shift = scaled(b_up, scale, scale_tensor, dtype)
-    return v_up, weight @ shift if bias is None else torch.addmv(bias, weight, shift)
 
 
 def forward(
@@ -97,33 +76,35 @@ def forward(
     heads: int,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y (B, Lq, N), hz, a (M, R) and V (N, R). `v_up`, `v_bias`: what `merged` makes, or None."""
+    """y (B, Lq, N), h, a (M, R) and V (N, R). `v_up`, `v_bias`: what `merged_up` makes, or None."""
     dtype = q.dtype
     if v_up is None:
-        v_up, v_bias = merged(weight, bias, w_up, b_up, scale_tensor, scale, dtype)
-    y, hz, a = kernels().forward(
+        if scale_tensor is None:
+            w_down, w_up, b_down, b_up = cast_together((w_down, w_up, b_down, b_up), dtype)
+        v_up, v_bias = merged_up(weight, bias, w_up, b_up, scale_tensor, scale, 0, dtype)
+    y, h, a = kernels().forward(
         channels_dense(q),
         channels_dense(k),
         channels_dense(v),
         mask,
         rows(weight.to(dtype)),
-        cast(v_bias, dtype),
+        v_bias,
         w_down.to(dtype).contiguous(),
         v_up,
         cast(b_down, dtype),
         cast(gamma, dtype),
         cast(beta, dtype),
-        None if residual is None else residual.reshape(-1, residual.shape[-1]),
+        None if residual is None else rows(residual.reshape(-1, residual.shape[-1])),
         heads,
         attention_scale,
         activation,
     )
-    return y.view(*q.shape[:2], weight.shape[0]), hz, a, v_up
+    return y.view(*q.shape[:2], weight.shape[0]), h, a, v_up
 
 
 def backward(
     dy: Tensor,
-    hz: Tensor,
+    h: Tensor,
     a: Tensor,
     v_up: Tensor,
     q: Tensor,
@@ -150,7 +131,7 @@ def backward(
     weight = rows(weight.to(dtype))
     dq, dk, dv, grads = kernels().backward(
         rows(dy.reshape(-1, dy.shape[-1])),
-        hz,
+        h,
         a,
         channels_dense(q),
         channels_dense(k),
@@ -187,14 +168,14 @@ def channels_dense(x: Tensor) -> Tensor:
 
 
 def save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    """Keeps q, k, v, mask, [h, z], a, V, the frozen weight and the adapter's own tensors."""
+    """Keeps q, k, v, mask, h, a, V, the frozen weight and the adapter's own tensors."""
     tensors, options = inputs[:-_OPTIONS], inputs[-_OPTIONS:]
     ctx.save_for_backward(*output[1:], *tensors[: len(_SAVED)])
     ctx.options = options
 
 
 def rule(ctx: Any, *grad_outputs: Any) -> tuple:
-    """The gradients of hz, a and V never come: no caller sees those outputs."""
+    """The gradients of h, a and V never come: no caller sees those outputs."""
     dy = grad_outputs[0]
     need = dict(zip(_NAMES, ctx.needs_input_grad, strict=False))
     needs = [need[name] for name in _WANTED]
@@ -240,10 +221,10 @@ def apply(*inputs: Any) -> Tensor:
 
 _library = torch.library.Library("a3fta", "FRAGMENT")
 _library.define(
-    f"cross_attention_adapter({_SIGNATURE}) -> (Tensor y, Tensor hz, Tensor a, Tensor v_up)"
+    f"cross_attention_adapter({_SIGNATURE}) -> (Tensor y, Tensor h, Tensor a, Tensor v_up)"
 )
 _library.define(
-    "cross_attention_adapter_backward(Tensor dy, Tensor hz, Tensor a, Tensor v_up, Tensor q, "
+    "cross_attention_adapter_backward(Tensor dy, Tensor h, Tensor a, Tensor v_up, Tensor q, "
     "Tensor k, Tensor v, Tensor? mask, Tensor weight, Tensor w_down, Tensor w_up, Tensor? b_down, "
     "Tensor? b_up, Tensor? gamma, Tensor? beta, Tensor? scale_tensor, float scale, "
     "float attention_scale, int heads, str activation, bool[] needs) -> Tensor[]"
@@ -251,9 +232,9 @@ _library.define(
 
 
 def _forward_op(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, hz, a, v_up = forward(*inputs)
+    y, h, a, v_up = forward(*inputs)
     # an op may not return one of its inputs
-    return y, hz, a, v_up.clone() if v_up is inputs[_NAMES.index("v_up")] else v_up
+    return y, h, a, v_up.clone() if v_up is inputs[_NAMES.index("v_up")] else v_up
 
 
 _library.impl("cross_attention_adapter", _forward_op, "CompositeExplicitAutograd")
@@ -268,7 +249,7 @@ def _(
     n, rank = weight.shape[0], w_down.shape[0]
     return (
         q.new_empty(batch, length, n),
-        q.new_empty(batch * length, hz_widths(channels, rank)[1]),
+        q.new_empty(batch * length, channels),
         q.new_empty(batch * length, rank),
         q.new_empty(n, rank),
     )
@@ -276,7 +257,7 @@ def _(
 
 @torch.library.register_fake("a3fta::cross_attention_adapter_backward", lib=_library)
 def _(
-    dy: Tensor, hz: Tensor, a: Tensor, v_up: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    dy: Tensor, h: Tensor, a: Tensor, v_up: Tensor, q: Tensor, k: Tensor, v: Tensor,
     mask: Tensor | None, weight: Tensor, *rest: Any,
 ) -> list[Tensor]:  # fmt: skip
     tensors, needs = (q, k, v, *rest[:7]), rest[-1]

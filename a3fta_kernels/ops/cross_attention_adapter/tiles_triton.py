@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""Tiles of short-key attention: what its forward and backward kernels share.
+"""Tiles of short-key attention: what the kernels of its backward share.
 
 Tensor cores take powers of two, but a head has 40 dimensions and a text 77 tokens. So an axis is
 cut into blocks of one size and a smaller tail, 32 + 16 and 64 + 16, where these pad it less than

@@ -1,4 +1,4 @@
-"""What the kernels of `cross_attention_adapter` can take, and the layout of [h, z]."""
+"""What the kernels of `cross_attention_adapter` can take."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ DTYPES = (torch.float16, torch.bfloat16)  # fp32 products have no tensor cores
 HEAD_DIM_LIMIT = 160
 # head_dim up to: keys. A block of rows has its scores against all keys in registers at once
 KEY_LIMITS = ((64, 512), (128, 256), (HEAD_DIM_LIMIT, 192))
-RANK_LIMIT = 64  # the pre-activation of a block of rows stays in registers
+RANK_LIMIT = 64  # da of a block of rows stays on chip
 
 
 def refusal(dtype: torch.dtype, head_dim: int, keys: int, rank: int) -> str | None:
@@ -23,20 +23,3 @@ def refusal(dtype: torch.dtype, head_dim: int, keys: int, rank: int) -> str | No
     if rank > RANK_LIMIT:
         return f"rank {rank} is more than {RANK_LIMIT}"
     return None
-
-
-_STEP = 16
-
-
-def hz_widths(channels: int, rank: int) -> tuple[int, int]:
-    """(columns, row stride) of [h, z].
-
-    z is padded with zeros to a multiple of 16 columns, so that the GEMM over K = columns meets
-    whole blocks, and so are rows, which then start at multiples of 16 bytes in every dtype.
-    """
-    columns = channels + _up(rank)
-    return columns, _up(columns)
-
-
-def _up(x: int) -> int:
-    return -(-x // _STEP) * _STEP

@@ -1,0 +1,44 @@
+"""PyTorch's attention on tensors whose heads lie side by side."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    heads: int,
+    mask: Tensor | None = None,
+    attention_scale: float | None = None,
+) -> Tensor:
+    """softmax(q k^T * attention_scale + mask) v, heads side by side: (B, Lq, C).
+
+    A row whose keys are all masked by -inf or False attends to nothing: its result is zero, as
+    PyTorch defines it.
+    """
+    if mask is not None:
+        mask = mask.reshape(*[1] * (4 - mask.dim()), *mask.shape)
+    q, k, v = (_aligned(x.unflatten(-1, (heads, -1)).transpose(1, 2)) for x in (q, k, v))
+    # PyTorch's other CUDA kernels return nothing for an empty batch
+    with sdpa_kernel(SDPBackend.MATH) if q.numel() == 0 else contextlib.nullcontext():
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attention_scale)
+    if mask is not None and h.device.type == "cuda":
+        # where they spread a row without keys over all of them
+        hidden = ~mask if mask.dtype == torch.bool else mask == -torch.inf
+        h = h.masked_fill(hidden.all(-1, keepdim=True), 0)
+    return h.transpose(1, 2).flatten(2)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, copied where PyTorch's CUDA kernels refuse its strides: they read 16 bytes at a time."""
+    if x.device.type != "cuda" or all(s * x.itemsize % 16 == 0 for s in x.stride()[:-1]):
+        return x
+    return x.contiguous()
