@@ -25,7 +25,7 @@ from .backends import resolve
 from .bank import Bank
 from .forwards import check_forward, has_hooks, rebind_forward
 from .ops.adapter_linear import api as adapter_linear_api
-from .ops.adapter_linear import contract as adapter_linear_contract
+from .ops.adapter_linear.up import merged_up
 from .ops.cross_attention_adapter import api as cross_attention_api
 from .ops.rule import acc_dtype, autocast_dtype
 from .stack import Stack, Weighted, delta, for_samples, stacks
@@ -292,7 +292,7 @@ class AdaptedProjectionMixin(_Linear):
             first, *others = stacks(active, None)
             if others or first.norm:
                 return False
-            v, v_bias = adapter_linear_contract.merged_up(
+            v, v_bias = merged_up(
                 self.weight, self.bias, first.w_up, first.b_up, None, first.scale,
                 span(self, self.columns)[0], dtype,
             )  # fmt: skip

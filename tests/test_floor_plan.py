@@ -28,6 +28,7 @@ LAYERS = [
         "ops.skinny_triton",
         "ops.norm_triton",
         "ops.sum_triton",
+        "ops.*.up",
         "ops.*.tiles_triton",
     ],
     ["ops.norm"],
@@ -124,7 +125,7 @@ EXCEPTIONS = [
 
 # op: its modules beside those that every op has
 BESIDE = {
-    "adapter_linear": ["choice", "fused_triton"],
+    "adapter_linear": ["choice", "fused_triton", "up", "up_triton"],
     "cross_attention_adapter": ["attention", "backward_triton", "limits", "tiles_triton"],
     "quantize": ["layout"],
 }

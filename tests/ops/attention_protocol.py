@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from a3fta_kernels.ops.activations import activate, activation_grad
-from a3fta_kernels.ops.rule import AdapterGrads
+from a3fta_kernels.ops.adapter_linear.up import merged, up_grads
+from a3fta_kernels.ops.rule import AdapterGrads, cast
+
+__all__ = ["backward", "forward", "merged", "up_grads"]
 
 
 def split(x: Tensor, heads: int) -> Tensor:
@@ -39,6 +42,7 @@ def forward(
     attention_scale, activation,
 ):  # fmt: skip
     batch, length, _ = q.shape
+    b_down, gamma, beta = (cast(x, q.dtype) for x in (b_down, gamma, beta))
     h = merge(probabilities(q, k, mask, heads, attention_scale) @ split(v, heads)).flatten(0, 1)
     a = h @ w_down.t() + (0 if b_down is None else b_down)
     z = activate(a, activation)
@@ -56,6 +60,7 @@ def backward(
     activation, need_q, need_kv, need_dw,
 ):  # fmt: skip
     batch, length, _ = q.shape
+    gamma, beta = cast(gamma, q.dtype), cast(beta, q.dtype)
     dz = dy @ v_up
     wide = dz if gamma is None else dz * (1 + per_row(gamma, batch, length))
     da = activation_grad(wide, a, activation)

@@ -159,10 +159,11 @@ class Run:
     y: Tensor
     dh: Tensor
     residual: Tensor | None = None
+    v: Tensor | None = None
 
 
-def draw(*shape: int) -> Tensor:
-    return torch.randn(*shape).to(DTYPE)
+def draw(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+    return torch.randn(*shape).to(dtype)
 
 
 def fresh(traffic: Traffic) -> Traffic:
@@ -209,7 +210,7 @@ def run_linear(
             "triton", [True, True, True, False, False, False, False, False],
         )  # fmt: skip
         backward = fresh(traffic)
-    return Run(forward, backward, h, dy, y, grads[0], added)
+    return Run(forward, backward, h, dy, y, grads[0], added, v)
 
 
 # past one tile in every direction, the last of each partly filled
@@ -322,8 +323,8 @@ def test_nothing_wide_is_written_beside_y_and_dh(path, traffic):
 @pytest.mark.parametrize("path", PATHS)
 def test_v_is_made_once(path, traffic):
     found = run_linear(traffic, path, M, C, N, R)
-    assert found.forward.products.count((N, R)) == 1
-    assert (N, R) not in found.backward.products
+    assert found.forward.once("store", found.v, "merged")
+    assert "merged" not in found.backward.kernels and (N, R) not in found.backward.products
 
 
 # whole tiles of every kernel, so that padding counts nothing
@@ -354,24 +355,24 @@ def test_flop_of_adapter_linear(path, traffic):
         assert run.backward.flop == backward
 
 
-# op, path: kernels of ours, products by the library (V among them), and what else PyTorch runs:
-# casts of the weight gradients
+# op, path: kernels of ours, products by the library, and what else PyTorch runs: casts of the
+# weight gradients
 LAUNCHES = {
     ("adapter", ""): (
         (["rows_forward"], 0, 0),
         (["rows_backward", "weight_grad", "weight_grad", "sum"], 0, 2),
     ),
     ("adapter_linear", "skinny"): (
-        (["rows_forward"], 2, 0),
-        (["rows_backward", "weight_grad", "weight_grad", "sum"], 3, 2),
+        (["merged", "rows_forward"], 1, 0),
+        (["rows_backward", "weight_grad", "weight_grad", "sum", "up_grads"], 2, 1),
     ),
     ("adapter_linear", "fused"): (
-        (["linear_forward"], 1, 0),
-        (["rows_backward", "concat_gemm", "weight_grad", "weight_grad", "sum"], 1, 2),
+        (["merged", "linear_forward"], 0, 0),
+        (["rows_backward", "concat_gemm", "weight_grad", "weight_grad", "sum", "up_grads"], 0, 1),
     ),
     ("adapter_linear", "concat"): (
-        (["rows_forward", "concat_gemm"], 1, 0),
-        (["rows_backward", "concat_gemm", "weight_grad", "weight_grad", "sum"], 1, 2),
+        (["merged", "rows_forward", "concat_gemm"], 0, 0),
+        (["rows_backward", "concat_gemm", "weight_grad", "weight_grad", "sum", "up_grads"], 0, 1),
     ),
 }
 
@@ -385,6 +386,27 @@ def test_launches(op, path, traffic):
     for record, expected in zip((run.forward, run.backward), LAUNCHES[op, path], strict=True):
         found = record.kernels, record.library["products"], record.library["others"]
         assert found == expected
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_casts_of_an_adapter_in_fp32(path, traffic):
+    """As it is trained, with biases and modulation: w_down for the backward, and nothing else."""
+    wide = torch.float32
+    h, dy, weight, bias = draw(M, C), draw(M, N), draw(N, C), draw(N)
+    adapter = (
+        draw(R, C, dtype=wide), draw(C, R, dtype=wide), draw(R, dtype=wide), draw(C, dtype=wide),
+        draw(2, R, dtype=wide), draw(2, R, dtype=wide),
+    )  # fmt: skip
+    options = 1.5, 0, "gelu", path, "triton"
+    with traffic:
+        _, a, v = linear_contract.forward(
+            h, weight, *adapter, None, None, bias, None, None, *options
+        )
+        assert traffic.library["others"] == 0
+        linear_contract.backward(
+            dy, a, v, h, weight, *adapter, None, *options, [True] * 7 + [False]
+        )
+        assert traffic.library["others"] == 1
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -16,22 +16,26 @@ h' = h + adapter(h) and its gradient are never formed. The weight and bias are f
 no gradient here.
 
 A backend is a module with these names, without autograd. Tensors are 2-D with unit column
-stride; row strides are free. `bias` already holds s * Ws @ b_up and is in the accumulation dtype.
+stride; row strides are free. `bias` of forward already holds s * Ws @ b_up, as `merged` made it.
 
     paths(device_type) -> tuple of path names
     RANK_LIMITS: the largest rank of a path, for paths that have one
+    merged(weight, bias, w_down, w_up, b_up, scale_tensor, scale, start) -> (w_down, v, v_bias)
     forward(h, weight, bias, w_down, v, b_down, gamma, beta, residual, start, activation, path)
         -> (y, a)
     backward(dy, hs, a, weight, w_down, v, gamma, beta, start, activation, path, need_dh, need_dw)
         -> AdapterGrads, with g_up = P
+    up_grads(Ws, w_up, b_up, P, dy_sum, scale_tensor, scale, need_scale) -> gradients by name
 
 h (M, K); hs (M, C); weight (N, K); y, dy, residual (M, N); v (N, R); a (M, R); w_down (R, C);
-gamma, beta (B, R) or None. M may be 0.
+gamma, beta (B, R) or None. M may be 0. b_down, gamma and beta come in any dtype, and so do all of
+the adapter to `merged` and `up_grads`; the rest has h's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -40,16 +44,12 @@ from torch import Tensor
 from ...backends import BackendUnavailableError
 from ..rule import (
     AdapterGrads,
-    acc_dtype,
     autocast_dtype,
     cast,
-    cast_together,
     is_plain,
     loader,
     refuse_second_derivative,
     rows,
-    scaled,
-    times,
 )
 from . import choice
 
@@ -107,44 +107,6 @@ def paths_by_rows(backend: str, weight: Tensor, rank: int) -> tuple[choice.Span,
     return tuple(choice.spans(backend, weight.device, paths, shape))
 
 
-def merged_up(
-    weight: Tensor,
-    bias: Tensor | None,
-    w_up: Tensor,
-    b_up: Tensor | None,
-    scale_tensor: Tensor | None,
-    scale: float,
-    start: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:
-    """V = s * Ws @ w_up (N, R) in `dtype`, and bias + s * Ws @ b_up (N,) in the wide dtype."""
-    wide = acc_dtype(dtype)
-    weight_slice = cast(weight, dtype)
-    if w_up.shape[0] < weight.shape[1]:
-        weight_slice = weight_slice.narrow(1, start, w_up.shape[0])
-    if scale_tensor is not None:
-        w_up = scaled(w_up, scale, scale_tensor, dtype)
-        b_up = None if b_up is None else scaled(b_up, scale, scale_tensor, dtype)
-        scale = 1.0
-    w_up, b_up = cast(w_up, dtype), cast(b_up, dtype)
-    v = product(weight_slice, w_up, scale)
-    if b_up is None:
-        return v, cast(bias, wide)
-    if bias is None:
-        total = product(weight_slice, b_up, scale)
-    else:
-        total = torch.addmv(cast(bias, dtype), weight_slice, b_up, alpha=scale)
-    return v, cast(total, wide)
-
-
-def product(x: Tensor, y: Tensor, scale: float) -> Tensor:
-    """scale * x @ y, y a matrix or a vector. The product takes the scale: no kernel of its own."""
-    if scale == 1.0:
-        return x @ y
-    run = torch.addmm if y.dim() == 2 else torch.addmv
-    return run(x.new_empty(1), x, y, beta=0, alpha=scale)
-
-
 def forward(
     h: Tensor,
     weight: Tensor,
@@ -165,22 +127,25 @@ def forward(
     path: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (M, N), a (M, R) and V (N, R). `v` and `v_bias`, where given, are what `merged_up` made."""
+    """y (M, N), a (M, R) and V (N, R). `v`, `v_bias`: as `merged` makes them, or None."""
     dtype = h.dtype
+    weight = rows(cast(weight, dtype))
     path = take_path(path, backend, h, weight, w_down.shape[0])
+    module = backend_module(backend)
     if v is None:
-        if scale_tensor is None:
-            w_down, w_up, b_down, b_up = cast_together((w_down, w_up, b_down, b_up), dtype)
-        v, v_bias = merged_up(weight, bias, w_up, b_up, scale_tensor, scale, start, dtype)
-    y, a = backend_module(backend).forward(
+        bias = cast(bias, dtype)
+        w_down, v, v_bias = module.merged(
+            weight, bias, w_down, w_up, b_up, scale_tensor, scale, start
+        )
+    y, a = module.forward(
         rows(h),
-        rows(cast(weight, dtype)),
+        weight,
         v_bias,
         cast(w_down, dtype).contiguous(),
         v,
-        cast(b_down, dtype),
-        cast(gamma, dtype),
-        cast(beta, dtype),
+        b_down,
+        gamma,
+        beta,
         None if residual is None else rows(residual),
         start,
         activation,
@@ -214,24 +179,24 @@ def backward(
     names = ("h", "w_down", "w_up", "b_down", "b_up", "gamma", "beta", "scale_tensor")
     need = dict(zip(names, needs, strict=True))
     weight = rows(cast(weight, dtype))
-    grads = backend_module(backend).backward(
+    module = backend_module(backend)
+    grads = module.backward(
         rows(dy),
         rows(hs),
         a,
         weight,
         cast(w_down, dtype).contiguous(),
         v,
-        cast(gamma, dtype),
-        cast(beta, dtype),
+        gamma,
+        beta,
         start,
         activation,
         take_path(path, backend, hs, weight, w_down.shape[0]),
         need["h"],
         any(needs[1:]),
     )
-    found = parameter_grads(
-        grads, weight[:, start : start + w_up.shape[0]], w_up, b_up, scale_tensor, scale, need
-    )
+    weight_slice = weight[:, start : start + w_up.shape[0]]
+    found = parameter_grads(module, grads, weight_slice, w_up, b_up, scale_tensor, scale, need)
     found["h"] = grads.dh
     results = []
     like = (hs, w_down, w_up, b_down, b_up, gamma, beta, scale_tensor)
@@ -245,6 +210,7 @@ def backward(
 
 
 def parameter_grads(
+    backend: ModuleType,
     grads: AdapterGrads,
     weight_slice: Tensor,
     w_up: Tensor,
@@ -254,35 +220,18 @@ def parameter_grads(
     need: dict[str, bool],
 ) -> dict[str, Tensor | None]:
     """The adapter's gradients by name, in any dtype; `weight_slice` (N, C) is Ws."""
-    dtype = weight_slice.dtype
-    wide = acc_dtype(dtype)
     found = {
         "w_down": grads.dw_down,
         "b_down": grads.da_sum,
         "gamma": grads.dgamma,
         "beta": grads.dbeta,
     }
-    if not (need["w_up"] or need["b_up"] or need["scale_tensor"]):
-        return found
-    assert grads.g_up is not None and grads.dy_sum is not None
-    # in fp16 a sum over rows may leave the range: stay wide there
-    narrow = wide if dtype == torch.float16 else dtype
-    weight_t = cast(weight_slice.t(), narrow)
-    # a scale in a tensor comes after, as its own gradient takes the products without it
-    number = scale if scale_tensor is None else 1.0
-    g_up = product(weight_t, cast(grads.g_up, narrow), number)
-    # of a vector PyTorch rounds the scale to the product's dtype
-    g_bias = None if b_up is None else times(weight_t @ cast(grads.dy_sum, narrow), number)
-    if scale_tensor is None:
-        return found | {"w_up": g_up, "b_up": g_bias}
-    g_up, g_bias = cast(g_up, wide), cast(g_bias, wide)
-    if need["scale_tensor"]:
-        dscale = (g_up * cast(w_up, wide)).sum()
-        if b_up is not None and g_bias is not None:
-            dscale = dscale + g_bias @ cast(b_up, wide)
-        found["scale_tensor"] = (dscale * scale).view(scale_tensor.shape)
-    factor = cast(scale_tensor, wide) * scale
-    return found | {"w_up": g_up * factor, "b_up": None if g_bias is None else g_bias * factor}
+    if need["w_up"] or need["b_up"] or need["scale_tensor"]:
+        found |= backend.up_grads(
+            weight_slice, w_up, b_up, grads.g_up, grads.dy_sum, scale_tensor, scale,
+            need["scale_tensor"],
+        )  # fmt: skip
+    return found
 
 
 def save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...backends import BackendUnavailableError, native_status
 from ..activations import activation_code
-from ..rule import AdapterGrads
+from ..rule import AdapterGrads, cast
+from .up import merged, up_grads
 
 # loads the library: its operators exist from here on
 if not native_status().available:
@@ -21,6 +22,8 @@ if not native_status().available:
 
 _native = torch.ops.a3fta_native
 
+
+__all__ = ["RANK_LIMITS", "backward", "forward", "merged", "paths", "up_grads"]
 
 RANK_LIMITS: dict[str, int] = {}
 
@@ -46,8 +49,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y (M, N) and a (M, R)."""
     code = activation_code(activation)
-    v, bias, b_down = v.contiguous(), _dense(bias), _dense(b_down)
-    gamma, beta = _dense(gamma), _dense(beta)
+    v, bias = v.contiguous(), _dense(bias)
+    b_down, gamma, beta = (_dense(cast(x, h.dtype)) for x in (b_down, gamma, beta))
     if path == "fused":
         y, a = _native.adapter_linear_forward.default(
             h, weight, bias, w_down, v, b_down, gamma, beta, residual, start, code
@@ -77,7 +80,7 @@ def backward(
     need_dw: bool,
 ) -> AdapterGrads:
     """Gradients; g_up is P = dy.T @ z (N, R)."""
-    gamma, beta = _dense(gamma), _dense(beta)
+    gamma, beta = (_dense(cast(x, dy.dtype)) for x in (gamma, beta))
     da, p, dy_sum, dgamma, dbeta = _native.adapter_dz.default(
         dy, a, v.contiguous(), gamma, beta, activation_code(activation), need_dw
     )

@@ -7,7 +7,8 @@ fused   forward: one GEMM that reads each h tile once for weight and w_down, and
 concat  forward: z in one pass over h, then one GEMM whose K loop runs over (h, weight) and then
         (z, V). Backward as fused.
 
-On every path da comes from one pass over dy, and P and dw_down are sums over rows.
+On every path V is made by one launch, da comes from one pass over dy, and P and dw_down are sums
+over rows.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from ..grad_triton import weight_grads
 from ..rule import AdapterGrads
 from ..skinny_triton import RANK_LIMIT, rows_backward, rows_forward
 from .fused_triton import FUSED_RANK_LIMIT, fused_forward
+from .up_triton import merged, up_grads
+
+__all__ = ["RANK_LIMITS", "backward", "forward", "merged", "paths", "up_grads"]
 
 # the fused kernel holds z's accumulator beside y's: a larger one leaves too few registers
 RANK_LIMITS = {"fused": FUSED_RANK_LIMIT}

@@ -143,7 +143,7 @@ def apply_prepared(
     v_up: Tensor | None,
     v_bias: Tensor | None,
 ) -> Tensor:
-    """One op with the kernels' backward; `v_up` and `v_bias`, where given, are V and the bias that belongs to it.
+    """The op with the kernels' backward; `v_up` and `v_bias`: V and its bias, where they are made.
 
     Arguments are not checked: `unfused_reason` has to be None.
     """

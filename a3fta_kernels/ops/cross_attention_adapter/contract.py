@@ -11,7 +11,8 @@ With heads split and V, s, W as in adapter_linear/contract.py, for every head:
 Kept for the backward: q, k, v, mask, h, a and V. dk and dv are computed where asked for, the mask
 has no gradient.
 
-The kernels (triton.py) know nothing of autograd; unit stride along channels, else any:
+The kernels (triton.py) know nothing of autograd; unit stride along channels, else any. `merged` and
+`up_grads` are adapter_linear's, and
 
     forward(q, k, v, mask, weight, bias, w_down, v_up, b_down, gamma, beta, residual, heads,
             attention_scale, activation) -> (y, h, a)
@@ -33,8 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter_linear.contract import merged_up, parameter_grads
-from ..rule import autocast_dtype, cast, cast_together, is_plain, refuse_second_derivative, rows
+from ..adapter_linear.contract import parameter_grads
+from ..rule import autocast_dtype, cast, is_plain, refuse_second_derivative, rows
 
 _SIGNATURE = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor weight, Tensor w_down, Tensor w_up, "
@@ -76,24 +77,25 @@ def forward(
     heads: int,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y (B, Lq, N), h, a (M, R) and V (N, R). `v_up`, `v_bias`: what `merged_up` makes, or None."""
+    """y (B, Lq, N), h, a (M, R) and V (N, R). `v_up`, `v_bias`: as `merged` makes them, or None."""
     dtype = q.dtype
+    weight = rows(weight.to(dtype))
     if v_up is None:
-        if scale_tensor is None:
-            w_down, w_up, b_down, b_up = cast_together((w_down, w_up, b_down, b_up), dtype)
-        v_up, v_bias = merged_up(weight, bias, w_up, b_up, scale_tensor, scale, 0, dtype)
+        w_down, v_up, v_bias = kernels().merged(
+            weight, cast(bias, dtype), w_down, w_up, b_up, scale_tensor, scale, 0
+        )
     y, h, a = kernels().forward(
         channels_dense(q),
         channels_dense(k),
         channels_dense(v),
         mask,
-        rows(weight.to(dtype)),
+        weight,
         v_bias,
         w_down.to(dtype).contiguous(),
         v_up,
-        cast(b_down, dtype),
-        cast(gamma, dtype),
-        cast(beta, dtype),
+        b_down,
+        gamma,
+        beta,
         None if residual is None else rows(residual.reshape(-1, residual.shape[-1])),
         heads,
         attention_scale,
@@ -140,8 +142,8 @@ def backward(
         weight,
         w_down.to(dtype).contiguous(),
         v_up,
-        cast(gamma, dtype),
-        cast(beta, dtype),
+        gamma,
+        beta,
         heads,
         attention_scale,
         activation,
@@ -149,7 +151,7 @@ def backward(
         need["k"] or need["v"],
         any(needs[3:]),
     )
-    found = parameter_grads(grads, weight, w_up, b_up, scale_tensor, scale, need)
+    found = parameter_grads(kernels(), grads, weight, w_up, b_up, scale_tensor, scale, need)
     found |= {"q": dq, "k": dk, "v": dv}
     results = []
     like = (q, k, v, w_down, w_up, b_down, b_up, gamma, beta, scale_tensor)

@@ -13,11 +13,14 @@ from torch import Tensor
 
 from ..adapter_linear import triton as adapter_linear
 from ..adapter_linear.contract import take_path
+from ..adapter_linear.up_triton import merged, up_grads
 from ..grad_triton import weight_grads
 from ..rule import AdapterGrads, rows
 from ..skinny_triton import rows_backward
 from .attention import attention
 from .backward_triton import attention_grads
+
+__all__ = ["backward", "forward", "merged", "up_grads"]
 
 
 def forward(
