@@ -16,15 +16,11 @@ from . import attention_weights, processors
 from .adapters import AdapterConfig
 from .attention import engines_in_use, unfuse_qkv
 from .checks import describe
+from .conversion import adapt, check_restorable, restore
 from .merging import merge, unmerge
 from .placements import follow_input, unfollow_inputs
 from .planning import Plan, adapter_device, plan_injection
-from .projection import (
-    AdaptedProjectionMixin,
-    adapt,
-    check_restorable,
-    restore,
-)
+from .projection import AdaptedProjectionMixin
 from .report import InjectionReport, LayerReport, describe_layer
 from .switch import (
     disable_adapters,

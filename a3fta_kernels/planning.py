@@ -13,10 +13,11 @@ from . import attention_weights, placements, processors
 from .adapters import DESIGNS, AdapterConfig, BottleneckAdapter
 from .backends import BACKENDS, resolve
 from .checks import check_choice, describe
+from .conversion import why_not_adaptable
 from .forwards import check_forward, inside
 from .ops.rule import acc_dtype
 from .processors import Family
-from .projection import AdaptedProjectionMixin, Columns, span, why_not_adaptable
+from .projection import AdaptedProjectionMixin, Columns, span
 from .timesteps import check_timed
 from .tree import check_one_batch, check_unmerged, plain_name, projections
 from .whereabouts import check_in_memory, check_whole

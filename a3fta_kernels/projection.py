@@ -1,8 +1,7 @@
 """AdaptedProjection: the linear layer that consumes attention, with its adapters.
 
-`adapt` turns an existing linear layer into one in place, by its class: the module, its
-parameters, its hooks and its state-dict names stay, and `restore` undoes it without a trace.
-`forward` is the one place that chooses how the adapters are computed.
+`forward` is the one place that chooses how the adapters are computed. conversion.py makes such a
+layer of a linear one, and undoes it.
 
 Where the layer reads more than attention (Flux's single blocks), adapters act on a slice of its
 input's columns alone.
@@ -10,11 +9,10 @@ input's columns alone.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +21,7 @@ from . import ops, placements
 from .adapters import BottleneckAdapter
 from .backends import resolve
 from .bank import Bank
-from .forwards import check_forward, has_hooks, rebind_forward
+from .forwards import has_hooks
 from .ops.adapter_linear import api as adapter_linear_api
 from .ops.adapter_linear.up import merged_up
 from .ops.cross_attention_adapter import api as cross_attention_api
@@ -33,10 +31,6 @@ from .whereabouts import unreadable_weight
 
 logger = logging.getLogger("a3fta_kernels")
 
-# the attributes of an adapted layer beside its adapters
-_OWN = (
-    "acting", "enabled", "backend", "columns", "merged", "frozen", "banks", "source", "resting",
-)  # fmt: skip
 Columns = tuple[int, int] | None  # (start, length) of a layer's input; None: all of it
 _logged: set[tuple[str, str]] = set()
 
@@ -329,37 +323,7 @@ class AdaptedProjectionMixin(_Linear):
 
 
 class AdaptedProjection(AdaptedProjectionMixin, nn.Linear):
-    """An adapted plain `nn.Linear`. Made by `adapt`, never by its constructor."""
-
-
-class _AdaptedSubclass(AdaptedProjectionMixin):
-    """An adapted layer of another linear class, made on demand: pickles by its stock class."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _blank, (stock_class(self),), self.__getstate__()
-
-
-@functools.cache
-def adapted_class(stock: Any) -> Any:
-    """The class that an adapted layer of class `stock` has."""
-    if stock is nn.Linear:
-        return AdaptedProjection
-    return type(f"Adapted{stock.__name__}", (_AdaptedSubclass, stock), {"__module__": __name__})
-
-
-def why_not_adaptable(linear: nn.Linear) -> str | None:
-    """Why `adapt` cannot change this layer's class; None where it can."""
-    stock: Any = type(linear)
-    if isinstance(linear, AdaptedProjectionMixin):
-        return None
-    taken = [name for name in (*_OWN, "weights", "adapters") if hasattr(linear, name)]
-    if taken:
-        return f"its projection is a {stock.__name__}, which has a {taken[0]!r} of its own"
-    try:  # Python asks for the same layout, which a mixin in front of nn.Linear may change
-        object.__setattr__(object.__new__(stock), "__class__", adapted_class(stock))
-    except TypeError:
-        return f"its projection is a {stock.__name__}, whose class cannot be changed"
-    return None
+    """An adapted plain `nn.Linear`. Made by `conversion.adapt`, never by its constructor."""
 
 
 def stock_class(projection: AdaptedProjectionMixin) -> type:
@@ -368,59 +332,9 @@ def stock_class(projection: AdaptedProjectionMixin) -> type:
     return order[order.index(AdaptedProjectionMixin) + 1]
 
 
-def _blank(stock: type) -> nn.Module:
-    cls = adapted_class(stock)
-    return cls.__new__(cls)
-
-
 def span(linear: nn.Linear, columns: Columns) -> tuple[int, int]:
     """(start, length) of the layer's input that adapters act on."""
     return columns or (0, linear.in_features)
-
-
-def adapt(
-    linear: nn.Linear, backend: str = "auto", columns: Columns = None
-) -> AdaptedProjectionMixin:  # fmt: skip
-    """Turns `linear` into an adapted projection, in place, without an adapter yet.
-
-    columns: (start, length), the slice of its input that the adapters act on; None: all.
-    """
-    check_forward(linear)
-    stock: Any = type(linear)
-    linear.__class__ = adapted_class(stock)
-    projection = cast(AdaptedProjectionMixin, linear)
-    projection.adapters = nn.ModuleDict()
-    projection.adapters.train(linear.training)
-    projection.choose({})
-    projection.enabled = True
-    projection.backend = backend
-    projection.columns = columns
-    projection.merged = None
-    projection.frozen = None
-    projection.banks = None
-    projection.source = None
-    projection.resting = ()
-    rebind_forward(projection)
-    return projection
-
-
-def restore(projection: AdaptedProjectionMixin) -> None:
-    """Gives the layer its class back and removes everything that `adapt` added."""
-    projection.__class__ = stock_class(projection)
-    del projection._modules["adapters"]
-    for name in _OWN:
-        del projection.__dict__[name]
-    rebind_forward(projection)
-
-
-def check_restorable(projection: AdaptedProjectionMixin) -> None:
-    """Raises ValueError where something (a parametrization) changed the class since `adapt`."""
-    expected: Any = adapted_class(stock_class(projection))
-    if type(projection) is not expected:
-        raise ValueError(
-            f"model: expected layers of class {expected.__name__}, got a "
-            f"{type(projection).__name__}; undo what changed the class after injection first"
-        )
 
 
 def _whole(before: Tensor | None, adapted: Tensor, after: Tensor | None) -> Tensor:

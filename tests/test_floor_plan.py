@@ -45,6 +45,7 @@ LAYERS = [
     ["bank", "captured", "forwards", "stack", "whereabouts"],
     ["placements"],
     ["projection"],
+    ["conversion"],
     ["tree"],
     ["attention_weights"],
     ["merging", "per_sample", "report", "switch", "timesteps"],

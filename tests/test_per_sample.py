@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import a3fta_kernels as a3fta
 from a3fta_kernels.bank import Batch, banks_of
-from a3fta_kernels.projection import adapt, adapted_class
+from a3fta_kernels.conversion import adapt, adapted_class
 
 from . import models
 from .integration.common import RUNS, set_backend

@@ -14,15 +14,9 @@ from torch import nn
 
 from a3fta_kernels import backends, projection
 from a3fta_kernels.adapters import AdapterConfig, BottleneckAdapter
+from a3fta_kernels.conversion import adapt, adapted_class, restore
 from a3fta_kernels.ops.activations import activate
-from a3fta_kernels.projection import (
-    AdaptedProjection,
-    adapt,
-    adapted_class,
-    restore,
-    span,
-    stock_class,
-)
+from a3fta_kernels.projection import AdaptedProjection, span, stock_class
 
 NATIVE = pytest.param(
     "native",

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from a3fta_kernels import backends, merging, projection
-from a3fta_kernels.projection import adapt
+from a3fta_kernels.conversion import adapt
 
 from .test_projection import BACKENDS, Tagged, add, formula, linear
 

@@ -12,8 +12,8 @@ from torch import nn
 
 import a3fta_kernels as a3fta
 from a3fta_kernels.adapters import DESIGNS, AdapterConfig, timestep
+from a3fta_kernels.conversion import adapt
 from a3fta_kernels.ops.activations import activate
-from a3fta_kernels.projection import adapt
 
 from .. import models
 from ..adapter_files import load, refused

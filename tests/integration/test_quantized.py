@@ -16,7 +16,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 import a3fta_kernels as a3fta
-from a3fta_kernels.projection import adapt, why_not_adaptable
+from a3fta_kernels.conversion import adapt, why_not_adaptable
 
 from .. import models
 from . import quantized as layers

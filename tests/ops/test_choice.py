@@ -320,12 +320,12 @@ class TestWhereItIsAsked:
 
 @pytest.mark.parametrize("run", NATIVE, ids=run_id)
 def test_the_report_says_which_path(run, on, taken):
-    from a3fta_kernels import AdapterConfig, projection, report
+    from a3fta_kernels import AdapterConfig, conversion, report
     from a3fta_kernels.adapters import DESIGNS
 
     on("sm_90", {"sm_90": {"choices": [["native", "float32", 64, 24, 16, 4, "concat"]]}})
     config = AdapterConfig(rank=4)
-    layer = projection.adapt(nn.Linear(16, 24).requires_grad_(False))
+    layer = conversion.adapt(nn.Linear(16, 24).requires_grad_(False))
     layer.adapters["default"] = DESIGNS[config.design](16, 4, config)
     found = report.describe_layer(layer, "default")
     assert [(s.rows, s.choice.path) for s in found.paths[:3]] == [
