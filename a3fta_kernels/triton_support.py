@@ -316,11 +316,14 @@ class Launcher:
 def _trait(value: Any) -> Any:
     """What Triton compiles a kernel for, and more: of a number all, where it takes 1 and multiples
     of 16 apart; of a tensor the dtype and the alignment; of a descriptor the block."""
+    kind = type(value)
+    if kind is int:  # most are
+        return value
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() % 16
     if isinstance(value, TensorDescriptor):
         return value.base.dtype, *value.block_shape
-    return type(value), value
+    return kind, value
 
 
 def fastest(prepared: Callable[[Config], Callable[[], Any]], candidates: list[Config]) -> Config:

@@ -225,6 +225,30 @@ def test_what_the_kernels_refuse(change, reason, run):
         ops.cross_attention_adapter(**inputs, backend="triton")
 
 
+@KERNELS
+def test_text_is_not_attended_to_by_cudnn(run, monkeypatch):
+    """And what was chosen before holds after it, also where attention fails."""
+    from a3fta_kernels.ops.cross_attention_adapter import triton
+
+    asked = []
+
+    def attention(*_, **__):
+        asked.append(torch.backends.cuda.cudnn_sdp_enabled())
+        raise RuntimeError("no attention")
+
+    monkeypatch.setattr(triton, "attention", attention)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    for chosen in (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(chosen)
+        try:
+            with pytest.raises(RuntimeError, match="no attention"):
+                ops.cross_attention_adapter(**case().inputs(run[2], run[1]), backend="triton")
+            assert torch.backends.cuda.cudnn_sdp_enabled() is chosen
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(before)
+    assert asked == [False, False]
+
+
 def test_single_precision_is_left_to_the_library(monkeypatch):
     monkeypatch.setattr(limits, "DTYPES", (torch.float16, torch.bfloat16))
     assert "float32" in str(limits.refusal(torch.float32, 64, 77, 16))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,22 @@ def attention(
         hidden = ~mask if mask.dtype == torch.bool else mask == -torch.inf
         h = h.masked_fill(hidden.all(-1, keepdim=True), 0)
     return h.transpose(1, 2).flatten(2)
+
+
+@contextlib.contextmanager
+def without_cudnn() -> Iterator[None]:
+    """PyTorch chooses among its other kernels here.
+
+    Of keys whose number is no multiple of 128 cuDNN before 9.15.1 read past the end
+    (pytorch/pytorch#169849), and it is the suspect of an illegal access that was met with 77 keys
+    between other columns (benchmarks/NOTES.md, "A whole step").
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def _aligned(x: Tensor) -> Tensor:
