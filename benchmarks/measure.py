@@ -52,6 +52,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             "capability": f"sm_{properties.major}{properties.minor}",
             "driver": query.splitlines()[0] if query else "unknown",
             "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
             "nvcc": nvcc[1] if nvcc else "none",
             "l2_bytes": properties.L2_cache_size,
         }

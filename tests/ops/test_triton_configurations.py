@@ -19,6 +19,7 @@ CASES = [
     Case((1, 130), 200, 16, activation="silu", modulation="gamma beta"),
     Case((2, 90), 136, 100),
     Case((2, 150), 320, 64, 200, residual=True),
+    Case((2, 90), 320, 64, 200, adapter_dtype=torch.float32),
     Case((1, 130), 192, 16, 320, scale=0.5, columns=(64, 320)),
     Case((2, 140), 128, 33, bank=2),
     Case((2, 70), 80, 64, 80, heads=1, keys=77),
