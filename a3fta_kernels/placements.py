@@ -1,7 +1,7 @@
 """Where an adapter sits: in front of the projection, behind it, or beside attention as a whole.
 
-The method is "pre": h' = h + adapter(h), y = W h' + b. The other two are what it is compared with,
-and ask for more products, so that there is no fused op for them:
+The method is "pre": h' = h + adapter(h), y = W h' + b, in one op with the projection. The other two
+are what it is compared with, an op of their own behind it:
 
     post      y = W h + b,   y' = y + adapter(y)
     parallel  y = W h + b,   y' = y + adapter(x),   x what the attention layer itself was given
@@ -116,7 +116,11 @@ def behind(layer: Any, y: Tensor, active: Sequence[Weighted]) -> Tensor:
     if parallel:
         x = _rows(layer, y).to(y.dtype)
         for stack in stacks(parallel, x):
-            found = found + delta(x, stack)
+            found = found + delta(x, stack) if stack.norm else ops.adapter(
+                x, stack.w_down, stack.w_up, stack.b_down, stack.b_up, base=found,
+                scale=stack.scale, activation=stack.activation, gamma=stack.gamma,
+                beta=stack.beta, backend=layer.backend,
+            )  # fmt: skip
     return found
 
 

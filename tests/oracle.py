@@ -84,6 +84,7 @@ class Case:
     mask: str = ""  # "bool" or "add", then the axes it has of b, h, m, n: "bool b n"
     text: bool = True  # whether k and v require gradients
     bank: int = 0
+    base: int = 0  # channels of the base of `adapter`, if it is not h
 
     def __str__(self) -> str:
         plain = Case()
@@ -113,8 +114,10 @@ class Case:
         found: dict[str, Any] = {
             "h": self._h(draw, width),
             "w_down": draw(*bank, self.r, self.c, scale=self.c**-0.5, to=small),
-            "w_up": draw(*bank, self.c, self.r, scale=self.r**-0.5, to=small),
+            "w_up": draw(*bank, self.base or self.c, self.r, scale=self.r**-0.5, to=small),
         }
+        if self.base:
+            found["base"] = draw(*self.lead, self.base)
         if self.n is not None:
             found["weight"] = draw(self.n, width, scale=width**-0.5).detach()
             found["bias"] = draw(self.n).detach() if self.biases else None
@@ -124,7 +127,7 @@ class Case:
                 found["columns"] = (self.columns[0], self.c)
         if self.biases:
             found["b_down"] = draw(*bank, self.r, to=small)
-            found["b_up"] = draw(*bank, self.c, to=small)
+            found["b_up"] = draw(*bank, self.base or self.c, to=small)
         for name in ("gamma", "beta"):
             if name in self.modulation:
                 found[name] = draw(self.lead[0], self.r, to=small)
@@ -238,7 +241,7 @@ def check(
     if op is ops.adapter_linear:
         options["path"] = case.path
     inputs = case.inputs(dtype, device)
-    shape = torch.Size((*case.lead, case.c if case.n is None else case.n))
+    shape = torch.Size((*case.lead, case.base or case.c if case.n is None else case.n))
     dy = gradient(shape, dtype, device, dy_kind, case.seed)
 
     ours = evaluate(lambda **kw: op(**kw, **options), inputs, dy)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import a3fta_kernels as a3fta
+from a3fta_kernels import placements as placements_module
 from a3fta_kernels import planning
 from a3fta_kernels.adapters import AdapterConfig, timestep
 from a3fta_kernels.adapters.config import PLACEMENTS
@@ -65,11 +66,15 @@ def formula(model: Net, h: Tensor, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("backend", "options"),
     [
-        *((backend, {}) for backend in BACKENDS),
-        ("reference", {"bias": False}),
-        ("reference", {"layer_norm": True}),
-        ("reference", {"design": "scaled"}),
-        ("reference", {"design": "film"}),
+        (backend, options)
+        for backend in BACKENDS
+        for options in (
+            {},
+            {"bias": False},
+            {"layer_norm": True},
+            {"design": "scaled"},
+            {"design": "film"},
+        )
     ],
     ids=str,
 )
@@ -95,6 +100,22 @@ def test_formula_and_every_gradient(placements, options, backend):
             layer.source = x
         torch.testing.assert_close(layer(seen[0], residual=residual), expected + residual)
     assert layer.source is None
+
+
+def test_beside_attention_it_is_one_op(monkeypatch):
+    """What the projection gives is its base, and no product is left to PyTorch."""
+    asked = []
+
+    def adapter(*args, base, **options):
+        asked.append((base.shape, options["backend"]))
+        return plain(*args, base=base, **options)
+
+    plain = placements_module.ops.adapter
+    monkeypatch.setattr(placements_module.ops, "adapter", adapter)
+    monkeypatch.setattr(placements_module, "delta", None)
+    model = net_with("parallel", backend="reference")
+    model.attention(torch.randn(2, 5, 16, dtype=torch.float64))
+    assert asked == [((2, 5, 24), "reference")]
 
 
 @pytest.mark.parametrize(("placement", "shapes"), [

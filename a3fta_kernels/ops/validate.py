@@ -34,13 +34,17 @@ def check_adapter(
     gamma: Tensor | None,
     beta: Tensor | None,
     like: str = "h",
+    outputs: int | None = None,
 ) -> None:
     """Checks the adapter's tensors and options against h and the `channels` it reads.
 
-    `like` is the name of h in messages.
+    `like` is the name of h in messages. outputs: the channels it writes, if not as many.
     """
     check_choice("activation", activation, ACTIVATIONS)
-    if _fits(h, channels, w_down, w_up, b_down, b_up, scale, gamma, beta):
+    written, names = channels, ("(C, R) = (channels, rank)", "(C,) = (channels,)")
+    if outputs is not None and outputs != channels:
+        written, names = outputs, ("(N, R) = (base.shape[-1], rank)", "(N,) = (base.shape[-1],)")
+    if _fits(h, channels, written, w_down, w_up, b_down, b_up, scale, gamma, beta):
         return
     for name, value in (("w_down", w_down), ("w_up", w_up)):
         check_tensor(name, value)
@@ -50,10 +54,10 @@ def check_adapter(
     if rank == 0:
         raise ValueError(f"w_down: expected a rank of at least 1, got shape {tuple(w_down.shape)}")
     check_shape("w_down", w_down, (rank, channels), "(R, C) = (rank, channels)")
-    check_shape("w_up", w_up, (channels, rank), "(C, R) = (channels, rank)")
+    check_shape("w_up", w_up, (written, rank), names[0])
     optional: dict[str, tuple[Tensor | None, tuple[int, ...], str]] = {
         "b_down": (b_down, (rank,), "(R,) = (rank,)"),
-        "b_up": (b_up, (channels,), "(C,) = (channels,)"),
+        "b_up": (b_up, (written,), names[1]),
     }
     if gamma is not None or beta is not None:
         if h.dim() < 2:
@@ -86,6 +90,7 @@ def check_adapter(
 def _fits(
     h: Tensor,
     channels: int,
+    outputs: int,
     w_down: Tensor,
     w_up: Tensor,
     b_down: Tensor | None,
@@ -106,8 +111,8 @@ def _fits(
     return (
         rank > 0
         and w_down.shape == (rank, channels)
-        and w_up.shape == (channels, rank)
+        and w_up.shape == (outputs, rank)
         and (b_down is None) == (b_up is None)
         and (b_down is None or b_down.shape == (rank,))
-        and (b_up is None or b_up.shape == (channels,))
+        and (b_up is None or b_up.shape == (outputs,))
     )

@@ -33,6 +33,11 @@ CASES = [
     Case((2, 0), 16, 4),
     Case((0, 6), 16, 4, modulation="gamma beta", scale="tensor"),
     Case((2, 5), 16, 4, scale=0.0),
+    Case((2, 9), 24, 8, base=40, scale="tensor", modulation="gamma beta"),
+    Case((3, 7), 40, 16, base=40, adapter_dtype=torch.float32, scale=0.5, activation="silu"),
+    Case((2, 6), 33, 4, base=17, biases=False, layout="transposed"),
+    Case((19,), 16, 130, base=24),
+    Case((0, 6), 16, 4, base=8),
 ]
 
 
@@ -53,6 +58,7 @@ def test_every_activation(activation, biases, run, poisoned):
 @pytest.mark.parametrize("kind", ["expanded", "transposed"])
 def test_gradients_of_any_stride(kind, run, poisoned):
     check(Case((2, 11), 24, 8), run, kind)
+    check(Case((2, 11), 24, 8, base=20), run, kind)
 
 
 @RUNS
@@ -166,6 +172,12 @@ BAD = [
     (dict(w_up=UP.long()), TypeError, r"w_up: expected dtype .*got torch.int64"),
     (dict(scale="1"), TypeError, r"scale: expected a number or a tensor of one element, got '1'"),
     (dict(scale=torch.ones(2)), ValueError, r"scale: expected a number or a tensor of one element"),
+    (dict(base=H[0]), ValueError, r"base: expected shape \(\.\.\., N\) beside h \(2, 5, 16\), got"),
+    (dict(base=H[:, :, :0]), ValueError, r"base: expected shape \(\.\.\., N\) .*got \(2, 5, 0\)"),
+    (dict(base=H.half()), TypeError, r"base: expected dtype torch.float32 \(that of h\)"),
+    (dict(base=H.to("meta")), ValueError, r"base: expected device cpu \(that of h\), got meta"),
+    (dict(base=H[..., :9]), ValueError, r"w_up: expected shape \(9, 4\), \(N, R\) = \(base"),
+    (dict(base=1.0), TypeError, r"base: expected a torch.Tensor"),
     (dict(activation="swish"), ValueError, r"activation: expected one of identity, .*got 'swish'"),
     (dict(backend="cuda"), ValueError, r"backend: expected one of auto, .*got 'cuda'"),
 ]

@@ -18,9 +18,12 @@ RUNS = pytest.mark.parametrize("run", runs(), ids=run_id)
 FP64 = [("reference", "cpu", torch.float64), *(r for r in runs() if r[2] == torch.float64)]
 
 ADAPTER = Case((2, 5), 6, 3, modulation="gamma beta", scale="tensor")
+BESIDE = Case((2, 5), 6, 3, modulation="gamma beta", scale="tensor", base=4)
 LINEAR = Case((2, 5), 6, 3, n=4, modulation="gamma beta", scale="tensor", residual=True)
 SLICED = Case((2, 5), 6, 3, n=4, columns=(2, 9), activation="silu", scale="tensor")
-OPS = pytest.mark.parametrize("case", [ADAPTER, LINEAR, SLICED], ids=["adapter", "linear", "slice"])
+OPS = pytest.mark.parametrize(
+    "case", [ADAPTER, BESIDE, LINEAR, SLICED], ids=["adapter", "beside", "linear", "slice"]
+)
 
 
 def function(case: Case):
@@ -50,8 +53,11 @@ def op_arguments(case: Case, run: tuple[str, str, torch.dtype]) -> tuple:
     h = i["h"].detach().reshape(-1, i["h"].shape[-1]).requires_grad_()
     modulation = (i.get("gamma"), i.get("beta"), i["scale"])
     if case.n is None:
+        base = i.get("base")
+        if base is not None:
+            base = base.detach().reshape(-1, case.base).requires_grad_()
         return (
-            h, i["w_down"], i["w_up"], i["b_down"], i["b_up"], *modulation, 0.5,
+            h, i["w_down"], i["w_up"], i["b_down"], i["b_up"], *modulation, base, 0.5,
             case.activation, run[0],
         )  # fmt: skip
     residual = i.get("residual")
@@ -80,10 +86,13 @@ def test_opcheck_backward(case, run):
     arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in op_arguments(case, run)]
     h = arguments[0]
     if case.n is None:
-        _, a = torch.ops.a3fta.adapter(*arguments)
+        y, a = torch.ops.a3fta.adapter(*arguments)
         needs = [t is not None for t in arguments[:8]]
-        dy = torch.randn_like(h)
-        torch.library.opcheck(torch.ops.a3fta.adapter_backward, (dy, h, a, *arguments[1:], needs))
+        apart = arguments[8] is not None
+        torch.library.opcheck(
+            torch.ops.a3fta.adapter_backward,
+            (torch.randn_like(y), h, a, *arguments[1:8], apart, *arguments[9:], needs),
+        )
         return
     y, a, v = torch.ops.a3fta.adapter_linear(*arguments)
     needs = [t is not None for t in (h, *arguments[2:9])]
@@ -129,7 +138,7 @@ def test_autocast(case, run):
     compiled = torch.compile(lambda kw: call(**kw), fullgraph=True, backend="aot_eager")
     narrow = {
         k: v.detach().to(torch.bfloat16).requires_grad_(v.requires_grad)
-        if isinstance(v, torch.Tensor) and k in ("h", "weight", "bias")
+        if isinstance(v, torch.Tensor) and k in ("h", "base", "weight", "bias")
         else v
         for k, v in inputs.items()
         if k != "residual"
@@ -151,7 +160,7 @@ def test_autocast_of_the_registered_op(run):
     _, device, dtype = run
     if dtype != torch.float32:
         pytest.skip("autocast starts from fp32")
-    for case in (ADAPTER, LINEAR):
+    for case in (ADAPTER, BESIDE, LINEAR):
         op = torch.ops.a3fta.adapter if case.n is None else torch.ops.a3fta.adapter_linear
         with torch.autocast(device, torch.bfloat16):
             y = op(*op_arguments(case, run))[0]
@@ -168,7 +177,7 @@ def test_fake_tensors(case, run):
             for k, v in case.inputs(run[2], run[1]).items()
         }
         y = function(case)(**inputs, backend=run[0])
-        assert y.shape == (*case.lead, case.n or case.c) and y.dtype == run[2]
+        assert y.shape == (*case.lead, case.n or case.base or case.c) and y.dtype == run[2]
         grads = torch.autograd.grad(y.sum(), leaves(inputs))
         assert [g.shape for g in grads] == [t.shape for t in leaves(inputs)]
 

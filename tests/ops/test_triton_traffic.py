@@ -182,11 +182,11 @@ def run_adapter(traffic: Traffic, m: int, c: int, r: int) -> Run:
     h, dy, w_down, w_up = draw(m, c), draw(m, c), draw(r, c), draw(c, r)
     with traffic:
         y, a = adapter_contract.forward(
-            h, w_down, w_up, None, None, None, None, None, 1.0, "gelu", "triton"
+            h, w_down, w_up, None, None, None, None, None, None, 1.0, "gelu", "triton"
         )
         forward = fresh(traffic)
         grads = adapter_contract.backward(
-            dy, h, a, w_down, w_up, None, None, None, None, None, 1.0, "gelu", "triton",
+            dy, h, a, w_down, w_up, None, None, None, None, None, False, 1.0, "gelu", "triton",
             [True, True, True, False, False, False, False, False],
         )  # fmt: skip
         backward = fresh(traffic)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...backends import resolve
-from ..rule import autocast_dtype, without_autocast
-from ..validate import check_adapter, check_input
+from ...checks import check_device, check_dtype, check_tensor
+from ..rule import autocast_dtype, autocasts, cast, without_autocast
+from ..validate import FLOATS, check_adapter, check_input
 from . import contract
 from .reference import adapter as reference
 
@@ -18,6 +19,7 @@ def adapter(
     b_down: Tensor | None = None,
     b_up: Tensor | None = None,
     *,
+    base: Tensor | None = None,
     scale: float | Tensor = 1.0,
     activation: str = "gelu",
     gamma: Tensor | None = None,
@@ -28,7 +30,7 @@ def adapter(
 
         a  = h @ w_down.T + b_down
         z  = act(a) * (1 + gamma) + beta
-        h' = h + scale * (z @ w_up.T + b_up)
+        h' = base + scale * (z @ w_up.T + b_up),  base = h where there is none
 
     Args:
         h: (..., C) attention output, heads merged; any strides; fp32, fp16 or bf16 (fp64 too on
@@ -36,13 +38,15 @@ def adapter(
         w_down, b_down: (R, C) and (R,).
         w_up, b_up: (C, R) and (C,). Adapter tensors may be of another floating dtype: they are
             cast to h's, and their gradients come back in their own.
+        base: (..., N) in h's dtype (under autocast: any), for an adapter beside a layer, whose
+            output this is; w_up is then (N, R) and b_up (N,).
         scale: a number, or a tensor of one element, which then gets a gradient.
         activation: identity, relu, gelu, gelu_tanh or silu.
         gamma, beta: (B, R) with B = h.shape[0], per sample.
         backend: auto, reference, triton or native.
 
     Returns:
-        h' of h's shape and (under autocast: the autocast) dtype, contiguous.
+        h' of h's (or base's) shape and h's (under autocast: the autocast) dtype, contiguous.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -51,20 +55,41 @@ def adapter(
     Differentiable once, in every tensor argument.
     """
     check_input(h)
-    check_adapter(h, h.shape[-1], w_down, w_up, b_down, b_up, scale, activation, gamma, beta)
+    outputs = _outputs(h, base)
+    check_adapter(
+        h, h.shape[-1], w_down, w_up, b_down, b_up, scale, activation, gamma, beta,
+        outputs=outputs,
+    )  # fmt: skip
     h = h.to(autocast_dtype(h))
+    base = cast(base, h.dtype)
     if isinstance(scale, Tensor):
         scale = scale.reshape(())  # (1, 1) would add dimensions to all it meets
     chosen = resolve(backend, h.device, h.dtype)
     if chosen == "reference":
         return reference(
             h, w_down, w_up, b_down, b_up,
-            scale=scale, activation=activation, gamma=gamma, beta=beta,
+            base=base, scale=scale, activation=activation, gamma=gamma, beta=beta,
         )  # fmt: skip
     number, tensor = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
     flat = h.reshape(-1, h.shape[-1])
+    flat_base = None if base is None else base.reshape(-1, outputs)
     with without_autocast(h):
         y = contract.apply(
-            flat, w_down, w_up, b_down, b_up, gamma, beta, tensor, number, activation, chosen
+            flat, w_down, w_up, b_down, b_up, gamma, beta, tensor, flat_base, number, activation,
+            chosen,
+        )  # fmt: skip
+    return y.view(*h.shape[:-1], outputs)
+
+
+def _outputs(h: Tensor, base: Tensor | None) -> int:
+    """The channels of what the adapter is added to."""
+    if base is None:
+        return h.shape[-1]
+    check_tensor("base", base)
+    if base.dim() != h.dim() or base.shape[:-1] != h.shape[:-1] or base.shape[-1] == 0:
+        raise ValueError(
+            f"base: expected shape (..., N) beside h {tuple(h.shape)}, got {tuple(base.shape)}"
         )
-    return y.view(h.shape)
+    check_dtype("base", base, FLOATS if autocasts(h) else (h.dtype,), "that of h")
+    check_device("base", base, h.device, "h")
+    return base.shape[-1]

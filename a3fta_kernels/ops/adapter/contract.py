@@ -4,20 +4,22 @@ With s = scale and every adapter tensor in h's dtype:
 
     a  = h @ w_down.T + b_down                        saved, with h
     z  = act(a) * (1 + gamma) + beta
-    y  = h + z @ (s * w_up).T + s * b_up
+    y  = base + z @ (s * w_up).T + s * b_up           base is h, or a tensor apart from it
     da = (dy @ (s * w_up)) * (1 + gamma) * act'(a)
-    dh = dy + da @ w_down
+    dh = dy + da @ w_down                             with a base apart: da @ w_down, dbase = dy
     dw_down = da.T @ h;  db_down = sum(da)
     dw_up   = s * G,  db_up = s * sum(dy),  ds = <G, w_up> + <sum(dy), b_up>,  G = dy.T @ z
 
 A backend is a module with two functions, without autograd. Their tensors are 2-D with unit
 column stride (`rule.rows`); row strides are free. `w_up` and `b_up` come with the scale inside.
 
-    forward(h, w_down, w_up, b_down, b_up, gamma, beta, activation) -> (y, a)
-    backward(dy, h, a, w_down, w_up, gamma, beta, activation, need_dh, need_dw) -> AdapterGrads
+    forward(h, w_down, w_up, b_down, b_up, gamma, beta, base, activation) -> (y, a)
+    backward(dy, h, a, w_down, w_up, gamma, beta, activation, apart, need_dh, need_dw)
+        -> AdapterGrads
 
-h, y, dy (M, C); a (M, R); w_down (R, C); w_up (C, R); gamma, beta (B, R) or None, where sample
-b owns the rows b * M/B to (b + 1) * M/B. M may be 0.
+h (M, C); base, y, dy (M, N), N = C without a base apart; a (M, R); w_down (R, C); w_up (N, R);
+gamma, beta (B, R) or None, where sample b owns the rows b * M/B to (b + 1) * M/B. base is None
+where it is h. M may be 0.
 """
 
 from __future__ import annotations
@@ -43,11 +45,12 @@ from ..rule import (
 
 _SIGNATURE = (
     "Tensor h, Tensor w_down, Tensor w_up, Tensor? b_down, Tensor? b_up, Tensor? gamma, "
-    "Tensor? beta, Tensor? scale_tensor, float scale, str activation, str backend"
+    "Tensor? beta, Tensor? scale_tensor"
 )
-_TENSORS = 8  # leading arguments of _SIGNATURE that may need a gradient
+_OPTIONS = "float scale, str activation, str backend"
+_TENSORS = 8  # of _SIGNATURE; base comes after them
 # what `save` keeps, in order
-SAVED = ("a", *(part.split()[1] for part in _SIGNATURE.split(", ")[:_TENSORS]))
+SAVED = ("a", *(part.split()[1] for part in _SIGNATURE.split(", ")))
 
 backend_module = loader(__package__)
 
@@ -61,11 +64,12 @@ def forward(
     gamma: Tensor | None,
     beta: Tensor | None,
     scale_tensor: Tensor | None,
+    base: Tensor | None,
     scale: float,
     activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """y (M, C) and a (M, R); casts the adapter to h's dtype."""
+    """y (M, N) and a (M, R); casts the adapter to h's dtype."""
     dtype = h.dtype
     if scale_tensor is None and scale == 1.0:
         w_down, w_up, b_down, b_up = cast_together((w_down, w_up, b_down, b_up), dtype)
@@ -77,6 +81,7 @@ def forward(
         None if b_up is None else scaled(b_up, scale, scale_tensor, dtype),
         cast(gamma, dtype),
         cast(beta, dtype),
+        None if base is None else rows(base),
         activation,
     )
 
@@ -92,12 +97,13 @@ def backward(
     gamma: Tensor | None,
     beta: Tensor | None,
     scale_tensor: Tensor | None,
+    apart: bool,
     scale: float,
     activation: str,
     backend: str,
     needs: list[bool],
 ) -> list[Tensor]:
-    """Gradients for the eight tensors of the forward; an empty tensor where none is needed."""
+    """Gradients for all tensors of the forward but base; an empty tensor where none is needed."""
     dtype = h.dtype
     grads = backend_module(backend).backward(
         rows(dy),
@@ -108,6 +114,7 @@ def backward(
         cast(gamma, dtype),
         cast(beta, dtype),
         activation,
+        apart,
         needs[0],
         any(needs[1:]),
     )
@@ -141,9 +148,9 @@ def _like(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
 
 def save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     """Keeps h, a and the adapter's own tensors: nothing else of size M x C."""
-    *tensors, scale, activation, backend = inputs
+    *tensors, base, scale, activation, backend = inputs
     ctx.save_for_backward(output[1], *tensors)
-    ctx.options = (scale, activation, backend)
+    ctx.options = (base is not None, scale, activation, backend)
 
 
 def rule(ctx: Any, *grad_outputs: Any) -> tuple:
@@ -151,9 +158,12 @@ def rule(ctx: Any, *grad_outputs: Any) -> tuple:
     dy = grad_outputs[0]
     a, h, *adapter = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:_TENSORS])
-    run: Callable = backward if is_plain(dy) else torch.ops.a3fta.adapter_backward
-    grads = run(dy, h, a, *adapter, *ctx.options, needs)
-    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None)
+    found: list[Tensor | None] = [None] * _TENSORS
+    if any(needs):
+        run: Callable = backward if is_plain(dy) else torch.ops.a3fta.adapter_backward
+        grads = run(dy, h, a, *adapter, *ctx.options, needs)
+        found = [g if need else None for g, need in zip(grads, needs, strict=True)]
+    return (*found, dy if ctx.needs_input_grad[_TENSORS] else None, None, None, None)
 
 
 class AdapterFunction(torch.autograd.Function):
@@ -174,31 +184,30 @@ class AdapterFunction(torch.autograd.Function):
 
 
 def apply(*inputs: Any) -> Tensor:
-    """y (M, C) for the arguments of `forward`, differentiable."""
+    """y (M, N) for the arguments of `forward`, differentiable."""
     if not is_plain(inputs[0]):
         return torch.ops.a3fta.adapter(*inputs)[0]
     if torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in inputs[:_TENSORS]
+        x is not None and x.requires_grad for x in inputs[: _TENSORS + 1]
     ):
         return AdapterFunction.apply(*inputs)
     return forward(*inputs)[0]
 
 
 _library = torch.library.Library("a3fta", "FRAGMENT")
-_library.define(f"adapter({_SIGNATURE}) -> (Tensor y, Tensor a)")
+_library.define(f"adapter({_SIGNATURE}, Tensor? base, {_OPTIONS}) -> (Tensor y, Tensor a)")
 _library.define(
     "adapter_backward(Tensor dy, Tensor h, Tensor a, "
-    f"{_SIGNATURE.removeprefix('Tensor h, ')}, bool[] needs) -> Tensor[]"
+    f"{_SIGNATURE.removeprefix('Tensor h, ')}, bool apart, {_OPTIONS}, bool[] needs) -> Tensor[]"
 )
 _library.impl("adapter", forward, "CompositeExplicitAutograd")
 _library.impl("adapter_backward", backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("a3fta::adapter", lib=_library)
-def _(h: Tensor, w_down: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(h, memory_format=torch.contiguous_format), h.new_empty(
-        h.shape[0], w_down.shape[0]
-    )
+def _(h: Tensor, w_down: Tensor, w_up: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    m = h.shape[0]
+    return h.new_empty(m, w_up.shape[0]), h.new_empty(m, w_down.shape[0])
 
 
 @torch.library.register_fake("a3fta::adapter_backward", lib=_library)
@@ -212,8 +221,9 @@ def _(dy: Tensor, h: Tensor, a: Tensor, *rest: Any) -> list[Tensor]:
 
 def _autocast(h: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     h = h.to(autocast_dtype(h))
+    *adapter, base = rest[:_TENSORS]
     with torch.autocast(h.device.type, enabled=False):
-        return torch.ops.a3fta.adapter(h, *rest)
+        return torch.ops.a3fta.adapter(h, *adapter, cast(base, h.dtype), *rest[_TENSORS:])
 
 
 for _key in ("AutocastCPU", "AutocastCUDA"):

@@ -7,14 +7,13 @@ from torch import Tensor
 
 from ...backends import BackendUnavailableError, native_status
 from ..activations import activation_code
-from ..rule import AdapterGrads
+from ..rule import AdapterGrads, acc_dtype, cast
 
 # loads the library: its operators exist from here on
 if not native_status().available:
     raise BackendUnavailableError(f"backend 'native': {native_status().reason}")
 
-_forward = torch.ops.a3fta_native.adapter_forward.default
-_backward = torch.ops.a3fta_native.adapter_backward.default
+_native = torch.ops.a3fta_native
 
 
 def forward(
@@ -25,20 +24,16 @@ def forward(
     b_up: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
+    base: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """y (M, C) and a (M, R)."""
-    y, a = _forward(
-        h,
-        w_down,
-        w_up,
-        dense(b_down),
-        dense(b_up),
-        dense(gamma),
-        dense(beta),
-        activation_code(activation),
-    )
-    return y, a
+    """y (M, N) and a (M, R)."""
+    code = activation_code(activation)
+    b_down, b_up, gamma, beta = (dense(x) for x in (b_down, b_up, gamma, beta))
+    if base is None:
+        return _native.adapter_forward.default(h, w_down, w_up, b_down, b_up, gamma, beta, code)
+    a, z = _native.adapter_down.default(h, w_down, b_down, gamma, beta, code)
+    return _native.adapter_up.default(z, w_up, cast(b_up, acc_dtype(h.dtype)), base), a
 
 
 def backward(
@@ -50,14 +45,21 @@ def backward(
     gamma: Tensor | None,
     beta: Tensor | None,
     activation: str,
+    apart: bool,
     need_dh: bool,
     need_dw: bool,
 ) -> AdapterGrads:
-    gamma, beta = dense(gamma), dense(beta)
-    grads = _backward(
-        dy, h, a, w_down, w_up, gamma, beta, activation_code(activation), need_dh, need_dw
-    )
-    dh, dw_down, g_up, da_sum, dy_sum, dgamma, dbeta = grads
+    gamma, beta, code = dense(gamma), dense(beta), activation_code(activation)
+    if apart:
+        da, g_up, dy_sum, dgamma, dbeta = _native.adapter_dz.default(
+            dy, a, w_up, gamma, beta, code, need_dw
+        )
+        dh = da @ w_down if need_dh else None
+        dw_down, da_sum = _native.adapter_dw_down.default(da, h) if need_dw else (None, None)
+    else:
+        dh, dw_down, g_up, da_sum, dy_sum, dgamma, dbeta = _native.adapter_backward.default(
+            dy, h, a, w_down, w_up, gamma, beta, code, need_dh, need_dw
+        )
     return AdapterGrads(
         dh if need_dh else None,
         dw_down if need_dw else None,

@@ -16,15 +16,16 @@ def adapter(
     b_down: Tensor | None = None,
     b_up: Tensor | None = None,
     *,
+    base: Tensor | None = None,
     scale: float | Tensor = 1.0,
     activation: str = "gelu",
     gamma: Tensor | None = None,
     beta: Tensor | None = None,
 ) -> Tensor:
-    """h + scale * (z @ w_up.T + b_up), z = act(h @ w_down.T + b_down) * (1 + gamma) + beta.
+    """base + scale * (z @ w_up.T + b_up), z = act(h @ w_down.T + b_down) * (1 + gamma) + beta.
 
-    h (..., C); w_down (R, C); w_up (C, R); gamma, beta (B, R) with B = h.shape[0]. Adapter
-    tensors are cast to h's dtype.
+    h (..., C); base (..., N), default h; w_down (R, C); w_up (N, R); gamma, beta (B, R) with
+    B = h.shape[0]. Adapter tensors are cast to h's dtype.
     """
     dtype = h.dtype
     a = F.linear(h, w_down.to(dtype), cast(b_down, dtype))
@@ -36,7 +37,7 @@ def adapter(
     u = F.linear(z, w_up.to(dtype), cast(b_up, dtype))
     if isinstance(scale, Tensor):
         scale = scale.to(dtype)
-    return h + scale * u
+    return (h if base is None else base) + scale * u
 
 
 def per_sample(x: Tensor, like: Tensor) -> Tensor:

@@ -18,16 +18,18 @@ def forward(
     b_up: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
+    base: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """(y, a) by the protocol of contract.py. A rank above RANK_LIMIT takes two kernels."""
+    base = h if base is None else base
     if w_down.shape[0] <= RANK_LIMIT:
         a, y = rows_forward(
-            h, w_down, b_down, gamma, beta, activation, v=w_up, bias=b_up, residual=h
+            h, w_down, b_down, gamma, beta, activation, v=w_up, bias=b_up, residual=base
         )
         return y, a
     a, z = rows_forward(h, w_down, b_down, gamma, beta, activation)
-    return concat_gemm(None, None, z, w_up.t(), bias=b_up, residual=h), a
+    return concat_gemm(None, None, z, w_up.t(), bias=b_up, residual=base), a
 
 
 def backward(
@@ -39,17 +41,22 @@ def backward(
     gamma: Tensor | None,
     beta: Tensor | None,
     activation: str,
+    apart: bool,
     need_dh: bool,
     need_dw: bool,
 ) -> AdapterGrads:
     """By the protocol of contract.py."""
-    whole = w_down.shape[0] <= RANK_LIMIT
+    whole = w_down.shape[0] <= RANK_LIMIT and not apart
     up = rows_backward(
         dy, a, w_up, gamma, beta, activation,
         need_sums=need_dw,
         w_down=w_down if need_dh and whole else None,
     )  # fmt: skip
-    dh = concat_gemm(None, None, up.da, w_down, residual=dy) if need_dh and not whole else up.dh
+    dh = up.dh
+    if need_dh and apart:
+        dh = up.da @ w_down
+    elif need_dh and not whole:
+        dh = concat_gemm(None, None, up.da, w_down, residual=dy)
     if not need_dw:
         return AdapterGrads(dh, None, None, None, None, None, None)
     return weight_grads(dh, h, dy, up)
