@@ -21,10 +21,10 @@ from .verdict import count, measured, percent
 CAPTIONS = 3
 # settings that say how it was trained; paths and what concerns this machine stay out
 TOLD = (
-    "resolution", "buckets", "flip", "rank", "activation", "design", "bias", "dropout", "targets",
-    "rank_pattern", "steps", "batch", "accumulate", "optimizer", "learning_rate", "weight_decay",
-    "schedule", "warmup", "max_grad_norm", "mixed_precision", "seed", "snr_gamma", "noise_offset",
-    "caption_dropout", "ema", "prior_weight", "prior_prompt", "heldout", "lean",
+    "resolution", "buckets", "flip", "rank", "activation", "design", "placement", "bias", "dropout",
+    "targets", "rank_pattern", "steps", "batch", "accumulate", "optimizer", "learning_rate",
+    "weight_decay", "schedule", "warmup", "max_grad_norm", "mixed_precision", "seed", "snr_gamma",
+    "noise_offset", "caption_dropout", "ema", "prior_weight", "prior_prompt", "heldout", "lean",
 )  # fmt: skip
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

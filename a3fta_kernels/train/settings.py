@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import DESIGNS, AdapterConfig
-from ..adapters.config import TRAIN
+from ..adapters.config import PLACEMENTS, TRAIN
 from ..checks import describe
 from ..ops.activations import ACTIVATIONS
 
@@ -72,6 +72,10 @@ class Settings:
     rank: int = setting(64, "adapter", "width of the bottleneck", low=1)
     activation: str = setting("gelu", "adapter", "identity can be merged", choices=ACTIVATIONS)
     design: str = setting("bottleneck", "adapter", "kind of adapter", choices=tuple(DESIGNS))
+    placement: str = setting(
+        "pre", "adapter", "in front of the projection, behind it, or beside attention",
+        choices=PLACEMENTS,
+    )  # fmt: skip
     bias: bool = setting(True, "adapter", "without, and of the identity, it can become a LoRA file")
     dropout: float = setting(0.0, "adapter", "of ranks of the bottleneck", low=0, high=0.99)
     drop_path: float = setting(0.0, "adapter", "of adapters as a whole", low=0, high=0.99)
@@ -226,7 +230,7 @@ class Settings:
             rank=self.rank, activation=self.activation, design=self.design, bias=self.bias,
             dropout=self.dropout, targets=self.targets or None, rank_pattern=self.ranks(),
             train=self.train, drop_path=self.drop_path, layer_norm=self.layer_norm,
-            time_rank=self.time_rank,
+            time_rank=self.time_rank, placement=self.placement,
         )  # fmt: skip
 
     def ranks(self) -> dict[str, int]:
