@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .forwards import Argument, arguments, inside
+from .ops.rule import autocast_dtype
 from .stack import Stack, Weighted, delta, stacks
 
 # what attention layers call their tokens of the second kind (text), and the layers that read
@@ -116,7 +117,9 @@ def behind(layer: Any, y: Tensor, active: Sequence[Weighted]) -> Tensor:
     if parallel:
         x = _rows(layer, y).to(y.dtype)
         for stack in stacks(parallel, x):
-            found = found + delta(x, stack) if stack.norm else ops.adapter(
+            # a layer may give more digits than autocast computes in
+            apart = stack.norm or found.dtype != autocast_dtype(x)
+            found = found + delta(x, stack) if apart else ops.adapter(
                 x, stack.w_down, stack.w_up, stack.b_down, stack.b_up, base=found,
                 scale=stack.scale, activation=stack.activation, gamma=stack.gamma,
                 beta=stack.beta, backend=layer.backend,

@@ -23,7 +23,7 @@ from .backends import resolve
 from .bank import Bank
 from .forwards import has_hooks
 from .ops.adapter_linear import api as adapter_linear_api
-from .ops.adapter_linear.up import merged_up
+from .ops.adapter_linear import contract as adapter_linear_contract
 from .ops.cross_attention_adapter import api as cross_attention_api
 from .ops.rule import acc_dtype, autocast_dtype
 from .stack import Stack, Weighted, delta, for_samples, stacks
@@ -36,7 +36,7 @@ _logged: set[tuple[str, str]] = set()
 
 
 class Frozen(NamedTuple):
-    """What `freeze` keeps: the stack, and V and the bias that `merged_up` made of it."""
+    """What `freeze` keeps: the stack, and V and the bias that were made of it."""
 
     stack: Stack
     v: Tensor
@@ -279,16 +279,17 @@ class AdaptedProjectionMixin(_Linear):
         if not active or late or self.unreadable_reason() is not None:
             return False
         dtype = autocast_dtype(self.weight)
-        if resolve(self.backend, self.weight.device, dtype) == "reference":
+        backend = resolve(self.backend, self.weight.device, dtype)
+        if backend == "reference":
             return False
         # a tensor made in inference mode could not serve a forward outside it
         with torch.inference_mode(False), torch.no_grad():
             first, *others = stacks(active, None)
             if others or first.norm:
                 return False
-            v, v_bias = merged_up(
-                self.weight, self.bias, first.w_up, first.b_up, None, first.scale,
-                span(self, self.columns)[0], dtype,
+            _, v, v_bias = adapter_linear_contract.merged(
+                backend, self.weight, self.bias, first.w_down, first.w_up, first.b_up, None,
+                first.scale, span(self, self.columns)[0], dtype,
             )  # fmt: skip
         self.frozen = Frozen(first, v, v_bias)
         return True

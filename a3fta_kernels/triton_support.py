@@ -49,6 +49,18 @@ def dot(x, y, acc):
 
 
 @triton.jit
+def narrowed(x, dtype: tl.constexpr):
+    """x in dtype, rounded to nearest even; the interpreter cuts bf16 off, and has none of fp64."""
+    if x.dtype != dtype and dtype != tl.float64:
+        x = x.to(tl.float32)
+        if INTERPRETED and dtype == tl.bfloat16:
+            bits = x.to(tl.uint32, bitcast=True)
+            bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
+            x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)  # NaN stays
+    return x.to(dtype)
+
+
+@triton.jit
 def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 

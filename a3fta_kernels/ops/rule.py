@@ -19,7 +19,7 @@ class AdapterGrads(NamedTuple):
     """What a backend's `backward` returns; a field is None where it was not asked for.
 
     Weight gradients are in the accumulation dtype (fp64 for fp64, else fp32).
-    `g_up` and `dy_sum` do not hold the scale yet: the rule in contract.py puts it in.
+    `g_up` and `dy_sum` do not hold the scale yet: what comes after puts it in.
     """
 
     dh: Tensor | None  # (M, K), dtype of h

@@ -32,6 +32,8 @@ CASES = [
     Case((2, 9), 32, 8, n=40, columns=(0, 80)),
     Case((2, 9), 32, 8, n=40, columns=(13, 80), residual=True, scale="tensor"),
     Case((2, 33), 40, 16, n=40, adapter_dtype=torch.float32, scale="tensor", residual=True),
+    Case((2, 33), 40, 16, n=72, adapter_dtype=torch.float32, scale=0.5, modulation="gamma"),
+    Case((2, 9), 40, 16, n=24, adapter_dtype=torch.float64, scale=-1.5),
     Case((2, 0), 16, 4, n=8, residual=True),
     Case((0, 6), 16, 4, n=8, modulation="gamma beta", scale="tensor"),
     Case((2, 5), 16, 4, n=8, scale=0.0),

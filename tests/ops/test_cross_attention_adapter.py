@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from a3fta_kernels import BackendUnavailableError, ops
 from a3fta_kernels.backends import triton_interpreted
 from a3fta_kernels.ops.cross_attention_adapter import api, limits
+from a3fta_kernels.ops.cross_attention_adapter.attention import attention
 
 from ..oracle import IN_ORDER, Case, check, run_id, runs
 
@@ -225,28 +226,52 @@ def test_what_the_kernels_refuse(change, reason, run):
         ops.cross_attention_adapter(**inputs, backend="triton")
 
 
-@KERNELS
-def test_text_is_not_attended_to_by_cudnn(run, monkeypatch):
-    """And what was chosen before holds after it, also where attention fails."""
-    from a3fta_kernels.ops.cross_attention_adapter import triton
+def test_where_cudnn_is_suspect_another_kernel_is_taken(monkeypatch):
+    """What was chosen before holds after it, also where attention fails."""
+    cuda, asked = torch.backends.cuda, []
 
-    asked = []
-
-    def attention(*_, **__):
-        asked.append(torch.backends.cuda.cudnn_sdp_enabled())
+    def sdpa(*_, **__):
+        asked.append(cuda.cudnn_sdp_enabled())
         raise RuntimeError("no attention")
 
-    monkeypatch.setattr(triton, "attention", attention)
-    before = torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)
+    q = torch.zeros(1, 3, 8)
+    slices, dense = torch.zeros(1, 77, 16)[..., 8:], torch.zeros(1, 77, 8)
+    whole = torch.zeros(1, 128, 16)[..., 8:]
+    before = cuda.cudnn_sdp_enabled()
     for chosen in (True, False):
-        torch.backends.cuda.enable_cudnn_sdp(chosen)
+        cuda.enable_cudnn_sdp(chosen)
         try:
-            with pytest.raises(RuntimeError, match="no attention"):
-                ops.cross_attention_adapter(**case().inputs(run[2], run[1]), backend="triton")
-            assert torch.backends.cuda.cudnn_sdp_enabled() is chosen
+            for keys in (slices, dense, whole):
+                with pytest.raises(RuntimeError, match="no attention"):
+                    attention(q, keys, keys, heads=1)
+                assert cuda.cudnn_sdp_enabled() is chosen
         finally:
-            torch.backends.cuda.enable_cudnn_sdp(before)
-    assert asked == [False, False]
+            cuda.enable_cudnn_sdp(before)
+    assert asked == [False, True, True, False, False, False]
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), pytest.raises(RuntimeError, match="no attention"):
+        attention(q, slices, slices, heads=1)
+    assert asked[-1]
+
+
+def test_a_mask_is_no_larger_than_it_was(monkeypatch):
+    """It is seen by all heads and rows; PyTorch turns one of bool into numbers."""
+    seen = []
+    plain = F.scaled_dot_product_attention
+
+    def sdpa(*args, attn_mask, **options):
+        seen.append(attn_mask.shape)
+        return plain(*args, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)
+    q, keys = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    mask = torch.rand(2, 1, 1, 7) > 0.5
+    mask[..., 0] = True
+    y = attention(q, keys, keys, heads=2, mask=mask.expand(2, 2, 5, 7))
+    assert seen == [(2, 1, 1, 7)]
+    by_head = [t.unflatten(-1, (2, 8)).transpose(1, 2) for t in (q, keys, keys)]
+    expected = plain(*by_head, attn_mask=mask).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(y, expected)
 
 
 def test_single_precision_is_left_to_the_library(monkeypatch):

@@ -120,7 +120,7 @@ def apply_prepared(
     v: Tensor | None,
     v_bias: Tensor | None,
 ) -> Tensor:
-    """`adapter_linear` on a backend with paths; `v` and `v_bias` as `up.merged_up` makes them.
+    """`adapter_linear` on a backend with paths; `v` and `v_bias` as `contract.merged` makes them.
 
     Arguments are not checked: for callers that hold a frozen layer whose V they made themselves.
     """

@@ -107,6 +107,24 @@ def paths_by_rows(backend: str, weight: Tensor, rank: int) -> tuple[choice.Span,
     return tuple(choice.spans(backend, weight.device, paths, shape))
 
 
+def merged(
+    backend: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    w_down: Tensor,
+    w_up: Tensor,
+    b_up: Tensor | None,
+    scale_tensor: Tensor | None,
+    scale: float,
+    start: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """w_down in dtype, V and its bias, as `forward` takes them."""
+    weight, bias = rows(cast(weight, dtype)), cast(bias, dtype)
+    run = backend_module(backend).merged
+    return run(weight, bias, w_down, w_up, b_up, scale_tensor, scale, start)
+
+
 def forward(
     h: Tensor,
     weight: Tensor,
@@ -131,13 +149,11 @@ def forward(
     dtype = h.dtype
     weight = rows(cast(weight, dtype))
     path = take_path(path, backend, h, weight, w_down.shape[0])
-    module = backend_module(backend)
     if v is None:
-        bias = cast(bias, dtype)
-        w_down, v, v_bias = module.merged(
-            weight, bias, w_down, w_up, b_up, scale_tensor, scale, start
+        w_down, v, v_bias = merged(
+            backend, weight, bias, w_down, w_up, b_up, scale_tensor, scale, start, dtype
         )
-    y, a = module.forward(
+    y, a = backend_module(backend).forward(
         rows(h),
         weight,
         v_bias,

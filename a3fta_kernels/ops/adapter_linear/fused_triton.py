@@ -256,10 +256,12 @@ _TMA = (
 
 launch_linear_forward_tma = Launcher(linear_forward_tma_kernel, linear_forward_tma_configs)
 
+_POINTERS = {name: "fp32" for name in ("bias_ptr", "b_down_ptr", "gamma_ptr", "beta_ptr")}
+
 AOT_KERNELS = (
     AotKernel(
         launch_linear_forward,
-        pointers={"bias_ptr": "fp32"},
+        pointers=_POINTERS,
         variants={
             "whole": {"ACT": 2, "WHOLE": True, "RAGGED": False, "start": 0},
             "slice": {"ACT": 2, "WHOLE": False, "RAGGED": False},
@@ -269,7 +271,7 @@ AOT_KERNELS = (
     ),
     AotKernel(
         launch_linear_forward_tma,
-        pointers={"bias_ptr": "fp32"},
+        pointers=_POINTERS,
         variants={
             name: {
                 "ACT": 2, "WHOLE": name == "whole", "RAGGED": name == "ragged slice",

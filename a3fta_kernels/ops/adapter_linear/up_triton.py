@@ -25,6 +25,7 @@ from ...triton_support import (
     config,
     dense,
     dot,
+    narrowed,
     rank_block,
     shared_limit,
 )
@@ -63,7 +64,7 @@ def merged_kernel(
             w = tl.load(w_ptrs + c, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
             up_ptrs = w_up_ptr + (c + offs_k)[:, None] * R + offs_r[None, :]
             w_up = tl.load(up_ptrs, mask=mask_k[:, None] & mask_r[None, :], other=0.0)
-            acc = dot(w, w_up.to(w.dtype), acc)
+            acc = dot(w, narrowed(w_up, w.dtype), acc)
             if b_up_ptr is not None:
                 b_up = tl.load(b_up_ptr + c + offs_k, mask=mask_k, other=0.0).to(tl.float32)
                 shift += w.to(tl.float32) * b_up[None, :]
@@ -79,7 +80,7 @@ def merged_kernel(
         offs = (pid - products) * CAST_BLOCK + tl.arange(0, CAST_BLOCK)
         mask = offs < R * C
         x = tl.load(w_down_ptr + offs, mask=mask, other=0.0)
-        tl.store(narrow_ptr + offs, x.to(narrow_ptr.dtype.element_ty), mask=mask)
+        tl.store(narrow_ptr + offs, narrowed(x, narrow_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -107,10 +108,10 @@ def up_grads_kernel(
         p_ptrs = p_ptr + offs_n[:, None] * R + offs_r[None, :]
         p = tl.load(p_ptrs, mask=mask_k[:, None] & mask_r[None, :], other=0.0)
         if weight_ptr.dtype.element_ty == tl.float16:
-            # a sum over rows may leave fp16's range; tf32 has its precision
+            # a sum over rows may leave fp16's range, not tf32's, which has as many digits
             acc = tl.dot(tl.trans(w.to(tl.float32)), p, acc, input_precision="tf32")
         else:
-            acc = dot(tl.trans(w), p.to(w.dtype), acc)
+            acc = dot(tl.trans(w), narrowed(p, w.dtype), acc)
         if db_up_ptr is not None:
             dy_sum = tl.load(dy_sum_ptr + offs_n, mask=mask_k, other=0.0)
             shift += w.to(tl.float32) * dy_sum[:, None]

@@ -26,10 +26,11 @@ def attention(
     PyTorch defines it.
     """
     if mask is not None:
-        mask = mask.reshape(*[1] * (4 - mask.dim()), *mask.shape)
+        mask = _compact(mask.reshape(*[1] * (4 - mask.dim()), *mask.shape))
+    careful = beside_cudnn(k)
     q, k, v = (_aligned(x.unflatten(-1, (heads, -1)).transpose(1, 2)) for x in (q, k, v))
     # PyTorch's other CUDA kernels return nothing for an empty batch
-    with sdpa_kernel(SDPBackend.MATH) if q.numel() == 0 else contextlib.nullcontext():
+    with sdpa_kernel(SDPBackend.MATH) if q.numel() == 0 else careful:
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attention_scale)
     if mask is not None and h.device.type == "cuda":
         # where they spread a row without keys over all of them
@@ -38,20 +39,41 @@ def attention(
     return h.transpose(1, 2).flatten(2)
 
 
-@contextlib.contextmanager
-def without_cudnn() -> Iterator[None]:
-    """PyTorch chooses among its other kernels here.
+def beside_cudnn(keys: Tensor) -> contextlib.AbstractContextManager:
+    """Around PyTorch's attention to these keys (B, Lk, C): without cuDNN's where that is suspect.
 
     Of keys whose number is no multiple of 128 cuDNN before 9.15.1 read past the end
-    (pytorch/pytorch#169849), and it is the suspect of an illegal access that was met with 77 keys
-    between other columns (benchmarks/NOTES.md, "A whole step").
+    (pytorch/pytorch#169849), and an illegal access was met where 77 keys were slices of one product
+    of k and v (benchmarks/NOTES.md, "A whole step"). Who allows cuDNN alone gets it. Like PyTorch's
+    `sdpa_kernel` this is for the whole process, all threads of it.
     """
+    slices = keys.stride(1) != keys.shape[2] and keys.shape[1] % 128 != 0
+    if not slices or torch.compiler.is_compiling() or not _others_enabled():
+        return contextlib.nullcontext()
+    return _without_cudnn()
+
+
+def _others_enabled() -> bool:
+    cuda = torch.backends.cuda
+    return cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.math_sdp_enabled()
+
+
+@contextlib.contextmanager
+def _without_cudnn() -> Iterator[None]:
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def _compact(mask: Tensor) -> Tensor:
+    """A mask (b, h, m, n) without repetitions: what is made of it is as small as it was."""
+    for dim, stride in enumerate(mask.stride()):
+        if stride == 0 and mask.shape[dim] > 1:
+            mask = mask.narrow(dim, 0, 1)
+    return mask
 
 
 def _aligned(x: Tensor) -> Tensor:

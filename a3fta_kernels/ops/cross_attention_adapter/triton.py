@@ -1,7 +1,7 @@
 """`cross_attention_adapter` in Triton: the library's attention, and a backward of our own for it.
 
-forward   PyTorch's attention, but for cuDNN's, then `adapter_linear`. A kernel that did both up to
-          z was written and lost to this on an H200 (benchmarks/NOTES.md).
+forward   PyTorch's attention, then `adapter_linear`. A kernel that did both up to z was written and
+          lost to this on an H200 (benchmarks/NOTES.md).
 backward  da and the sums over rows in one pass over dy, dy @ weight by the library GEMM, and the
           kernels of backward_triton, which make dq of both, and dk and dv where asked for. They
           make the probabilities anew, so the forward keeps nothing for them but h.
@@ -17,7 +17,7 @@ from ..adapter_linear.up_triton import merged, up_grads
 from ..grad_triton import weight_grads
 from ..rule import AdapterGrads, rows
 from ..skinny_triton import rows_backward
-from .attention import attention, without_cudnn
+from .attention import attention
 from .backward_triton import attention_grads
 
 __all__ = ["backward", "forward", "merged", "up_grads"]
@@ -41,8 +41,7 @@ def forward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, h, a) by the protocol of contract.py."""
-    with without_cudnn():
-        h = attention(q, k, v, heads=heads, mask=mask, attention_scale=attention_scale)
+    h = attention(q, k, v, heads=heads, mask=mask, attention_scale=attention_scale)
     h = rows(h.flatten(0, 1))
     path = take_path("auto", "triton", h, weight, w_down.shape[0])
     y, a = adapter_linear.forward(
