@@ -187,13 +187,10 @@ _ROWS_FP32 = ((32, 32, 8, 2), (16, 32, 4, 2))
 launch_rows_forward = Launcher(rows_forward_kernel, rows_configs)
 launch_rows_backward = Launcher(rows_backward_kernel, rows_configs)
 
-# of an adapter that trains beside 16 bits
-_IN_TRAINING = {"b_down_ptr": "fp32", "gamma_ptr": "fp32", "beta_ptr": "fp32"}
-
 AOT_KERNELS = (
     AotKernel(
         launch_rows_forward,
-        pointers={**_IN_TRAINING, "bias_ptr": "fp32"},
+        pointers={"bias_ptr": "fp32"},
         variants={
             "y": {"ACT": 2, "z_ptr": None},
             "z": {"ACT": 2, "y_ptr": None, "v_ptr": None, "bias_ptr": None, "residual_ptr": None},
@@ -201,13 +198,7 @@ AOT_KERNELS = (
     ),
     AotKernel(
         launch_rows_backward,
-        pointers={
-            "gamma_ptr": "fp32",
-            "beta_ptr": "fp32",
-            "da_sum_ptr": "fp32",
-            "dgamma_ptr": "fp32",
-            "dbeta_ptr": "fp32",
-        },
+        pointers={"da_sum_ptr": "fp32", "dgamma_ptr": "fp32", "dbeta_ptr": "fp32"},
         variants={
             "dh": {"ACT": 2},
             "da": {"ACT": 2, "dh_ptr": None, "w_down_ptr": None, "z_ptr": None, "beta_ptr": None},

@@ -42,7 +42,7 @@ def forward(
     attention_scale, activation,
 ):  # fmt: skip
     batch, length, _ = q.shape
-    b_down, gamma, beta = (cast(x, q.dtype) for x in (b_down, gamma, beta))
+    b_down = cast(b_down, q.dtype)
     h = merge(probabilities(q, k, mask, heads, attention_scale) @ split(v, heads)).flatten(0, 1)
     a = h @ w_down.t() + (0 if b_down is None else b_down)
     z = activate(a, activation)
@@ -60,7 +60,6 @@ def backward(
     activation, need_q, need_kv, need_dw,
 ):  # fmt: skip
     batch, length, _ = q.shape
-    gamma, beta = cast(gamma, q.dtype), cast(beta, q.dtype)
     dz = dy @ v_up
     wide = dz if gamma is None else dz * (1 + per_row(gamma, batch, length))
     da = activation_grad(wide, a, activation)

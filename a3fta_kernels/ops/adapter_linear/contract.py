@@ -28,8 +28,8 @@ stride; row strides are free. `bias` of forward already holds s * Ws @ b_up, as 
     up_grads(Ws, w_up, b_up, P, dy_sum, scale_tensor, scale, need_scale) -> gradients by name
 
 h (M, K); hs (M, C); weight (N, K); y, dy, residual (M, N); v (N, R); a (M, R); w_down (R, C);
-gamma, beta (B, R) or None. M may be 0. b_down, gamma and beta come in any dtype, and so do all of
-the adapter to `merged` and `up_grads`; the rest has h's.
+gamma, beta (B, R) or None. M may be 0. b_down comes in any dtype, and so do all of the adapter to
+`merged` and `up_grads`; the rest has h's.
 """
 
 from __future__ import annotations
@@ -160,8 +160,8 @@ def forward(
         cast(w_down, dtype).contiguous(),
         v,
         b_down,
-        gamma,
-        beta,
+        cast(gamma, dtype),
+        cast(beta, dtype),
         None if residual is None else rows(residual),
         start,
         activation,
@@ -203,8 +203,8 @@ def backward(
         weight,
         cast(w_down, dtype).contiguous(),
         v,
-        gamma,
-        beta,
+        cast(gamma, dtype),
+        cast(beta, dtype),
         start,
         activation,
         take_path(path, backend, hs, weight, w_down.shape[0]),

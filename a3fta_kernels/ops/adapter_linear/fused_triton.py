@@ -256,12 +256,10 @@ _TMA = (
 
 launch_linear_forward_tma = Launcher(linear_forward_tma_kernel, linear_forward_tma_configs)
 
-_POINTERS = {name: "fp32" for name in ("bias_ptr", "b_down_ptr", "gamma_ptr", "beta_ptr")}
-
 AOT_KERNELS = (
     AotKernel(
         launch_linear_forward,
-        pointers=_POINTERS,
+        pointers={"bias_ptr": "fp32"},
         variants={
             "whole": {"ACT": 2, "WHOLE": True, "RAGGED": False, "start": 0},
             "slice": {"ACT": 2, "WHOLE": False, "RAGGED": False},
@@ -271,7 +269,7 @@ AOT_KERNELS = (
     ),
     AotKernel(
         launch_linear_forward_tma,
-        pointers=_POINTERS,
+        pointers={"bias_ptr": "fp32"},
         variants={
             name: {
                 "ACT": 2, "WHOLE": name == "whole", "RAGGED": name == "ragged slice",

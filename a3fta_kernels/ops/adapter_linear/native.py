@@ -50,7 +50,7 @@ def forward(
     """y (M, N) and a (M, R)."""
     code = activation_code(activation)
     v, bias = v.contiguous(), _dense(bias)
-    b_down, gamma, beta = (_dense(cast(x, h.dtype)) for x in (b_down, gamma, beta))
+    b_down, gamma, beta = _dense(cast(b_down, h.dtype)), _dense(gamma), _dense(beta)
     if path == "fused":
         y, a = _native.adapter_linear_forward.default(
             h, weight, bias, w_down, v, b_down, gamma, beta, residual, start, code
@@ -80,7 +80,7 @@ def backward(
     need_dw: bool,
 ) -> AdapterGrads:
     """Gradients; g_up is P = dy.T @ z (N, R)."""
-    gamma, beta = (_dense(cast(x, dy.dtype)) for x in (gamma, beta))
+    gamma, beta = _dense(gamma), _dense(beta)
     da, p, dy_sum, dgamma, dbeta = _native.adapter_dz.default(
         dy, a, v.contiguous(), gamma, beta, activation_code(activation), need_dw
     )
