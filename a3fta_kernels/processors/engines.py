@@ -20,7 +20,7 @@ from torch.backends.cuda import SDPAParams
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..backends import BackendUnavailableError, device_class, flash3_status, xformers_status
-from ..ops.cross_attention_adapter.attention import beside_cudnn
+from ..ops.cross_attention_adapter.attention import without_suspect_cudnn
 
 # what set_attention and A3FTAAttnProcessor take; sdpa is PyTorch's own choice of kernel
 ENGINES = ("auto", "sdpa", "flash", "cudnn", "efficient", "flash3", "xformers", "math", "sliced")
@@ -71,7 +71,7 @@ _order._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def sdpa(attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """`F.scaled_dot_product_attention`, scaled by 1 / sqrt(head_dim)."""
-    careful = beside_cudnn(key)
+    careful = without_suspect_cudnn(key)
     query, key, value, mask = _heads_first(attn, query, key, value, mask)
     with careful:
         h = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)

@@ -25,42 +25,23 @@ def merged(
     scale: float,
     start: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """w_down in weight's dtype, and `merged_up`'s V and bias."""
+    """By the protocol of contract.py: w_down and V in weight's dtype, the bias in the wide one."""
     dtype = weight.dtype
     if scale_tensor is None:
         w_down, w_up, b_up = cast_together((w_down, w_up, b_up), dtype)
-    v, v_bias = merged_up(weight, bias, w_up, b_up, scale_tensor, scale, start, dtype)
-    return cast(w_down, dtype).contiguous(), v, v_bias
-
-
-def merged_up(
-    weight: Tensor,
-    bias: Tensor | None,
-    w_up: Tensor,
-    b_up: Tensor | None,
-    scale_tensor: Tensor | None,
-    scale: float,
-    start: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:
-    """V = s * Ws @ w_up (N, R) in `dtype`, and bias + s * Ws @ b_up (N,) in the wide dtype."""
-    wide = acc_dtype(dtype)
-    weight_slice = cast(weight, dtype)
-    if w_up.shape[0] < weight.shape[1]:
-        weight_slice = weight_slice.narrow(1, start, w_up.shape[0])
-    if scale_tensor is not None:
+    else:
         w_up = scaled(w_up, scale, scale_tensor, dtype)
         b_up = None if b_up is None else scaled(b_up, scale, scale_tensor, dtype)
         scale = 1.0
-    w_up, b_up = cast(w_up, dtype), cast(b_up, dtype)
-    v = product(weight_slice, w_up, scale)
+    part = weight[:, start : start + w_up.shape[0]]
     if b_up is None:
-        return v, cast(bias, wide)
-    if bias is None:
-        total = product(weight_slice, b_up, scale)
+        v_bias = bias
+    elif bias is None:
+        v_bias = product(part, b_up, scale)
     else:
-        total = torch.addmv(cast(bias, dtype), weight_slice, b_up, alpha=scale)
-    return v, cast(total, wide)
+        v_bias = torch.addmv(bias, part, b_up, alpha=scale)
+    v = product(part, w_up, scale)
+    return cast(w_down, dtype).contiguous(), v, cast(v_bias, acc_dtype(dtype))
 
 
 def product(x: Tensor, y: Tensor, scale: float) -> Tensor:

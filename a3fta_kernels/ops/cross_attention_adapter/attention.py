@@ -27,7 +27,7 @@ def attention(
     """
     if mask is not None:
         mask = _compact(mask.reshape(*[1] * (4 - mask.dim()), *mask.shape))
-    careful = beside_cudnn(k)
+    careful = without_suspect_cudnn(k)
     q, k, v = (_aligned(x.unflatten(-1, (heads, -1)).transpose(1, 2)) for x in (q, k, v))
     # PyTorch's other CUDA kernels return nothing for an empty batch
     with sdpa_kernel(SDPBackend.MATH) if q.numel() == 0 else careful:
@@ -39,7 +39,7 @@ def attention(
     return h.transpose(1, 2).flatten(2)
 
 
-def beside_cudnn(keys: Tensor) -> contextlib.AbstractContextManager:
+def without_suspect_cudnn(keys: Tensor) -> contextlib.AbstractContextManager:
     """Around PyTorch's attention to these keys (B, Lk, C): without cuDNN's where that is suspect.
 
     Of keys whose number is no multiple of 128 cuDNN before 9.15.1 read past the end
