@@ -5,8 +5,8 @@
     up_grads  dw_up = s * Ws.T @ P, db_up = s * Ws.T @ sum(dy)
 
 PyTorch takes five kernels for the one and six for the other, most of them casts between the fp32 of
-an adapter that trains and the 16 bits of the frozen weight. Beside a weight in fp32, where nothing is
-cast, and for a scale in a tensor both are up.py's.
+an adapter that trains and the 16 bits of the frozen weight. Beside a weight in fp32, where nothing
+is cast, and for a scale in a tensor both are up.py's.
 """
 
 from __future__ import annotations
