@@ -12,10 +12,11 @@ from torch import nn
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether the module carries hooks, or a forward of its own."""
+def has_hooks(module: nn.Module, but: tuple[type, ...] = ()) -> bool:
+    """Whether the module carries hooks, of other classes than these, or a forward of its own."""
     state = module.__dict__
-    return "forward" in state or any(state[name] for name in _HOOKS)
+    hooks = (hook for name in _HOOKS for hook in state[name].values())
+    return "forward" in state or any(not isinstance(hook, but) for hook in hooks)
 
 
 def inside(layer: Any) -> Any:

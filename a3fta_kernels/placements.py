@@ -11,7 +11,8 @@ Learning for NLP" (ICML 2019). Beside it: He et al., "Towards a Unified View of 
 Transfer Learning" (ICLR 2022).
 
 x comes by a hook on the attention layer, and the projection takes it: both run in one forward of
-the block, and so in one that a checkpoint runs again.
+the block, and so in one that a checkpoint runs again. Whoever computes attention without a call of
+its layer computes these adapters too, by `beside`, and says so by `acted`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def input_of(attention: nn.Module, attribute: str) -> Input | None:
     return None
 
 
-class _Hand:
+class Hand:
     """A hook before an attention layer: hands its input to the projection behind it."""
 
     def __init__(self, layer: Any, argument: Argument) -> None:
@@ -60,22 +61,22 @@ class _Hand:
         self.argument = argument
 
     def __call__(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if any(adapter.config.placement == "parallel" for adapter, _ in self.layer.active()):
+        if self.layer.beside_attention():
             self.layer.source = self.argument.given(args, kwargs)
 
 
 def follow_input(attention: nn.Module, layer: Any, argument: Argument) -> None:
     """From now on the layer gets what the attention layer in front of it is given."""
     hooks = attention._forward_pre_hooks.values()
-    if not any(isinstance(hook, _Hand) and hook.layer is layer for hook in hooks):
-        attention.register_forward_pre_hook(_Hand(layer, argument), with_kwargs=True)
+    if not any(isinstance(hook, Hand) and hook.layer is layer for hook in hooks):
+        attention.register_forward_pre_hook(Hand(layer, argument), with_kwargs=True)
 
 
 def unfollow_inputs(root: nn.Module) -> None:
     """Removes what `follow_input` added for layers that have no parallel adapter any more."""
     for module in root.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _Hand) and not _has_parallel(hook.layer):
+            if isinstance(hook, Hand) and not _has_parallel(hook.layer):
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key)
 
@@ -114,22 +115,43 @@ def behind(layer: Any, y: Tensor, active: Sequence[Weighted]) -> Tensor:
     """The projection's output with the adapters behind and beside it."""
     post, parallel = split(active, "post"), split(active, "parallel")
     found = in_front(y, stacks(post, y), layer.backend) if post else y
-    if parallel:
-        x = _rows(layer, y).to(y.dtype)
-        for stack in stacks(parallel, x):
-            # a layer may give more digits than autocast computes in
-            apart = stack.norm or found.dtype != autocast_dtype(x)
-            found = found + delta(x, stack) if apart else ops.adapter(
+    if not parallel:
+        return found
+    source, layer.source = layer.source, None
+    if source is _ACTED:
+        return found
+    return beside(parallel, _rows(source, y).to(y.dtype), found, layer.backend)
+
+
+_ACTED = object()
+
+
+def acted(layer: Any) -> None:
+    """The next forward of the layer leaves its parallel adapters out."""
+    layer.source = _ACTED
+
+
+def beside(parallel: Sequence[Weighted], x: Tensor, base: Tensor | None, backend: str) -> Tensor:
+    """base (..., N) + adapter(x) of these adapters, x (..., C); without a base adapter(x)."""
+    found = base
+    for stack in stacks(list(parallel), x):
+        if found is None:
+            found = delta(x, stack)
+        # a layer may give more digits than autocast computes in
+        elif stack.norm or found.dtype != autocast_dtype(x):
+            found = found + delta(x, stack)
+        else:
+            found = ops.adapter(
                 x, stack.w_down, stack.w_up, stack.b_down, stack.b_up, base=found,
                 scale=stack.scale, activation=stack.activation, gamma=stack.gamma,
-                beta=stack.beta, backend=layer.backend,
+                beta=stack.beta, backend=backend,
             )  # fmt: skip
+    assert found is not None
     return found
 
 
-def _rows(layer: Any, y: Tensor) -> Tensor:
+def _rows(x: Any, y: Tensor) -> Tensor:
     """What attention was given, with the rows that y has."""
-    x, layer.source = layer.source, None
     if not isinstance(x, Tensor):
         raise RuntimeError(
             "placement: expected a forward of the attention layer, whose input a parallel adapter "

@@ -77,7 +77,7 @@ class AdaptedProjectionMixin(_Linear):
     merged: Merged | None
     frozen: Frozen | None
     banks: tuple[Bank, ...] | None  # each sample with its own adapter, in place of `weights`
-    source: Tensor | None  # what attention was given, on its way to a parallel adapter
+    source: object  # what attention was given, on its way to a parallel adapter: see placements
     resting: tuple[str, ...]  # adapters that were chosen not to train
     foreign: ClassVar[bool] = False  # PEFT has its adapters, and switches and saves them
 
@@ -248,6 +248,10 @@ class AdaptedProjectionMixin(_Linear):
         if torch.compiler.is_compiling():
             return [(x.adapter, x.factor) for x in self.acting]
         return [(x.adapter, x.weight) for x in self.acting]
+
+    def beside_attention(self) -> list[Weighted]:
+        """The adapters of the next forward that read what the attention layer is given."""
+        return [] if self.banks is not None else placements.split(self.active(), "parallel")
 
     def unfused_reason(self, active: Sequence[Weighted] | None = None) -> str | None:
         """Why the fused op cannot be this layer now, with these adapters; None where it can."""

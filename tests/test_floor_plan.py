@@ -38,7 +38,7 @@ LAYERS = [
     ["ops.*.api"],
     ["ops.*"],
     ["ops"],
-    ["adapters.config", "adapters.timestep"],
+    ["adapters.config", "adapters.timestep", "adapters.draws"],
     ["adapters.bottleneck"],
     ["adapters.*"],
     ["adapters"],
@@ -69,7 +69,7 @@ LAYERS = [
     ["memory.peak"],
     ["lean.swapping", "lean.forgetful"],
     ["lean.rebuild", "lean.compiled", "lean.feed_forward", "lean.report"],
-    ["lean.modulated"],
+    ["lean.modulated", "lean.beside"],
     ["lean.*"],
     ["lean.rules"],
     ["lean.budget"],
@@ -281,6 +281,7 @@ def test_every_design_is_in_its_table():
     files = {name for name in FILES if name.startswith("adapters.")} - {
         "adapters.config",
         "adapters.timestep",
+        "adapters.draws",
     }
     homes = {cls.__module__.removeprefix("a3fta_kernels.") for cls in DESIGNS.values()}
     assert homes == files

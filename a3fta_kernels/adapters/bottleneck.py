@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import draws
 from .config import AdapterConfig
 from .timestep import Moment, for_samples, required
 
@@ -79,6 +80,7 @@ class BottleneckAdapter(nn.Module):
         self.activation = config.activation
         self.scale = config.scale
         self.dropout = config.dropout
+        self.drop_path = config.drop_path
         self.timed = config.timed
         # where a sample may go without the adapter, it goes without a shift as well
         shifts = config.bias and not config.drop_path and config.time_window is None
@@ -148,14 +150,18 @@ class BottleneckAdapter(nn.Module):
     def kept(self, samples: int, device: torch.device) -> Tensor | None:
         """(samples, R): 0 for what this forward leaves out, more than 1 for the rest; None where
         nothing is left out."""
-        if not self.training:
+        if not self.training or not (self.dropout > 0 or self.drop_path > 0):
             return None
+        found = draws.drawn(self, lambda: self._draw(samples, device))
+        return None if found is None else found.expand(-1, self.rank)
+
+    def _draw(self, samples: int, device: torch.device) -> Tensor | None:
         found = None
-        for rate, width in ((self.dropout, self.rank), (self.config.drop_path, 1)):
+        for rate, width in ((self.dropout, self.rank), (self.drop_path, 1)):
             if rate > 0:
                 drawn = torch.rand(samples, width, device=device).lt(1 - rate).float() / (1 - rate)
                 found = drawn if found is None else found * drawn
-        return None if found is None else found.expand(-1, self.rank)
+        return found
 
     def extra_repr(self) -> str:
         rank, channels = self.w_down.shape

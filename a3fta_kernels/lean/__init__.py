@@ -30,7 +30,7 @@ from ..whereabouts import is_wrapped
 from .budget import Choose, fit
 from .report import LeanReport
 from .rules import RULES, Rule, rule_for, why_not
-from .swapping import LEVELS, LeanModule, Settings, restore, swap
+from .swapping import LEVELS, LeanModule, Settings, has_dropout, restore, swap
 
 __all__ = ["LEVELS", "LeanReport", "lean"]
 
@@ -139,6 +139,12 @@ def _apply(root: nn.Module, plan: Planned) -> None:
 def _report(
     level: str, plan: Planned, left: dict[str, str], notes: tuple[str, ...] = ()
 ) -> LeanReport:
+    dropping = [n for n, (module, rule, _) in plan.items() if rule.is_block and has_dropout(module)]
+    if dropping:
+        notes += (
+            f"{len(dropping)} blocks ({dropping[0]}) have dropout in more than adapters: in "
+            f"training they are as they were",
+        )
     return LeanReport(
         level,
         {name: settings for name, (_, _, settings) in plan.items()},

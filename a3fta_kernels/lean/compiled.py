@@ -39,6 +39,6 @@ _contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
 
 def compiled(forward: Callable, block: nn.Module, inputs: tuple) -> Any:
     """forward(block, *inputs) as the compiler should see it."""
-    if not torch.is_grad_enabled() or drops(block):
+    if not torch.is_grad_enabled() or drops(block, adapters=True):
         return forward(block, *inputs)
     return checkpoint(forward, block, *inputs, use_reentrant=False, context_fn=_contexts)

@@ -22,6 +22,7 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor
 
 from . import feed_forward
+from .beside import Beside
 from .compiled import compiled
 from .modulated import clipped, feed_forward_stage, heads, modulate, modulations
 from .rebuild import Stage, Tensors, run
@@ -92,10 +93,14 @@ class LeanFluxTransformerBlock(LeanFluxBlock, FluxTransformerBlock):
     def _attention_stage(self) -> Stage:
         attn = self.attn
 
+        def image(state: Tensors, given: Tensors) -> Tensor:
+            return modulate(self.norm1.norm, state[0], *given[_IMAGE : _IMAGE + 2])
+
+        def text(state: Tensors, given: Tensors) -> Tensor:
+            return modulate(self.norm1_context.norm, state[1], *given[_TEXT : _TEXT + 2])
+
         def head(state: Tensors, given: Tensors) -> Tensors:
-            x, c = state
-            n = modulate(self.norm1.norm, x, *given[_IMAGE : _IMAGE + 2])
-            m = modulate(self.norm1_context.norm, c, *given[_TEXT : _TEXT + 2])
+            n, m = image(state, given), text(state, given)
             d = attn.head_dim
             query = torch.cat(
                 (
@@ -122,15 +127,17 @@ class LeanFluxTransformerBlock(LeanFluxBlock, FluxTransformerBlock):
         def tail(outs: Tensors, state: Tensors, given: Tensors) -> Tensors:
             x, c = state
             tokens = c.shape[1]
-            after = x + given[_IMAGE + 2] * attn.to_out[0](outs[0][:, tokens:].contiguous())
-            text = attn.to_add_out(outs[0][:, :tokens].contiguous())
-            return after, c + given[_TEXT + 2] * text
+            y = beside.project(attn.to_out[0], outs[0][:, tokens:].contiguous(), outs)
+            after = x + given[_IMAGE + 2] * y
+            y = beside.project(attn.to_add_out, outs[0][:, :tokens].contiguous(), outs)
+            return after, c + given[_TEXT + 2] * y
 
+        beside = Beside((attn.to_out[0], image), (attn.to_add_out, text))
         children = list(attn.named_children())
         reads = [m for name, m in children if name not in ("to_out", "to_add_out")]
         writes = [m for name, m in children if name in ("to_out", "to_add_out")]
         norms = (self.norm1.norm, self.norm1_context.norm)
-        return Stage(head, core, tail, (*norms, *reads), writes)
+        return Stage(head, core, tail, (*norms, *reads), writes, beside, beside.modules)
 
 
 class LeanFluxSingleTransformerBlock(LeanFluxBlock, FluxSingleTransformerBlock):
@@ -150,8 +157,11 @@ class LeanFluxSingleTransformerBlock(LeanFluxBlock, FluxSingleTransformerBlock):
     def _stage(self) -> Stage:
         attn = self.attn
 
+        def read(state: Tensors, given: Tensors) -> Tensor:
+            return modulate(self.norm.norm, state[0], *given[:2])
+
         def head(state: Tensors, given: Tensors) -> Tensors:
-            n = modulate(self.norm.norm, state[0], *given[:2])
+            n = read(state, given)
             query = heads(attn.to_q, attn.norm_q, n, attn.head_dim)
             key = heads(attn.to_k, attn.norm_k, n, attn.head_dim)
             value = heads(attn.to_v, None, n, attn.head_dim)
@@ -161,9 +171,12 @@ class LeanFluxSingleTransformerBlock(LeanFluxBlock, FluxSingleTransformerBlock):
             return _attention(attn, *parts[:3]), self.act_mlp(parts[3])
 
         def tail(outs: Tensors, state: Tensors, given: Tensors) -> Tensors:
-            return (state[0] + given[2] * self.proj_out(torch.cat(outs, dim=2)),)
+            y = beside.project(self.proj_out, torch.cat(outs[:2], dim=2), outs)
+            return (state[0] + given[2] * y,)
 
-        return Stage(head, core, tail, (self.norm.norm, attn, self.proj_mlp), (self.proj_out,))
+        beside = Beside((self.proj_out, read))
+        reads = (self.norm.norm, attn, self.proj_mlp)
+        return Stage(head, core, tail, reads, (self.proj_out,), beside, beside.modules)
 
 
 def _rotated(x: Tensor, given: Tensors) -> Tensor:

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import feed_forward
+from .beside import Beside, Reader
 from .compiled import compiled
 from .modulated import feed_forward_stage, heads, modulate, modulations
 from .rebuild import Stage, Tensors, run
@@ -67,15 +68,22 @@ class LeanJointTransformerBlock(LeanModule, JointTransformerBlock):
     def _attention_stage(self) -> Stage:
         attn, second = self.attn, self.attn2
 
+        def image(state: Tensors, given: Tensors) -> Tensor:
+            return modulate(self.norm1.norm, state[0], *given[_IMAGE : _IMAGE + 2])
+
+        def text(state: Tensors, given: Tensors) -> Tensor:
+            return modulate(self.norm1_context.norm, state[1], *given[_TEXT : _TEXT + 2])
+
+        def image_again(state: Tensors, given: Tensors) -> Tensor:
+            return modulate(self.norm1.norm, state[0], *given[6:8])
+
         def head(state: Tensors, given: Tensors) -> Tensors:
-            x, c = state
-            n = modulate(self.norm1.norm, x, *given[_IMAGE : _IMAGE + 2])
-            m = modulate(self.norm1_context.norm, c, *given[_TEXT : _TEXT + 2])
+            n, m = image(state, given), text(state, given)
             parts = [
                 torch.cat(pair, dim=1) for pair in zip(_image(attn, n), _text(attn, m), strict=True)
             ]
             if second is not None:
-                parts += _image(second, modulate(self.norm1.norm, x, *given[6:8]))
+                parts += _image(second, image_again(state, given))
             return tuple(parts)
 
         def core(parts: Tensors, given: Tensors) -> Tensors:
@@ -84,19 +92,30 @@ class LeanJointTransformerBlock(LeanModule, JointTransformerBlock):
         def tail(outs: Tensors, state: Tensors, given: Tensors) -> Tensors:
             x, c = state
             tokens = x.shape[1]
-            after = x + given[_IMAGE + 2] * attn.to_out[0](outs[0][:, :tokens])
-            if second is not None:
-                after = after + given[8] * second.to_out[0](outs[1])
+            # in the order of the stock forward, by which adapters draw random numbers
             if not self.context_pre_only:
-                c = c + given[_TEXT + 2] * attn.to_add_out(outs[0][:, tokens:])
+                y = beside.project(attn.to_add_out, outs[0][:, tokens:], outs)
+                c = c + given[_TEXT + 2] * y
+            y = beside.project(attn.to_out[0], outs[0][:, :tokens], outs)
+            after = x + given[_IMAGE + 2] * y
+            if second is not None:
+                after = after + given[8] * beside.project(second.to_out[0], outs[1], outs)
             return after, c
+
+        readers: list[tuple[nn.Module, Reader]] = (
+            [] if self.context_pre_only else [(attn.to_add_out, text)]
+        )
+        readers.append((attn.to_out[0], image))
+        if second is not None:
+            readers.append((second.to_out[0], image_again))
+        beside = Beside(*readers)
 
         layers = [attn] if second is None else [attn, second]
         children = [(n, m) for layer in layers for n, m in layer.named_children()]
         reads = [m for name, m in children if name not in ("to_out", "to_add_out")]
         writes = [m for name, m in children if name in ("to_out", "to_add_out")]
         norms = (self.norm1.norm, self.norm1_context.norm)
-        return Stage(head, core, tail, (*norms, *reads), writes)
+        return Stage(head, core, tail, (*norms, *reads), writes, beside, beside.modules)
 
 
 def _image(attn: Attention, x: Tensor) -> Tensors:

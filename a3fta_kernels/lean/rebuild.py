@@ -6,6 +6,9 @@ A stage is the residual step of a transformer block, in three parts:
     outs  = core(*parts, given)         attention or the activation: never computed again
     state = tail(outs, state, given)    the projection with its adapter, and the residual add
 
+and, where an adapter sits beside attention, a fourth, aside(state, given), which is computed again
+as the head is, and whose tensors the tail finds behind those of the core.
+
 Of a chain the state it starts from is kept, what the cores keep beside their parts, and the
 outputs of every core but the last. The states between are rebuilt by the tails, the parts by the
 heads, at the time of the backward and one stage at a time:
@@ -13,8 +16,8 @@ heads, at the time of the backward and one stage at a time:
     one stage     (level recompute)   nothing is rebuilt but the parts
     whole block   (level block)       nor is the residual stream between its stages kept
 
-The last stage has no tail here: the chain ends in its state and its outs, and ordinary autograd
-goes on. Parameters that train, in heads and tails, get their gradients as inputs of the node.
+The last stage has no tail here: the chain ends in its state, its outs and what is aside, and
+ordinary autograd goes on. Parameters that train get their gradients as inputs of the node.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..adapters import timestep
+from ..adapters import draws, timestep
 from ..ops.rule import refuse_second_derivative
 from ..projection import AdaptedProjectionMixin
 from .forgetful import remember
@@ -41,7 +44,7 @@ Tensors = tuple[Tensor, ...]
 class Stage:
     """One residual step. `given` are tensors that all stages read: the text, a mask.
 
-    head_modules and tail_modules are those whose parameters the two parts use.
+    head_modules, tail_modules and aside_modules are those whose parameters the parts use.
     """
 
     head: Callable[[Tensors, Tensors], Tensors]
@@ -49,6 +52,8 @@ class Stage:
     tail: Callable[[Tensors, Tensors, Tensors], Tensors]
     head_modules: Sequence[nn.Module] = ()
     tail_modules: Sequence[nn.Module] = ()
+    aside: Callable[[Tensors, Tensors], Tensors] = lambda state, given: ()
+    aside_modules: Sequence[nn.Module] = ()
 
 
 def run(stages: Sequence[Stage], state: Tensors, given: Tensors, settings: Settings) -> Tensors:
@@ -60,7 +65,7 @@ def run(stages: Sequence[Stage], state: Tensors, given: Tensors, settings: Setti
 
 
 def _run(stages: Sequence[Stage], state: Tensors, given: Tensors, keep: str) -> Tensors:
-    modules = [m for stage in stages for m in stage.head_modules]
+    modules = [m for stage in stages for m in (*stage.head_modules, *stage.aside_modules)]
     modules += [m for stage in stages[:-1] for m in stage.tail_modules]
     # each once: layers may share one
     params = list(dict.fromkeys(p for m in modules for p in m.parameters() if p.requires_grad))
@@ -75,7 +80,7 @@ def _run(stages: Sequence[Stage], state: Tensors, given: Tensors, keep: str) -> 
         return stages[-1].tail(outs, state, given)
     for stage in stages:
         outs = stage.core(stage.head(state, given), given)
-        state = stage.tail(outs, state, given)
+        state = stage.tail((*outs, *stage.aside(state, given)), state, given)
     return state
 
 
@@ -102,9 +107,9 @@ def _condition(modules: Sequence[nn.Module]) -> list[Any]:
 
 
 class Chain(torch.autograd.Function):
-    """The stages without the last tail: (state before the last stage, its outs).
+    """The stages without the last tail: (state before the last stage, its outs and asides).
 
-    A chain of one stage returns its outs alone.
+    A chain of one stage returns the latter alone.
     """
 
     operator = "lean_block"
@@ -118,6 +123,7 @@ class Chain(torch.autograd.Function):
         ctx.condition = _condition(plan.modules)
         ctx.autocast = _autocast_now(state[0])
         ctx.moment = timestep.now()
+        ctx.book = {}
         ctx.dtypes = [x.dtype for x in state]
         ctx.memories = []
         saved = [*(part for x in state for part in _pack(x, plan.keep)), *given]
@@ -125,9 +131,12 @@ class Chain(torch.autograd.Function):
         names += [f"given[{i}]" for i in range(len(given))]
         ctx.counts = []
         outs: Tensors = ()
+        asides: Tensors = ()
         for index, stage in enumerate(plan.stages):
             parts = stage.head(state, given)
             outs, memory, kept = remember(lambda *p, s=stage: s.core(p, given), parts)
+            with draws.noted(ctx.book):
+                asides = stage.aside(state, given)
             ctx.memories.append(memory)
             between = index + 1 < len(plan.stages)
             ctx.counts.append((len(outs) if between else 0, len(kept)))
@@ -135,11 +144,14 @@ class Chain(torch.autograd.Function):
             names += [f"stage[{index}].out"] * (len(outs) if between else 0)
             names += [f"stage[{index}].kept"] * len(kept)
             if between:
-                state = stage.tail(outs, state, given)
+                with draws.noted(ctx.book):
+                    state = stage.tail((*outs, *asides), state, given)
         ctx.save_for_backward(*saved)
         ctx.saved_names = tuple(names)
         ctx.set_materialize_grads(False)
-        return (*state, *outs) if len(plan.stages) > 1 else outs
+        ends = (*outs, *asides)
+        ctx.asides = len(asides)
+        return (*state, *ends) if len(plan.stages) > 1 else ends
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple:
@@ -150,7 +162,7 @@ class Chain(torch.autograd.Function):
                 "again in part, got one whose weights or active adapters were changed since; run "
                 "the backward first (with torch.func: on the stock model, lean(model, 'off'))"
             )
-        with _autocast_as(ctx.autocast), timestep.at(ctx.moment):
+        with _autocast_as(ctx.autocast), timestep.at(ctx.moment), draws.noted(ctx.book):
             return _Backward(ctx).run(grads)
 
 
@@ -161,6 +173,7 @@ class _Backward:
         plan: _Plan = ctx.plan
         self.plan = plan
         self.memories = ctx.memories
+        self.asides = ctx.asides
         needs = ctx.needs_input_grad[1:]
         saved = iter(ctx.saved_tensors)
         state = tuple(_unpack(saved, dtype, plan.keep) for dtype in ctx.dtypes)
@@ -183,13 +196,16 @@ class _Backward:
         douts = list(grads)
         if len(plan.stages) > 1:
             dstate, douts = douts[: plan.states], douts[plan.states :]
+        outs = len(douts) - self.asides
+        douts, dasides = douts[:outs], douts[outs:]
         for index in reversed(range(len(plan.stages))):
             state = states.pop()
             if index < len(tails):
                 outs = self.outs[index]
                 found = self._gradients(tails.pop(), (*outs, *state), dstate)
                 douts, dstate = found[: len(outs)], found[len(outs) :]
-            dhead = self._through_head(index, state, douts)
+            dhead = self._through_head(index, state, douts, dasides)
+            dasides = []
             dstate = [_sum(a, b) for a, b in zip(dstate, dhead, strict=True)]
             self.kept.pop()
         shared = {id(x): self.sums[id(x)] for x in self.shared}
@@ -200,23 +216,30 @@ class _Backward:
         states, tails = [self.state], []
         for stage, outs in zip(self.plan.stages[:-1], self.outs, strict=False):
             with torch.enable_grad():
-                after = stage.tail(outs, states[-1], self.given)
+                asides = stage.aside(states[-1], self.given)
+                after = stage.tail((*outs, *asides), states[-1], self.given)
             tails.append(after)
             states.append(tuple(_leaf(x.detach(), x.requires_grad) for x in after))
         return states, tails
 
     def _through_head(
-        self, index: int, state: Tensors, douts: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
+        self, index: int, state: Tensors, douts: Sequence[Tensor | None],
+        dasides: Sequence[Tensor | None],
+    ) -> list[Tensor | None]:  # fmt: skip
+        """Of the last stage through what is aside, too: of others the tail went through that."""
         stage = self.plan.stages[index]
         with torch.enable_grad():
             parts = stage.head(state, self.given)
-        if not any(x.requires_grad for x in parts):
-            return [None] * len(state)
-        plain = tuple(x.detach() for x in parts)
-        dparts = self.memories[index].backward(plain, self.kept[index], douts)
-        del plain
-        return self._gradients(parts, state, dparts)
+        dparts: Sequence[Tensor | None] = [None] * len(parts)
+        if any(x.requires_grad for x in parts):
+            plain = tuple(x.detach() for x in parts)
+            dparts = self.memories[index].backward(plain, self.kept[index], douts)
+            del plain
+        asides: Tensors = ()
+        if dasides:
+            with torch.enable_grad():
+                asides = stage.aside(state, self.given)
+        return self._gradients((*parts, *asides), state, (*dparts, *dasides))
 
     def _gradients(
         self, outputs: Tensors, inputs: Tensors, douts: Sequence[Tensor | None]

@@ -11,7 +11,9 @@ from typing import Any, cast
 
 from torch import nn
 
+from ..adapters import BottleneckAdapter
 from ..forwards import check_forward, has_hooks, rebind_forward
+from ..placements import Hand
 
 SETTINGS = "_a3fta_lean"
 LEVELS = ("off", "exact", "recompute", "block", "compressed")
@@ -81,19 +83,34 @@ def trains(*modules: nn.Module | None) -> bool:
 
 def hooks_inside(block: nn.Module) -> str | None:
     """The reason why a block with hooks on a module inside is left to the stock forward: there
-    each module runs once in a forward, with the inputs and outputs that a hook expects."""
+    each module runs once in a forward, with the inputs and outputs that a hook expects. Our own,
+    for adapters beside attention, have their place in the stages."""
     for name, module in block.named_modules():
-        if module is not block and has_hooks(module):
+        if module is not block and has_hooks(module, but=(Hand,)):
             return f"a module inside carries hooks ({name})"
     return None
 
 
-def drops(module: nn.Module) -> bool:
-    """Whether something in the module draws random numbers in a forward: no second one is equal."""
-    return module.training and any(m.training and _rate(m) > 0 for m in module.modules())
+def drops(module: nn.Module, adapters: bool = False) -> bool:
+    """Whether something in the module draws random numbers in a forward, so that no second one is
+    equal. In stages adapters do not count: see `adapters.draws`."""
+    return module.training and any(
+        m.training and (_rate(m) > 0 or (adapters and _draws(m))) for m in module.modules()
+    )
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether `drops` may say so in training."""
+    return any(_rate(m) > 0 for m in module.modules())
+
+
+def _draws(module: nn.Module) -> bool:
+    return isinstance(module, BottleneckAdapter) and (module.dropout > 0 or module.drop_path > 0)
 
 
 def _rate(module: nn.Module) -> float:
+    if isinstance(module, BottleneckAdapter):
+        return 0.0
     rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else None
     if rate is None:
         rate = getattr(module, "dropout", 0.0)

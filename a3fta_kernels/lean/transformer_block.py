@@ -19,8 +19,9 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from ..processors.unet import A3FTAAttnProcessor, processor_for, project_out
+from ..processors.unet import A3FTAAttnProcessor, processor_for
 from . import feed_forward
+from .beside import Beside
 from .compiled import compiled
 from .rebuild import Stage, Tensors, run
 from .swapping import LeanModule, drops, hooks_inside
@@ -94,10 +95,13 @@ def _attention(
         return (processor.attend(attn, query, key, value, _at(given, mask_at)),)
 
     def tail(outs: Tensors, state: Tensors, given: Tensors) -> Tensors:
-        return (project_out(attn.to_out[0], outs[0], state[0]),)
+        return (beside.project(attn.to_out[0], outs[0], outs, residual=state[0]),)
 
+    beside = Beside((attn.to_out[0], lambda state, given: norm(state[0])), onto=0)
     reads = [m for name, m in attn.named_children() if not name.startswith("to_out")]
-    return Stage(head, core, tail, (norm, *reads), (attn.to_out[0],))
+    return Stage(
+        head, core, tail, (norm, *reads), (attn.to_out[0],), beside, beside.modules
+    )  # fmt: skip
 
 
 def _feed_forward(norm: nn.Module, ff: Any) -> Stage:

@@ -10,6 +10,7 @@ import torch
 
 import a3fta_kernels as a3fta
 from a3fta_kernels.adapters import DESIGNS
+from a3fta_kernels.adapters.config import PLACEMENTS
 
 from .. import models
 from .common import MODELS, assert_same_step, batch_for, step, trained
@@ -172,15 +173,56 @@ def test_a_gradient_for_the_inputs():
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_dropout_inside_a_block_goes_to_the_stock_forward():
+def drawn_step(model, batch):
+    torch.manual_seed(3)
+    return step(model, batch)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("name", ["sd15", "sd35", "flux"])
+def test_what_adapters_drop_is_dropped_again(name, placement):
+    model = trained(name, placement=placement, dropout=0.4, drop_path=0.3)
+    batch = batch_for(name)
+    stock = drawn_step(model, batch)
+    assert not torch.equal(stock.output, step(model, batch).output)
+    for level in EXACT:
+        a3fta.lean(model, level)
+        found = drawn_step(model, batch)
+        assert_same_step(found, stock, 1e-12)
+        if level != "exact":
+            assert found.kept < 0.6 * stock.kept
+
+
+def test_dropout_of_loras_inside_a_block_goes_to_the_stock_forward():
     """A second forward would draw other numbers."""
     grads = []
     for level in ("off", "block"):
-        model, batch = trained("sd15", dropout=0.5), batch_for("sd15")
-        a3fta.lean(model, level)
-        torch.manual_seed(3)
-        grads.append(step(model, batch))
+        model, batch = trained("sd15", "lora"), batch_for("sd15")
+        for module in model.modules():
+            if hasattr(module, "lora_dropout"):
+                module.lora_dropout["default"] = torch.nn.Dropout(0.5)
+        report = str(a3fta.lean(model, level))
+        grads.append(drawn_step(model, batch))
+        assert ("have dropout in more than adapters: in training" in report) == (level == "block")
+    assert not torch.equal(step(model, batch).output, grads[0].output)
     assert_same_step(grads[1], grads[0], 1e-12)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "sd35", "flux"])
+@pytest.mark.parametrize("design", ["bottleneck", "film"])
+def test_adapters_beside_attention_keep_nothing(name, design):
+    """They read what is computed again with q, k and v, and what they add is only added."""
+    kept = {}
+    for placement in ("pre", "parallel"):
+        model, batch = trained(name, placement=placement, design=design), batch_for(name)
+        stock = step(model, batch)
+        for level in ("recompute", "block"):
+            a3fta.lean(model, level)
+            found = step(model, batch)
+            assert_same_step(found, stock, 1e-12)
+            kept[placement, level] = found.kept
+    assert kept["parallel", "recompute"] <= 1.01 * kept["pre", "recompute"]
+    assert kept["parallel", "block"] <= kept["pre", "block"]
 
 
 def test_no_graph_without_gradients():

@@ -1,0 +1,61 @@
+"""Adapters beside attention (placement "parallel") in the stages of a block.
+
+    y' = W h + b + d,   d = sum of adapter(x),   x what the attention layer is given
+
+x comes of the state by a norm, as q, k and v do, and is computed again with them; d is only added.
+So nothing of these adapters is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from .. import placements
+from ..forwards import inside
+from ..processors.unet import project_out
+from ..projection import AdaptedProjectionMixin
+from .rebuild import Tensors
+
+Reader = Callable[[Tensors, Tensors], Tensor]  # x of the state and what is given
+
+
+class Beside:
+    """The `aside` of a stage: what the parallel adapters of its projections add.
+
+    Args:
+        readers: a projection and what its adapters read, each. Of these only projections count
+            that have such adapters now.
+        onto: which tensor of the state they are added to in the same op, as its residual; None
+            where something comes between the two.
+    """
+
+    def __init__(self, *readers: tuple[nn.Module, Reader], onto: int | None = None) -> None:
+        self._onto = onto
+        self._found = []
+        for module, read in readers:
+            layer = inside(module)
+            if isinstance(layer, AdaptedProjectionMixin):
+                acting = layer.beside_attention()
+                if acting:
+                    self._found.append((module, layer, acting, read))
+        self.modules = tuple(a for _, _, acting, _ in self._found for a, _ in acting)
+
+    def __call__(self, state: Tensors, given: Tensors) -> Tensors:
+        base = None if self._onto is None else state[self._onto]
+        return tuple(
+            placements.beside(acting, read(state, given), base, layer.backend)
+            for _, layer, acting, read in self._found
+        )
+
+    def project(
+        self, module: nn.Module, h: Tensor, outs: Tensors, residual: Tensor | None = None
+    ) -> Tensor:
+        """module(h) [+ residual], with these adapters: `outs` ends in what was made by a call."""
+        asides = outs[len(outs) - len(self._found) :]
+        for (own, layer, _, _), aside in zip(self._found, asides, strict=True):
+            if own is module:
+                placements.acted(layer)
+                return project_out(module, h, aside)
+        return module(h) if residual is None else project_out(module, h, residual)
