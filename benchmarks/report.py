@@ -21,6 +21,7 @@ from .report_figures import Bar, Point
 from .report_text import MIB, mib, place, slug, source
 from .step_methods import (
     ANCHOR,
+    BESIDE,
     CHECKPOINTING,
     EAGER,
     EQUAL,
@@ -37,9 +38,16 @@ from .workloads import BENCHES
 
 HERE = Path(__file__).parent
 STEP = "forward+backward"
-SHORT = {FUSED: "A3FTA", EAGER: "A3FTA in eager", LORA: "LoRA", EQUAL: "LoRA, as many parameters",
-         FULL: "full"}  # fmt: skip
-KINDS = {FUSED: "A3FTA", EAGER: "A3FTA", LORA: "PEFT LoRA", EQUAL: "PEFT LoRA", FULL: FULL}
+SHORT = {FUSED: "A3FTA", BESIDE: "A3FTA beside attention", EAGER: "A3FTA in eager", LORA: "LoRA",
+         EQUAL: "LoRA, as many parameters", FULL: "full"}  # fmt: skip
+KINDS = {
+    FUSED: "A3FTA",
+    BESIDE: "A3FTA",
+    EAGER: "A3FTA",
+    LORA: "PEFT LoRA",
+    EQUAL: "PEFT LoRA",
+    FULL: FULL,
+}
 RIVAL_KINDS = ("PEFT LoRA", FULL)
 RIVALS = {"eager": "eager PyTorch", "compile": "torch.compile", "peft": "PEFT LoRA",
           "frozen": "frozen layer alone", "clone": "copy of the same bytes"}  # fmt: skip

@@ -13,8 +13,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ RANK = 64  # of A3FTA
 FLOOR, FULL = "frozen floor", "full fine-tuning"
 LORA, EQUAL = "PEFT LoRA r16", "PEFT LoRA, as many parameters as A3FTA"
 EAGER, FUSED = "A3FTA r64, eager", "A3FTA r64"
+BESIDE = "A3FTA r64, beside attention"
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 STOCK, COMPILE, XFORMERS = "stock", "compile", "xformers"
@@ -40,7 +42,7 @@ LEVELS: dict[str, dict[str, str]] = {
 }
 EIGHT_BITS = ("recompute-int8", "block-int8", "compressed")
 EXACT_COMPILE = "exact, compile"
-GRAPH = "graph"  # alone or behind a level: the whole step is one CUDA graph
+GRAPH = "graph"  # alone or behind a level: loss and backward by `a3fta.Captured`
 
 
 class Cell(NamedTuple):
@@ -74,7 +76,8 @@ def batches(device: str, brief: bool = False) -> tuple[Batch, ...]:
         Cell(FUSED, CHECKPOINTING), Cell(LORA, CHECKPOINTING),
         Cell(FUSED, "recompute-int8"), Cell(FUSED, "compressed"), Cell(FLOOR, STOCK),
         Cell(FLOOR, "exact"), Cell(EAGER, STOCK), Cell(LORA, "exact"), Cell(LORA, "recompute"),
-        Cell(LORA, "block-int8"),
+        Cell(LORA, "block-int8"), Cell(BESIDE, STOCK), Cell(BESIDE, "exact"),
+        Cell(BESIDE, "recompute"),
     ]  # fmt: skip
     if brief:
         return (Batch("adapters", tuple(adapters[:12])),)
@@ -91,7 +94,7 @@ def batches(device: str, brief: bool = False) -> tuple[Batch, ...]:
     # each graph has memory of its own
     captured = (
         ANCHOR, Cell(FUSED, "exact"), Cell(LORA, GRAPH), Cell(FUSED, f"exact, {GRAPH}"),
-        Cell(FUSED, f"block-int8, {GRAPH}"),
+        Cell(FUSED, f"block-int8, {GRAPH}"), Cell(BESIDE, f"exact, {GRAPH}"),
     )  # fmt: skip
     return *found, Batch("captured", captured)
 
@@ -108,8 +111,9 @@ class Step:
     call: Callable[..., Any]
     leaf: list[Tensor] = field(default_factory=list)  # of the floor, filled by its forward
 
-    def loss(self) -> Tensor:
-        inputs = dict(self.inputs)
+    def loss(self, given: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
+        """Of the inputs, or of those that are given in their place."""
+        inputs = {**self.inputs, **given}
         target = inputs.pop("target")
         self.leaf.clear()
         y = self.call(**inputs, return_dict=False)[0]
@@ -142,46 +146,27 @@ class Step:
 
 @dataclass
 class Captured(Step):
-    """The same as one CUDA graph. Gradients stay where they are until the next step."""
+    """The same with loss and backward recorded; the optimizer is started by Python."""
 
-    graph: Any = None
-    outcome: Tensor | None = None
+    recorded: a3fta.Captured | None = None
 
     def run(self, _: int = 0) -> None:
-        if self.graph is None:
-            self._capture()
-        self.graph.replay()
+        assert self.optimizer is not None
+        self._replay()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def gradients(self) -> tuple[Tensor, dict[str, Tensor]]:
-        self.run()
-        assert self.outcome is not None
+        loss = self._replay()
         found = {n: p.grad.clone() for n, p in self.trained.items() if p.grad is not None}
-        return self.outcome.detach().clone(), found
+        for parameter in self.trained.values():
+            parameter.grad = None
+        return loss, found
 
-    def _capture(self) -> None:
-        assert self.optimizer is not None
-        start = {p: p.detach().clone() for p in self.trained.values()}
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(3):  # makes the optimizer's states, chooses kernels
-                super().run()
-        torch.cuda.current_stream().wait_stream(aside)
-        with torch.no_grad():
-            for parameter, value in start.items():
-                parameter.copy_(value)
-        # no parameter has a gradient now: the backward makes them in the graph's own memory
-        # and in a thread of autograd's, where kernels may be loaded
-        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        try:
-            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-                self.outcome = self.loss()
-                self.outcome.backward()
-                self.optimizer.step()
-        except Exception:  # one that breaks off may leave the stream that it was captured on
-            torch.cuda.set_stream(before)
-            raise
-        self.graph = graph
+    def _replay(self) -> Tensor:
+        if self.recorded is None:
+            self.recorded = a3fta.Captured(self.loss, self.trained.values())
+        return self.recorded({n: x for n, x in self.inputs.items() if isinstance(x, Tensor)})
 
 
 def build(cell: Cell, trunk: nn.Module, inputs: dict[str, Any]) -> Step:
@@ -198,13 +183,11 @@ def build(cell: Cell, trunk: nn.Module, inputs: dict[str, Any]) -> Step:
     call = _vary(model, cell)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     own = [p for p in trained.values() if cell.method != FULL]
-    optimizer, captured = None, cell.variant.endswith(GRAPH)
+    optimizer = None
     if trained:
         on_gpu = next(iter(trained.values())).device.type == "cuda"
-        optimizer = torch.optim.AdamW(
-            trained.values(), lr=1e-5, fused=on_gpu, capturable=captured and on_gpu
-        )
-    kind = Captured if captured else Step
+        optimizer = torch.optim.AdamW(trained.values(), lr=1e-5, fused=on_gpu)
+    kind = Captured if cell.variant.endswith(GRAPH) else Step
     return kind(model, inputs, trained, own, optimizer, call, leaf)
 
 
@@ -219,9 +202,11 @@ def _adapt(model: nn.Module, method: str, leaf: list[Tensor]) -> None:
         first.register_forward_hook(start)
     elif method == FULL:
         model.requires_grad_(True)
-    elif method in (EAGER, FUSED):
+    elif method in (EAGER, FUSED, BESIDE):
         backend = "reference" if method == EAGER else "auto"
-        a3fta.inject(model, a3fta.AdapterConfig(rank=RANK), backend=backend)
+        placement = "parallel" if method == BESIDE else "pre"
+        config = a3fta.AdapterConfig(rank=RANK, placement=placement)
+        a3fta.inject(model, config, backend=backend)
     else:
         lora(model, 16 if method == LORA else equal_rank(model))
     if method != FULL:

@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.step_methods import (
     ANCHOR,
+    BESIDE,
     CHECKPOINTING,
     COMPILE,
     EAGER,
@@ -30,7 +31,13 @@ VARIANTS = {
     EXACT_COMPILE: (0.84, 0.7), XFORMERS: (1.01, 1.0), GRAPH: (0.7, 1.0),
     f"exact, {GRAPH}": (0.6, 0.66), f"block-int8, {GRAPH}": (0.8, 0.15),
 }  # fmt: skip
-METHODS = {FLOOR: (0.6, 1.0), FUSED: (0.8, 0.95), EAGER: (0.9, 1.0), FULL: (1.4, 3.0)}
+METHODS = {
+    FLOOR: (0.6, 1.0),
+    FUSED: (0.8, 0.95),
+    BESIDE: (0.82, 0.97),
+    EAGER: (0.9, 1.0),
+    FULL: (1.4, 3.0),
+}
 ABOUT = {
     "device": "Made Up", "date": "today", "commit": "abc", "torch": "2", "threads": 2,
     "diffusers": "0", "peft": "0", "quick": False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,10 +23,10 @@ class Method:
     apply: Callable[[nn.Module, int, torch.dtype], None]
 
 
-def _a3fta(model: nn.Module, rank: int, dtype: torch.dtype) -> None:
+def _a3fta(model: nn.Module, rank: int, dtype: torch.dtype, placement: str = "pre") -> None:
     from ..inject import inject  # imports diffusers
 
-    inject(model, AdapterConfig(rank=rank), backend=backend())
+    inject(model, AdapterConfig(rank=rank, placement=placement), backend=backend())
 
 
 def backend() -> str:
@@ -54,6 +55,9 @@ def _full(model: nn.Module, rank: int, dtype: torch.dtype) -> None:
 
 METHODS = {
     "a3fta": Method("A3FTA adapters", 64, _a3fta),
+    "parallel": Method(
+        "A3FTA adapters beside attention", 64, functools.partial(_a3fta, placement="parallel")
+    ),
     "lora": Method("PEFT LoRA on q, k, v, out, in the model's dtype", 16, _lora),
     "lora-fp32": Method("PEFT LoRA on q, k, v, out, in fp32", 16, _lora_fp32),
     "full": Method("every weight trains", None, _full),

@@ -76,7 +76,13 @@ def test_methods_train_what_they_say(method):
     rank = methods.adapt(model, method, None, torch.bfloat16)
     assert rank == methods.METHODS[method].rank
     trained = [p for p in model.parameters() if p.requires_grad]
-    counts = {"a3fta": 3221888, "lora": 3188736, "lora-fp32": 3188736, "full": 859520964}
+    counts = {
+        "a3fta": 3221888,
+        "parallel": 3221888,
+        "lora": 3188736,
+        "lora-fp32": 3188736,
+        "full": 859520964,
+    }
     assert sum(p.numel() for p in trained) == counts[method]
     dtype = torch.bfloat16 if method in ("lora", "full") else torch.float32
     assert {p.dtype for p in trained} == {dtype}
@@ -91,7 +97,7 @@ def test_adapters_of_flux():
 
 
 def test_methods_and_levels_that_are_not_there():
-    with pytest.raises(ValueError, match="method: expected one of a3fta, lora"):
+    with pytest.raises(ValueError, match="method: expected one of a3fta, parallel"):
         methods.adapt(models.build("sd15"), "magic", None, torch.bfloat16)
     with pytest.raises(levels.UnsupportedLevelError, match="got a Linear"):
         levels.LEVELS["checkpointing"].apply(torch.nn.Linear(2, 2))
