@@ -1,8 +1,8 @@
 """Banks: a layer's adapters side by side, each sample of the batch with one of its own.
 
 What `adapters_per_sample` puts on the adapted layers while its block runs. Adapters of different
-ranks are padded with zeros; those of different activations are banks of their own, which one sample
-after the other passes through: in all but one of them it has no adapter.
+ranks are padded with zeros; those of different activations and placements are banks of their own,
+which one sample after the other passes through: in all but one of them it has no adapter.
 """
 
 from __future__ import annotations
@@ -30,17 +30,22 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Bank:
-    """Adapters of one activation, and which of them each named sample has."""
+    """Adapters of one activation and placement, and which of them each named sample has."""
 
     adapters: tuple[BottleneckAdapter, ...]
     stacked: Tensors  # a copy, in the dtype of the layer
     scale: Tensor  # (K,)
     index: Tensor  # (B,) int32; -1: none of these
     activation: str
+    placement: str
     batch: Batch
 
-    def __call__(self, h: Tensor, backend: str) -> Tensor:
-        """h (n, ..., C), each sample with its adapter; n as in `places`."""
+    @property
+    def outputs(self) -> int:
+        return self.stacked.w_up.shape[1]
+
+    def __call__(self, h: Tensor, backend: str, base: Tensor | None = None) -> Tensor:
+        """base (n, ..., N), or h (n, ..., C), + each sample's adapter of h; n as in `places`."""
         trains = torch.is_grad_enabled() and any(
             p.requires_grad for adapter in self.adapters for p in adapter.parameters()
         )
@@ -48,7 +53,7 @@ class Bank:
         made = stacked(self.adapters) if trains else self.stacked
         return ops.adapter_bank(
             h, made.w_down, made.w_up, self.places(len(h)), made.b_down, made.b_up,
-            scale=self.scale, activation=self.activation, backend=backend,
+            base=base, scale=self.scale, activation=self.activation, backend=backend,
         )  # fmt: skip
 
     def places(self, rows: int) -> Tensor:
@@ -102,8 +107,8 @@ def banks_of(
 ) -> tuple[Bank, ...]:
     """The banks of a layer for samples with these adapters; dtype None: that of the adapters."""
     found = []
-    for activation in dict.fromkeys(a.activation for a in adapters if a is not None):
-        own = dict.fromkeys(a for a in adapters if a is not None and a.activation == activation)
+    for kind in dict.fromkeys(_kind(a) for a in adapters if a is not None):
+        own = dict.fromkeys(a for a in adapters if a is not None and _kind(a) == kind)
         order = {adapter: k for k, adapter in enumerate(own)}
         # compiled code has a size of 1 for a constant
         members = (*order, *[next(iter(order))] * (len(order) == 1 < len(adapters)))
@@ -117,8 +122,13 @@ def banks_of(
             wide = acc_dtype(made.w_down.dtype)
             scale = torch.tensor([a.scale for a in members], dtype=wide, device=device)
             places = torch.tensor(index, dtype=torch.int32, device=device)
-        found.append(Bank(members, made, scale, places, activation, batch).sized_freely())
+        found.append(Bank(members, made, scale, places, *kind, batch).sized_freely())
     return tuple(found)
+
+
+def _kind(adapter: BottleneckAdapter) -> tuple[str, str]:
+    """What adapters of one bank have in common."""
+    return adapter.activation, adapter.config.placement
 
 
 def stacked(adapters: tuple[BottleneckAdapter, ...]) -> Tensors:

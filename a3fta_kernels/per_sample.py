@@ -36,8 +36,8 @@ def adapters_per_sample(model: Any, names: Sequence[str | None]) -> Iterator[Non
 
     One forward serves them all, each as if it ran alone with its adapter (of weight 1): the
     adapters of a layer are stacked when the block begins, and one kernel reads, per block of rows,
-    those of the sample it is in (`ops.adapter_bank`). Adapters may differ in rank, design, bias and
-    activation (one pass per activation), and in the layers they have.
+    those of the sample it is in (`ops.adapter_bank`). Adapters may differ in rank, design, bias, in
+    activation and placement (one pass for each that there is), and in the layers they have.
 
     A name is an image's, not a prompt's, in the order of the batch. Of num_images_per_prompt=2 a
     pipeline makes p1, p1, p2, p2: give each name twice in a row, ["anna", "anna", "ben", "ben"].
@@ -135,7 +135,7 @@ def _banks(
     for adapter_name, adapter in zip(names, own, strict=True):
         if adapter_name is not None and adapter is not None:
             check_kinds(
-                "names", "choose by sample", name, adapter_name, adapter, "timeless", "in front",
+                "names", "choose by sample", name, adapter_name, adapter, "timeless",
                 "of h itself", "whole",
             )  # fmt: skip
     # quantized weights and those cast for storage say nothing of what the layer computes in

@@ -12,7 +12,7 @@ Transfer Learning" (ICLR 2022).
 
 x comes by a hook on the attention layer, and the projection takes it: both run in one forward of
 the block, and so in one that a checkpoint runs again. Whoever computes attention without a call of
-its layer computes these adapters too, by `beside`, and says so by `acted`.
+its layer computes these adapters too, by `Beside`, and says so by `acted`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from . import ops
+from .bank import Bank
 from .forwards import Argument, arguments, inside
 from .ops.rule import autocast_dtype
 from .stack import Stack, Weighted, delta, stacks
@@ -61,7 +62,7 @@ class Hand:
         self.argument = argument
 
     def __call__(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.layer.beside_attention():
+        if beside(self.layer) is not None:
             self.layer.source = self.argument.given(args, kwargs)
 
 
@@ -111,16 +112,68 @@ def in_front(h: Tensor, found: Sequence[Stack], backend: str) -> Tensor:
     return adapted
 
 
-def behind(layer: Any, y: Tensor, active: Sequence[Weighted]) -> Tensor:
-    """The projection's output with the adapters behind and beside it."""
-    post, parallel = split(active, "post"), split(active, "parallel")
+class Beside(NamedTuple):
+    """The adapters of a projection that read what attention is given: those that act now."""
+
+    active: Sequence[Weighted]
+    banks: Sequence[Bank]  # or these, each sample with its own
+    backend: str
+
+    @property
+    def adapters(self) -> list[nn.Module]:
+        return [*(a for a, _ in self.active), *(a for bank in self.banks for a in bank.adapters)]
+
+    def add(self, x: Tensor, base: Tensor | None) -> Tensor:
+        """base (..., N) + adapter(x) of each, x (..., C); without a base adapter(x)."""
+        found = base
+        # a layer may give more digits than autocast computes in
+        apart = base is None or base.dtype != autocast_dtype(x)
+        for stack in stacks(list(self.active), x):
+            if apart or stack.norm:
+                found = _sum(found, delta(x, stack))
+                continue
+            found = ops.adapter(
+                x, stack.w_down, stack.w_up, stack.b_down, stack.b_up, base=found,
+                scale=stack.scale, activation=stack.activation, gamma=stack.gamma,
+                beta=stack.beta, backend=self.backend,
+            )  # fmt: skip
+        for bank in self.banks:
+            onto = x.new_zeros(*x.shape[:-1], bank.outputs) if apart else found
+            added = bank(x, self.backend, onto)
+            found = _sum(found, added) if apart else added
+        assert found is not None
+        return found
+
+
+def _sum(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a + b
+
+
+def beside(layer: Any) -> Beside | None:
+    """What acts beside attention in the layer's next forward."""
+    banks = layer.acting_banks()
+    found = Beside(
+        split(layer.active(), "parallel") if banks is None else [],
+        [bank for bank in banks or () if bank.placement == "parallel"],
+        layer.backend,
+    )
+    return found if found.active or found.banks else None
+
+
+def behind(layer: Any, y: Tensor, active: Sequence[Weighted], banks: Sequence[Bank] = ()) -> Tensor:
+    """The projection's output with the adapters behind and beside it, of these."""
+    post = split(active, "post")
     found = in_front(y, stacks(post, y), layer.backend) if post else y
-    if not parallel:
+    for bank in banks:
+        if bank.placement == "post":
+            found = bank(found, layer.backend)
+    parallel = split(active, "parallel"), [b for b in banks if b.placement == "parallel"]
+    if not any(parallel):
         return found
     source, layer.source = layer.source, None
     if source is _ACTED:
         return found
-    return beside(parallel, _rows(source, y).to(y.dtype), found, layer.backend)
+    return Beside(*parallel, layer.backend).add(_rows(source, y).to(y.dtype), found)
 
 
 _ACTED = object()
@@ -129,25 +182,6 @@ _ACTED = object()
 def acted(layer: Any) -> None:
     """The next forward of the layer leaves its parallel adapters out."""
     layer.source = _ACTED
-
-
-def beside(parallel: Sequence[Weighted], x: Tensor, base: Tensor | None, backend: str) -> Tensor:
-    """base (..., N) + adapter(x) of these adapters, x (..., C); without a base adapter(x)."""
-    found = base
-    for stack in stacks(list(parallel), x):
-        if found is None:
-            found = delta(x, stack)
-        # a layer may give more digits than autocast computes in
-        elif stack.norm or found.dtype != autocast_dtype(x):
-            found = found + delta(x, stack)
-        else:
-            found = ops.adapter(
-                x, stack.w_down, stack.w_up, stack.b_down, stack.b_up, base=found,
-                scale=stack.scale, activation=stack.activation, gamma=stack.gamma,
-                beta=stack.beta, backend=backend,
-            )  # fmt: skip
-    assert found is not None
-    return found
 
 
 def _rows(x: Any, y: Tensor) -> Tensor:

@@ -90,8 +90,9 @@ class AdaptedProjectionMixin(_Linear):
         and h', and what is beside it stays. With no active adapter this is the layer as it was.
         `beside`: further adapters of this forward, which a layer around this one has.
         """
-        if self.banks is not None and self.enabled and self.merged is None:
-            return _add(super().forward(self._by_sample(h, self.banks, beside)), residual)
+        banks = self.acting_banks()
+        if banks is not None:
+            return _add(self._by_sample(h, banks, beside), residual)
         active = [*self.active(), *beside]
         if not active:
             return _add(super().forward(h), residual)
@@ -126,21 +127,27 @@ class AdaptedProjectionMixin(_Linear):
         return _add(super().forward(_whole(before, adapted, after)), residual)
 
     def _by_sample(self, h: Tensor, banks: tuple[Bank, ...], beside: Sequence[Weighted]) -> Tensor:
-        """h' of a batch whose samples have adapters of their own; then comes the layer as it is.
+        """The layer, as it is, with a batch whose samples have adapters of their own.
 
         With V by sample there is no wide product to save: z @ V.T would be a skinny kernel of its
         own that writes what the projection then reads, as h' is written and read here, and V of
         every adapter would be made first. And so any layer will do, a quantized one too.
         """
-        if not banks and not beside:
-            return h
-        before, inside, after = self._parts(h)
-        adapted = inside
-        for bank in banks:
-            adapted = bank(adapted, self.backend)
-        for stack in stacks(list(beside), inside) if beside else ():
-            adapted = adapted + delta(inside.to(adapted.dtype), stack)
-        return _whole(before, adapted, after)
+        early = [bank for bank in banks if bank.placement == "pre"]
+        if early or beside:
+            before, inside, after = self._parts(h)
+            adapted = inside
+            for bank in early:
+                adapted = bank(adapted, self.backend)
+            for stack in stacks(list(beside), inside) if beside else ():
+                adapted = adapted + delta(inside.to(adapted.dtype), stack)
+            h = _whole(before, adapted, after)
+        y = super().forward(h)
+        return y if len(early) == len(banks) else placements.behind(self, y, [], banks)
+
+    def acting_banks(self) -> tuple[Bank, ...] | None:
+        """The banks, where each sample has its own adapters in the next forward."""
+        return self.banks if self.enabled and self.merged is None else None
 
     def _parts(self, h: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """h before, inside and after the adapters' columns; (None, h, None) where that is all."""
@@ -248,10 +255,6 @@ class AdaptedProjectionMixin(_Linear):
         if torch.compiler.is_compiling():
             return [(x.adapter, x.factor) for x in self.acting]
         return [(x.adapter, x.weight) for x in self.acting]
-
-    def beside_attention(self) -> list[Weighted]:
-        """The adapters of the next forward that read what the attention layer is given."""
-        return [] if self.banks is not None else placements.split(self.active(), "parallel")
 
     def unfused_reason(self, active: Sequence[Weighted] | None = None) -> str | None:
         """Why the fused op cannot be this layer now, with these adapters; None where it can."""

@@ -69,7 +69,7 @@ LAYERS = [
     ["memory.peak"],
     ["lean.swapping", "lean.forgetful"],
     ["lean.rebuild", "lean.compiled", "lean.feed_forward", "lean.report"],
-    ["lean.modulated", "lean.beside"],
+    ["lean.modulated", "lean.aside"],
     ["lean.*"],
     ["lean.rules"],
     ["lean.budget"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -22,7 +23,10 @@ HALF = {"flux": r"blocks\.0\."}
 NAMES = ["a", None, "b", "c", "b"]
 
 
-def served(name: str, dtype: torch.dtype = torch.float64, device: Any = "cpu") -> nn.Module:
+def served(
+    name: str, dtype: torch.dtype = torch.float64, device: Any = "cpu",
+    placements: tuple[str, ...] = ("pre", "pre", "pre"),
+) -> nn.Module:  # fmt: skip
     """Three adapters of different rank, design, bias, activation and scale; "b" on some layers."""
     model = models.build(name)
     configs = {
@@ -33,6 +37,8 @@ def served(name: str, dtype: torch.dtype = torch.float64, device: Any = "cpu") -
         ),
         "c": a3fta.AdapterConfig(rank=3, activation="silu", design="scaled"),
     }  # fmt: skip
+    for key, placement in zip(configs, placements, strict=True):
+        configs[key] = dataclasses.replace(configs[key], placement=placement)
     for seed, (key, config) in enumerate(configs.items()):
         a3fta.inject(model, config, name=key)
         models.randomize(model, key, seed=seed, std=0.5)
@@ -64,16 +70,21 @@ def one_by_one(model: nn.Module, inputs: dict[str, Any], names: list[str | None]
     return torch.cat(found)
 
 
+BESIDE, MIXED = ("parallel",) * 3, ("parallel", "post", "pre")
+
+
 @pytest.mark.parametrize(
-    ("name", "processors"),
+    ("name", "processors", "placements"),
     [
-        *((name, "ours") for name in ("sd15", "sdxl", "kandinsky", "unet2d", "flux")),
-        ("sd15", "stock"), ("unet2d", "stock"),
+        *((name, "ours", ("pre",) * 3) for name in ("sd15", "sdxl", "kandinsky", "unet2d", "flux")),
+        ("sd15", "stock", ("pre",) * 3), ("unet2d", "stock", ("pre",) * 3),
+        *((name, "ours", BESIDE) for name in ("sd15", "unet2d", "flux")),
+        *((name, "ours", MIXED) for name in ("sd15", "unet2d", "flux")),
     ],
 )  # fmt: skip
 @torch.no_grad()
-def test_equals_every_sample_alone(name, processors):
-    model = served(name)
+def test_equals_every_sample_alone(name, processors, placements):
+    model = served(name, placements=placements)
     if processors == "stock":
         for module in model.modules():
             if isinstance(module, Attention):
@@ -95,11 +106,12 @@ def test_equals_every_sample_alone(name, processors):
 
 
 @RUNS
+@pytest.mark.parametrize("placements", [("pre",) * 3, MIXED], ids=["pre", "mixed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_every_backend(dtype, backend, device):
+def test_every_backend(dtype, placements, backend, device):
     """In the trunk's dtype and under autocast, as the adapters alone in that dtype."""
-    model = served("sd15", dtype, device)
+    model = served("sd15", dtype, device, placements)
     set_backend(model, backend)
     inputs = models.inputs("sd15", batch=5, dtype=dtype, device=device)
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
@@ -181,9 +193,15 @@ def test_a_video_model():
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_gradients_reach_the_adapters_that_were_named():
+PLACED = pytest.mark.parametrize(
+    "placements", [("pre",) * 3, BESIDE, MIXED], ids=["pre", "beside", "mixed"]
+)
+
+
+@PLACED
+def test_gradients_reach_the_adapters_that_were_named(placements):
     """With gradients on, samples of one batch train their own adapters, as one after the other."""
-    model = served("sd15")
+    model = served("sd15", placements=placements)
     names = ["a", None, "c", "a"]
     inputs = models.inputs("sd15", batch=4, dtype=torch.float64)
     parameters = dict(model.named_parameters())
@@ -215,10 +233,11 @@ def test_a_block_that_begins_in_inference_mode_serves_a_backward():
     assert banks
 
 
-def test_a_backward_that_computes_again_belongs_inside():
+@PLACED
+def test_a_backward_that_computes_again_belongs_inside(placements):
     """The lean levels have the gradients of the stock model inside; outside, level block, whose
     backward runs adapters again, refuses, and recompute, which runs none, has them too."""
-    model = served("sd15")
+    model = served("sd15", placements=placements)
     inputs = models.inputs("sd15", batch=2, dtype=torch.float64)
     weights = [p for k, p in model.named_parameters() if ".adapters.a." in k]
     found = []
@@ -325,100 +344,6 @@ def test_nothing_stays_behind(monkeypatch):
     assert not model._forward_pre_hooks
     assert all(layer.banks is None for layer in a3fta.projections(model).values())
     assert {k: v for k, v in model.state_dict().items() if "bank" in k} == {}
-
-
-@pytest.mark.parametrize(
-    ("names", "error", "message"),
-    [
-        (["a", "z"], ValueError, r"names: expected adapters that .* \(a, b, c\), got 'z'"),
-        ("a", TypeError, "names: expected a list with the name of an adapter, or None"),
-        (["a", 1], TypeError, "names: expected a list with the name of an adapter, or None"),
-        ([], ValueError, "names: expected at least one sample"),
-    ],
-)
-def test_bad_names(names, error, message):
-    model = served("unet2d")
-    before = snapshot(model)
-    with pytest.raises(error, match=message), a3fta.adapters_per_sample(model, names):
-        raise AssertionError
-    assert_unchanged(model, before)
-
-
-def test_bad_batches():
-    model = served("unet2d")
-    message = "model: expected a batch of 2 samples, as many as have names, or two or three .* got "
-    with a3fta.adapters_per_sample(model, ["a", None]):
-        for batch in (1, 3, 8):  # 8: two images of each of two prompts, and guidance
-            inputs = models.inputs("unet2d", batch=batch, dtype=torch.float64)
-            with pytest.raises(ValueError, match=f"{message}{batch}; names are of images"):
-                model(**inputs)
-        layer = next(iter(a3fta.projections(model).values()))
-        with pytest.raises(ValueError, match=message):
-            layer(torch.zeros(3, 5, layer.in_features, dtype=torch.float64))
-
-
-def test_what_cannot_be_inside(tmp_path):
-    model = served("unet2d")
-    a3fta.save_adapter(model, tmp_path, "a")
-    inside = "expected no block of adapters_per_sample around a call to"
-    with a3fta.adapters_per_sample(model, ["a", None]):
-        for call in (
-            lambda: a3fta.set_adapters(model, "a"),
-            lambda: a3fta.load_adapter(model, tmp_path, "a"),
-            lambda: a3fta.merge(model),
-            lambda: a3fta.eject(model),
-            lambda: a3fta.inject(model, a3fta.AdapterConfig(rank=2), name="d"),
-            lambda: a3fta.adapters_per_sample(model, ["a"]).__enter__(),
-        ):
-            with pytest.raises(ValueError, match=inside):
-                call()
-        a3fta.save_adapter(model, tmp_path, "b")
-    a3fta.set_adapters(model, "a")
-
-
-def test_dropout_in_training_is_refused_by_name():
-    model = models.build("unet2d")
-    a3fta.inject(model, a3fta.AdapterConfig(rank=2, dropout=0.5), name="a")
-    with a3fta.adapters_per_sample(model, ["a"]):
-        pass
-    message = r"names: expected adapters without dropout to .* model.eval.*'a' with dropout=0.5 at"
-    with pytest.raises(ValueError, match=message), a3fta.adapters_per_sample(model.train(), ["a"]):
-        raise AssertionError
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"design": "film"},
-            "the same at all timesteps to .* 'timed' with design='film' at mid_block",
-        ),
-        (
-            {"time_window": (0, 500)},
-            r"all timesteps .* with time_window=\(0.0, 500.0\) at mid_block",
-        ),
-        ({"design": "film", "time_rank": 1}, "all timesteps .*design='film', time_rank=1 at"),
-        ({"placement": "post"}, "in front of the projection to .* with placement='post' at mid"),
-        ({"layer_norm": True}, "that read h as it is .*'timed' with layer_norm=True at mid_block"),
-        ({"train": "adapter+attention"}, "adapters alone, got 'timed', with which attention's own"),
-    ],
-)
-def test_what_is_not_of_one_sample_is_refused_by_name(options, message):
-    model = models.build("unet2d")
-    targets = ("mid_block",)
-    a3fta.inject(model, a3fta.AdapterConfig(rank=2, targets=targets), name="plain")
-    a3fta.inject(model, a3fta.AdapterConfig(rank=2, targets=targets, **options), name="timed")
-    named = ["plain", "timed"]
-    with pytest.raises(ValueError, match=message), a3fta.adapters_per_sample(model, named):
-        raise AssertionError
-    assert all(layer.banks is None for layer in a3fta.projections(model).values())
-    if "train" in options:  # acting, it would act on all samples
-        a3fta.enable_adapters(model)
-        with pytest.raises(ValueError, match=message):
-            a3fta.adapters_per_sample(model, ["plain"]).__enter__()
-        a3fta.set_adapters(model, "plain")
-    with a3fta.adapters_per_sample(model, ["plain"]):
-        pass
 
 
 def test_a_layer_of_another_class_and_a_residual():

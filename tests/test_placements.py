@@ -278,11 +278,6 @@ def test_what_is_refused(tmp_path):
         model = adapted("sd15", placement, activation="identity", bias=False)
         with pytest.raises(ValueError, match=f"in front .* placement='{placement}' at down_"):
             a3fta.export_lora(model, tmp_path)
-        with (
-            pytest.raises(ValueError, match=rf"in front .*'default' with placement='{placement}'"),
-            a3fta.adapters_per_sample(model, ["default"]),
-        ):
-            pass
     with pytest.raises(ValueError, match=r"placement: expected .*pre.*got 'behind'"):
         AdapterConfig(placement="behind")
 

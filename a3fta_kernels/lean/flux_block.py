@@ -22,7 +22,7 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor
 
 from . import feed_forward
-from .beside import Beside
+from .aside import Aside
 from .compiled import compiled
 from .modulated import clipped, feed_forward_stage, heads, modulate, modulations
 from .rebuild import Stage, Tensors, run
@@ -127,17 +127,17 @@ class LeanFluxTransformerBlock(LeanFluxBlock, FluxTransformerBlock):
         def tail(outs: Tensors, state: Tensors, given: Tensors) -> Tensors:
             x, c = state
             tokens = c.shape[1]
-            y = beside.project(attn.to_out[0], outs[0][:, tokens:].contiguous(), outs)
+            y = aside.project(attn.to_out[0], outs[0][:, tokens:].contiguous(), outs)
             after = x + given[_IMAGE + 2] * y
-            y = beside.project(attn.to_add_out, outs[0][:, :tokens].contiguous(), outs)
+            y = aside.project(attn.to_add_out, outs[0][:, :tokens].contiguous(), outs)
             return after, c + given[_TEXT + 2] * y
 
-        beside = Beside((attn.to_out[0], image), (attn.to_add_out, text))
+        aside = Aside((attn.to_out[0], image), (attn.to_add_out, text))
         children = list(attn.named_children())
         reads = [m for name, m in children if name not in ("to_out", "to_add_out")]
         writes = [m for name, m in children if name in ("to_out", "to_add_out")]
         norms = (self.norm1.norm, self.norm1_context.norm)
-        return Stage(head, core, tail, (*norms, *reads), writes, beside, beside.modules)
+        return Stage(head, core, tail, (*norms, *reads), writes, aside, aside.modules)
 
 
 class LeanFluxSingleTransformerBlock(LeanFluxBlock, FluxSingleTransformerBlock):
@@ -171,12 +171,12 @@ class LeanFluxSingleTransformerBlock(LeanFluxBlock, FluxSingleTransformerBlock):
             return _attention(attn, *parts[:3]), self.act_mlp(parts[3])
 
         def tail(outs: Tensors, state: Tensors, given: Tensors) -> Tensors:
-            y = beside.project(self.proj_out, torch.cat(outs[:2], dim=2), outs)
+            y = aside.project(self.proj_out, torch.cat(outs[:2], dim=2), outs)
             return (state[0] + given[2] * y,)
 
-        beside = Beside((self.proj_out, read))
+        aside = Aside((self.proj_out, read))
         reads = (self.norm.norm, attn, self.proj_mlp)
-        return Stage(head, core, tail, reads, (self.proj_out,), beside, beside.modules)
+        return Stage(head, core, tail, reads, (self.proj_out,), aside, aside.modules)
 
 
 def _rotated(x: Tensor, given: Tensors) -> Tensor:

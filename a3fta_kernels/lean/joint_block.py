@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import Attention, JointAttnProcessor2_
 from torch import Tensor, nn
 
 from . import feed_forward
-from .beside import Beside, Reader
+from .aside import Aside, Reader
 from .compiled import compiled
 from .modulated import feed_forward_stage, heads, modulate, modulations
 from .rebuild import Stage, Tensors, run
@@ -94,12 +94,12 @@ class LeanJointTransformerBlock(LeanModule, JointTransformerBlock):
             tokens = x.shape[1]
             # in the order of the stock forward, by which adapters draw random numbers
             if not self.context_pre_only:
-                y = beside.project(attn.to_add_out, outs[0][:, tokens:], outs)
+                y = aside.project(attn.to_add_out, outs[0][:, tokens:], outs)
                 c = c + given[_TEXT + 2] * y
-            y = beside.project(attn.to_out[0], outs[0][:, :tokens], outs)
+            y = aside.project(attn.to_out[0], outs[0][:, :tokens], outs)
             after = x + given[_IMAGE + 2] * y
             if second is not None:
-                after = after + given[8] * beside.project(second.to_out[0], outs[1], outs)
+                after = after + given[8] * aside.project(second.to_out[0], outs[1], outs)
             return after, c
 
         readers: list[tuple[nn.Module, Reader]] = (
@@ -108,14 +108,14 @@ class LeanJointTransformerBlock(LeanModule, JointTransformerBlock):
         readers.append((attn.to_out[0], image))
         if second is not None:
             readers.append((second.to_out[0], image_again))
-        beside = Beside(*readers)
+        aside = Aside(*readers)
 
         layers = [attn] if second is None else [attn, second]
         children = [(n, m) for layer in layers for n, m in layer.named_children()]
         reads = [m for name, m in children if name not in ("to_out", "to_add_out")]
         writes = [m for name, m in children if name in ("to_out", "to_add_out")]
         norms = (self.norm1.norm, self.norm1_context.norm)
-        return Stage(head, core, tail, (*norms, *reads), writes, beside, beside.modules)
+        return Stage(head, core, tail, (*norms, *reads), writes, aside, aside.modules)
 
 
 def _image(attn: Attention, x: Tensor) -> Tensors:

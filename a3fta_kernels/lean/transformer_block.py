@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..processors.unet import A3FTAAttnProcessor, processor_for
 from . import feed_forward
-from .beside import Beside
+from .aside import Aside
 from .compiled import compiled
 from .rebuild import Stage, Tensors, run
 from .swapping import LeanModule, drops, hooks_inside
@@ -95,12 +95,12 @@ def _attention(
         return (processor.attend(attn, query, key, value, _at(given, mask_at)),)
 
     def tail(outs: Tensors, state: Tensors, given: Tensors) -> Tensors:
-        return (beside.project(attn.to_out[0], outs[0], outs, residual=state[0]),)
+        return (aside.project(attn.to_out[0], outs[0], outs, residual=state[0]),)
 
-    beside = Beside((attn.to_out[0], lambda state, given: norm(state[0])), onto=0)
+    aside = Aside((attn.to_out[0], lambda state, given: norm(state[0])), onto=0)
     reads = [m for name, m in attn.named_children() if not name.startswith("to_out")]
     return Stage(
-        head, core, tail, (norm, *reads), (attn.to_out[0],), beside, beside.modules
+        head, core, tail, (norm, *reads), (attn.to_out[0],), aside, aside.modules
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_device, check_dtype, check_shape, check_tensor, describe
 from .activations import ACTIVATIONS
+from .rule import autocasts
 
 # what an op keeps of its input for the backward: the input, or its 8-bit copy by `quantize`
 KEEPS = ("input", "int8")
@@ -20,6 +21,20 @@ def check_input(h: Tensor, name: str = "h") -> None:
     if h.shape[-1] == 0:
         raise ValueError(f"{name}: expected at least one channel, got shape {tuple(h.shape)}")
     check_dtype(name, h, FLOATS)
+
+
+def check_base(h: Tensor, base: Tensor | None) -> int:
+    """Checks what is added to, apart from h; returns its channels, or h's where there is none."""
+    if base is None:
+        return h.shape[-1]
+    check_tensor("base", base)
+    if base.dim() != h.dim() or base.shape[:-1] != h.shape[:-1] or base.shape[-1] == 0:
+        raise ValueError(
+            f"base: expected shape (..., N) beside h {tuple(h.shape)}, got {tuple(base.shape)}"
+        )
+    check_dtype("base", base, FLOATS if autocasts(h) else (h.dtype,), "that of h")
+    check_device("base", base, h.device, "h")
+    return base.shape[-1]
 
 
 def check_adapter(

@@ -38,6 +38,10 @@ CASES = [
     Case((1, 9), 24, 4, bank=2),
     Case((2, 0), 16, 4, bank=2),
     Case((0, 6), 16, 4, bank=2),
+    Case((4, 17), 40, 8, bank=2, base=40, scale="tensor"),
+    Case((3, 9), 24, 5, bank=2, base=40, adapter_dtype=torch.float32),
+    Case((3, 11), 33, 300, bank=2, base=17, biases=False, layout="transposed"),
+    Case((0, 6), 16, 4, bank=2, base=24),
 ]
 
 
@@ -51,6 +55,7 @@ def test_matches_the_oracle(case, run, poisoned):
 @pytest.mark.parametrize("kind", ["expanded", "transposed"])
 def test_gradients_of_any_stride(kind, run, poisoned):
     check(Case((3, 11), 24, 8, bank=2), run, kind)
+    check(Case((3, 11), 24, 8, bank=2, base=20), run, kind)
 
 
 # a tenth of the suite's: nearly all of what there is to draw is in CASES
@@ -68,6 +73,7 @@ def test_property(data, run):
         activation=data.draw(st.sampled_from(ACTIVATIONS)),
         biases=data.draw(st.booleans()),
         scale=data.draw(st.sampled_from([1.0, "tensor"])),
+        base=data.draw(st.sampled_from([0, 0, 8, 70])),
         layout=data.draw(st.sampled_from(layouts)),
         adapter_dtype=data.draw(st.sampled_from([None, torch.float32])),
         seed=data.draw(st.integers(0, 2**31)),
@@ -83,22 +89,27 @@ def one_by_one(inputs, backend):
         h = inputs["h"][b : b + 1]
         one = {name: None if t is None else t[k] for name, t in bank.items()}
         scale = 1.0 if inputs["scale"] is None else float(inputs["scale"][k])
-        option = dict(scale=scale, activation=inputs["activation"], backend=backend)
-        found.append(h if k < 0 else ops.adapter(h, **one, **option))
+        base = inputs["base"][b : b + 1] if "base" in inputs else None
+        option = dict(base=base, scale=scale, activation=inputs["activation"], backend=backend)
+        alone = h if base is None else base
+        found.append(alone if k < 0 else ops.adapter(h, **one, **option))
     return torch.cat(found)
 
 
 @RUNS
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_equals_adapter_sample_by_sample(activation, run, poisoned):
+@pytest.mark.parametrize(
+    ("activation", "base"), [*((name, 0) for name in ACTIVATIONS), ("gelu", 48), ("silu", 24)]
+)
+def test_equals_adapter_sample_by_sample(activation, base, run, poisoned):
     backend, device, dtype = run
-    case = Case((6, 19), 48, 8, bank=3, activation=activation, scale="tensor")
+    case = Case((6, 19), 48, 8, bank=3, activation=activation, scale="tensor", base=base)
     inputs = case.inputs(dtype, device)
     inputs["index"] = torch.tensor([2, 0, -1, 0, 2, 1], device=device)
     with torch.no_grad():
         y = ops.adapter_bank(**inputs, backend=backend)
         expected = one_by_one(inputs, backend)
-    assert torch.equal(y[2], inputs["h"][2]), "no adapter: the sample itself, to the bit"
+    alone = inputs["base" if base else "h"]
+    assert torch.equal(y[2], alone[2]), "no adapter: the sample itself, to the bit"
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(y, expected, rtol=4 * eps, atol=4 * eps)
 
@@ -124,9 +135,10 @@ def test_a_smaller_rank_is_padded_with_zeros(activation):
 
 
 @RUNS
-def test_only_what_is_asked_for(run):
+@pytest.mark.parametrize("base", [0, 9])
+def test_only_what_is_asked_for(base, run):
     backend, device, dtype = run
-    inputs = SMALL.inputs(dtype, device)
+    inputs = replace(SMALL, base=base).inputs(dtype, device)
     tensors = [k for k, v in inputs.items() if isinstance(v, torch.Tensor) and k != "index"]
     full = torch.autograd.grad(
         ops.adapter_bank(**inputs, backend=backend).sum(), [inputs[k] for k in tensors]
@@ -160,7 +172,7 @@ def test_a_kernel_never_reads_beside_the_bank(place, run):
     i = SMALL.inputs(dtype, device)
     h = i["h"].detach().view(-1, 6)
     index = torch.tensor([0, place, 1, -1], device=device)
-    rest = (i["b_down"], i["b_up"], i["scale"], "silu", backend)
+    rest = (i["b_down"], i["b_up"], i["scale"], None, "silu", backend)
     with torch.no_grad():
         if backend == "native" and device == "cpu":
             with pytest.raises(RuntimeError, match=f"index: expected -1 or 0 to 1, got {place}"):
@@ -171,10 +183,12 @@ def test_a_kernel_never_reads_beside_the_bank(place, run):
 
 
 @pytest.mark.parametrize("run", FP64, ids=run_id)
-def test_gradcheck(run):
-    inputs = SMALL.inputs(torch.float64, run[1])
+@pytest.mark.parametrize("base", [0, 4])
+def test_gradcheck(base, run):
+    inputs = replace(SMALL, base=base).inputs(torch.float64, run[1])
     names = [k for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.requires_grad]
-    assert set(names) == {"h", "w_down", "w_up", "b_down", "b_up", "scale"}
+    apart = {"base"} if base else set()
+    assert set(names) == {"h", "w_down", "w_up", "b_down", "b_up", "scale"} | apart
 
     def call(*tensors: torch.Tensor) -> torch.Tensor:
         found = inputs | dict(zip(names, tensors, strict=True))
@@ -183,31 +197,35 @@ def test_gradcheck(run):
     assert torch.autograd.gradcheck(call, [inputs[k] for k in names])
 
 
-def arguments(run):
-    i = SMALL.inputs(run[2], run[1])
+def arguments(run, base):
+    i = replace(SMALL, base=base).inputs(run[2], run[1])
     h = i["h"].detach().view(-1, 6).requires_grad_()
     bank = (i["w_down"], i["w_up"], i["index"], i["b_down"], i["b_up"], i["scale"])
-    return (h, *bank, "silu", run[0])
+    apart = i["base"].detach().view(-1, base).requires_grad_() if base else None
+    return (h, *bank, apart, "silu", run[0])
 
 
 @SINGLE
-def test_opcheck(run):
+@pytest.mark.parametrize("base", [0, 8])
+def test_opcheck(base, run):
     if run[0] == "triton" and run[1] == "cpu":
         pytest.skip("the interpreter knows only real tensors it can read: no tracing through it")
-    found = arguments(run)
+    found = arguments(run, base)
     torch.library.opcheck(torch.ops.a3fta.adapter_bank, found)
     still = [x.detach() if isinstance(x, torch.Tensor) else x for x in found]
     needs = [True, True, True, False, True, True, True]
-    dy = torch.randn_like(still[0])
-    torch.library.opcheck(torch.ops.a3fta.adapter_bank_backward, (dy, *still, needs))
+    dy = torch.randn_like(still[7] if base else still[0])
+    options = (bool(base), *still[8:], needs)
+    torch.library.opcheck(torch.ops.a3fta.adapter_bank_backward, (dy, *still[:7], *options))
 
 
 @SINGLE
+@pytest.mark.parametrize("base", [0, 8])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_compiles_whole(autocast, run):
+def test_compiles_whole(autocast, base, run):
     """fullgraph, forward and backward, equal to eager to the bit; also under autocast."""
     backend, device, dtype = run
-    inputs = SMALL.inputs(dtype, device)
+    inputs = replace(SMALL, base=base).inputs(dtype, device)
     leaves = [v for v in inputs.values() if isinstance(v, torch.Tensor) and v.requires_grad]
     call = partial(ops.adapter_bank, backend=backend)
     torch._dynamo.reset()
@@ -234,6 +252,8 @@ def test_no_second_derivative(run):
 def test_shapes_on_the_meta_device():
     inputs = replace(SMALL, lead=(4, 2, 5)).inputs(torch.float32, "meta")
     assert ops.adapter_bank(**inputs).shape == (4, 2, 5, 6)
+    inputs = replace(SMALL, lead=(4, 2, 5), base=7).inputs(torch.float32, "meta")
+    assert ops.adapter_bank(**inputs).shape == (4, 2, 5, 7)
 
 
 GOOD = dict(
@@ -253,6 +273,9 @@ BAD = [
     (dict(w_up=torch.zeros(3, 16, 4).long()), TypeError, "w_up: expected dtype"),
     (dict(b_down=torch.zeros(4)), ValueError, r"b_down: expected shape \(3, 4\)"),
     (dict(b_up=torch.zeros(3, 4)), ValueError, r"b_up: expected shape \(3, 16\)"),
+    (dict(base=torch.zeros(2, 4, 16)), ValueError, r"base: expected shape \(\.\.\., N\) beside h"),
+    (dict(base=torch.zeros(2, 5, 16).half()), TypeError, "base: expected dtype torch.float32"),
+    (dict(base=torch.zeros(2, 5, 9)), ValueError, r"w_up: expected shape \(3, 9, 4\), \(K, N, R\)"),
     (dict(scale=1.0), TypeError, r"scale: expected a torch.Tensor, got 1.0"),
     (dict(scale=torch.ones(2)), ValueError, r"scale: expected shape \(3,\)"),
     (dict(index=[0, 1]), TypeError, r"index: expected a torch.Tensor"),

@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...backends import resolve
-from ...checks import check_device, check_dtype, check_tensor
-from ..rule import autocast_dtype, autocasts, cast, without_autocast
-from ..validate import FLOATS, check_adapter, check_input
+from ..rule import autocast_dtype, cast, without_autocast
+from ..validate import check_adapter, check_base, check_input
 from . import contract
 from .reference import adapter as reference
 
@@ -55,7 +54,7 @@ def adapter(
     Differentiable once, in every tensor argument.
     """
     check_input(h)
-    outputs = _outputs(h, base)
+    outputs = check_base(h, base)
     check_adapter(
         h, h.shape[-1], w_down, w_up, b_down, b_up, scale, activation, gamma, beta,
         outputs=outputs,
@@ -79,17 +78,3 @@ def adapter(
             chosen,
         )  # fmt: skip
     return y.view(*h.shape[:-1], outputs)
-
-
-def _outputs(h: Tensor, base: Tensor | None) -> int:
-    """The channels of what the adapter is added to."""
-    if base is None:
-        return h.shape[-1]
-    check_tensor("base", base)
-    if base.dim() != h.dim() or base.shape[:-1] != h.shape[:-1] or base.shape[-1] == 0:
-        raise ValueError(
-            f"base: expected shape (..., N) beside h {tuple(h.shape)}, got {tuple(base.shape)}"
-        )
-    check_dtype("base", base, FLOATS if autocasts(h) else (h.dtype,), "that of h")
-    check_device("base", base, h.device, "h")
-    return base.shape[-1]

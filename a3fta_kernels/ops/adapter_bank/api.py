@@ -8,8 +8,8 @@ from torch import Tensor
 from ...backends import resolve
 from ...checks import check_choice, check_device, check_dtype, check_shape, check_tensor
 from ..activations import ACTIVATIONS
-from ..rule import autocast_dtype, is_plain, without_autocast
-from ..validate import FLOATS, check_input
+from ..rule import autocast_dtype, cast, is_plain, without_autocast
+from ..validate import FLOATS, check_base, check_input
 from . import contract
 from .reference import adapter_bank as reference
 
@@ -22,14 +22,17 @@ def adapter_bank(
     b_down: Tensor | None = None,
     b_up: Tensor | None = None,
     *,
+    base: Tensor | None = None,
     scale: Tensor | None = None,
     activation: str = "gelu",
     backend: str = "auto",
 ) -> Tensor:
     """Each sample with its own adapter of a bank of K, all samples in one pass.
 
-        a    = h_b @ w_down[k].T + b_down[k]                        k = index[b]
-        h'_b = h_b + scale[k] * (act(a) @ w_up[k].T + b_up[k])      k = -1: h'_b = h_b
+        a    = h_b @ w_down[k].T + b_down[k]                           k = index[b]
+        h'_b = base_b + scale[k] * (act(a) @ w_up[k].T + b_up[k])      k = -1: h'_b = base_b
+
+    base is h where there is none.
 
     Args:
         h: (B, ..., C) attention output, heads merged; any strides; fp32, fp16 or bf16 (fp64 too on
@@ -41,12 +44,14 @@ def adapter_bank(
         index: (B,) int32 or int64, each -1 (no adapter) or 0 to K - 1. Other numbers raise on the
             CPU; on a GPU, where looking would wait for the device, that sample becomes NaN
             (`reference`: an assertion of the device).
+        base: (B, ..., N) in h's dtype (under autocast: any), for adapters beside a layer, whose
+            output this is; w_up is then (K, N, R) and b_up (K, N).
         scale: (K,) floating, or None for 1.
         activation: of all adapters: identity, relu, gelu, gelu_tanh or silu.
         backend: auto, reference, triton or native.
 
     Returns:
-        h' of h's shape and (under autocast: the autocast) dtype, contiguous.
+        h' of h's (or base's) shape and h's (under autocast: the autocast) dtype, contiguous.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -55,16 +60,22 @@ def adapter_bank(
     Differentiable once, in every tensor argument but index.
     """
     check_input(h)
-    _check_bank(h, w_down, w_up, index, b_down, b_up, scale, activation)
+    outputs = check_base(h, base)
+    _check_bank(h, w_down, w_up, index, b_down, b_up, scale, activation, outputs)
     h = h.to(autocast_dtype(h))
+    base = cast(base, h.dtype)
     chosen = resolve(backend, h.device, h.dtype)
     if chosen == "reference":
-        return reference(h, w_down, w_up, index, b_down, b_up, scale=scale, activation=activation)
+        return reference(
+            h, w_down, w_up, index, b_down, b_up, base=base, scale=scale, activation=activation
+        )
+    flat = h.reshape(-1, h.shape[-1])
+    flat_base = None if base is None else base.reshape(-1, outputs)
     with without_autocast(h):
         y = contract.apply(
-            h.reshape(-1, h.shape[-1]), w_down, w_up, index, b_down, b_up, scale, activation, chosen
+            flat, w_down, w_up, index, b_down, b_up, scale, flat_base, activation, chosen
         )
-    return y.view(h.shape)
+    return y.view(*h.shape[:-1], outputs)
 
 
 def _check_bank(
@@ -76,6 +87,7 @@ def _check_bank(
     b_up: Tensor | None,
     scale: Tensor | None,
     activation: str,
+    outputs: int,
 ) -> None:
     check_choice("activation", activation, ACTIVATIONS)
     if h.dim() < 2:
@@ -87,11 +99,12 @@ def _check_bank(
             f"got {tuple(w_down.shape)}"
         )
     bank, rank, channels = len(w_down), w_down.shape[1], h.shape[-1]
+    name = "C" if outputs == channels else "N"
     tensors: dict[str, tuple[Tensor | None, tuple[int, ...], str]] = {
         "w_down": (w_down, (bank, rank, channels), "(K, R, C) = (adapters, rank, channels)"),
-        "w_up": (w_up, (bank, channels, rank), "(K, C, R) = (adapters, channels, rank)"),
+        "w_up": (w_up, (bank, outputs, rank), f"(K, {name}, R) = (adapters, channels, rank)"),
         "b_down": (b_down, (bank, rank), "(K, R) = (adapters, rank)"),
-        "b_up": (b_up, (bank, channels), "(K, C) = (adapters, channels)"),
+        "b_up": (b_up, (bank, outputs), f"(K, {name}) = (adapters, channels)"),
         "scale": (scale, (bank,), "(K,) = (adapters,)"),
     }
     for name, (tensor, shape, meaning) in tensors.items():

@@ -4,12 +4,14 @@ Adapters of one activation lie in a bank; each sample of a batch has one of them
 sample b, with k = index[b], s = scale[k] and everything in h's dtype:
 
     a  = h @ w_down[k].T + b_down[k];  z = act(a)
-    y  = h + s * (z @ w_up[k].T + b_up[k]);  y = h where k is -1
+    y  = base + s * (z @ w_up[k].T + b_up[k]);  y = base where k is -1
     da = s * (dy @ w_up[k]) * act'(a)
-    dh = dy + da @ w_down[k]
+    dh = dy + da @ w_down[k]                     with a base apart: da @ w_down[k], dbase = dy
     dw_down[k] += da.T @ h;      db_down[k] += sum(da)
     dw_up[k]   += s * dy.T @ z;  db_up[k]   += s * sum(dy)
     dscale[k]  += <dy.T @ z, w_up[k]> + <sum(dy), b_up[k]>
+
+base is h, or a tensor apart from it, h (M, C) and base (M, N).
 
 One launch over all samples, each block of rows with the weights of its own: grouped as in Punica
 (Chen et al., MLSys 2024) and S-LoRA (Sheng et al., MLSys 2024), with the activation between the two
@@ -26,7 +28,8 @@ whose index is neither -1 nor of the bank becomes NaN, or is refused. M may be 0
 
     forward(h, residual, w_down, w_up, b_down, b_up, scale, index, activation) -> y
 
-with `residual` in the place of h's own: h, except where a larger rank takes several turns.
+with `residual` in the place of h's own: h, except with a base apart and where a larger rank takes
+several turns. N is C there: of a base of another width the narrower is padded with zeros.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import activate, activation_grad
@@ -50,10 +54,11 @@ from ..rule import (
 
 _SIGNATURE = (
     "Tensor h, Tensor w_down, Tensor w_up, Tensor index, Tensor? b_down, Tensor? b_up, "
-    "Tensor? scale, str activation, str backend"
+    "Tensor? scale"
 )
-# what `save` keeps, in order: the leading arguments of _SIGNATURE
-SAVED = tuple(part.split()[1] for part in _SIGNATURE.split(", ")[:7])
+_OPTIONS = "str activation, str backend"
+# what `save` keeps, in order; base comes after them
+SAVED = tuple(part.split()[1] for part in _SIGNATURE.split(", "))
 
 backend_module = loader(__package__)
 
@@ -66,15 +71,23 @@ def forward(
     b_down: Tensor | None,
     b_up: Tensor | None,
     scale: Tensor | None,
+    base: Tensor | None,
     activation: str,
     backend: str,
 ) -> Tensor:
-    """y (M, C); casts the bank to h's dtype."""
-    dtype, rank = h.dtype, w_down.shape[1]
+    """y (M, N); casts the bank to h's dtype."""
+    dtype, rank, outputs = h.dtype, w_down.shape[1], w_up.shape[1]
+    if outputs != h.shape[1]:
+        assert base is not None
+        wide = max(outputs, h.shape[1])
+        h, base, w_down = (_widened(x, wide) for x in (h, base, w_down))
+        w_up = _widened(w_up.mT, wide).mT
+        b_up = None if b_up is None else _widened(b_up, wide)
     module = backend_module(backend)
     factors = _factors(scale, w_down, acc_dtype(dtype))
     places = index.to(torch.int32).contiguous()
-    y = h = rows(h)
+    h = rows(h)
+    y = h if base is None else rows(base)
     for start in range(0, rank, module.RANK_LIMIT):
         part = slice(start, start + module.RANK_LIMIT)
         y = module.forward(
@@ -88,7 +101,11 @@ def forward(
             places,
             activation,
         )
-    return y
+    return y if y.shape[1] == outputs else y[:, :outputs].contiguous()
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    return F.pad(x, (0, width - x.shape[-1]))
 
 
 def _factors(scale: Tensor | None, w_down: Tensor, dtype: torch.dtype) -> Tensor:
@@ -110,15 +127,16 @@ def backward(
     b_down: Tensor | None,
     b_up: Tensor | None,
     scale: Tensor | None,
+    apart: bool,
     activation: str,
     backend: str,
     needs: list[bool],
 ) -> list[Tensor]:
-    """Gradients for the seven tensors of the forward; an empty tensor where none is needed."""
+    """Gradients for all tensors of the forward but base; an empty tensor where none is needed."""
     dtype = h.dtype
     wide = acc_dtype(dtype)
-    shape = (len(index), h.shape[0] // max(len(index), 1), h.shape[1])
-    x, dy = h.reshape(shape), dy.reshape(shape)
+    shape = (len(index), h.shape[0] // max(len(index), 1))
+    x, dy = h.reshape(*shape, h.shape[1]), dy.reshape(*shape, dy.shape[1])
     k = index.clamp(min=0).long()
     has = (index >= 0)[:, None, None]
     down, up = w_down.to(dtype)[k], w_up.to(dtype)[k]
@@ -135,7 +153,7 @@ def backward(
 
     found: list[Tensor | None] = [None] * 7
     if needs[0]:
-        found[0] = torch.baddbmm(dy, da, down).view(h.shape)
+        found[0] = (da @ down if apart else torch.baddbmm(dy, da, down)).view(h.shape)
     if needs[1]:
         found[1] = summed(da.mT @ x, w_down)
     if needs[4] and b_down is not None:
@@ -161,16 +179,19 @@ def backward(
 
 def save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     """Keeps h and the bank's own tensors: nothing else."""
-    *tensors, activation, backend = inputs
+    *tensors, base, activation, backend = inputs
     ctx.save_for_backward(*tensors)
-    ctx.options = (activation, backend)
+    ctx.options = (base is not None, activation, backend)
 
 
 def rule(ctx: Any, dy: Tensor) -> tuple:
     needs = list(ctx.needs_input_grad[: len(SAVED)])
-    run: Callable = backward if is_plain(dy) else torch.ops.a3fta.adapter_bank_backward
-    grads = run(dy, *ctx.saved_tensors, *ctx.options, needs)
-    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None)
+    found: list[Tensor | None] = [None] * len(SAVED)
+    if any(needs):
+        run: Callable = backward if is_plain(dy) else torch.ops.a3fta.adapter_bank_backward
+        grads = run(dy, *ctx.saved_tensors, *ctx.options, needs)
+        found = [g if need else None for g, need in zip(grads, needs, strict=True)]
+    return (*found, dy if ctx.needs_input_grad[len(SAVED)] else None, None, None)
 
 
 class AdapterBankFunction(torch.autograd.Function):
@@ -190,25 +211,28 @@ class AdapterBankFunction(torch.autograd.Function):
 
 
 def apply(*inputs: Any) -> Tensor:
-    """y (M, C) for the arguments of `forward`, differentiable."""
+    """y (M, N) for the arguments of `forward`, differentiable."""
     if not is_plain(inputs[0]):
         return torch.ops.a3fta.adapter_bank(*inputs)
-    tensors = inputs[: len(SAVED)]
+    tensors = inputs[: len(SAVED) + 1]
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return AdapterBankFunction.apply(*inputs)
     return forward(*inputs)
 
 
 _library = torch.library.Library("a3fta", "FRAGMENT")
-_library.define(f"adapter_bank({_SIGNATURE}) -> Tensor y")
-_library.define(f"adapter_bank_backward(Tensor dy, {_SIGNATURE}, bool[] needs) -> Tensor[]")
+_library.define(f"adapter_bank({_SIGNATURE}, Tensor? base, {_OPTIONS}) -> Tensor y")
+_library.define(
+    f"adapter_bank_backward(Tensor dy, {_SIGNATURE}, bool apart, {_OPTIONS}, bool[] needs) "
+    "-> Tensor[]"
+)
 _library.impl("adapter_bank", forward, "CompositeExplicitAutograd")
 _library.impl("adapter_bank_backward", backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("a3fta::adapter_bank", lib=_library)
-def _(h: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(h, memory_format=torch.contiguous_format)
+def _(h: Tensor, w_down: Tensor, w_up: Tensor, *_: Any) -> Tensor:
+    return h.new_empty(h.shape[0], w_up.shape[1])
 
 
 @torch.library.register_fake("a3fta::adapter_bank_backward", lib=_library)
@@ -222,8 +246,9 @@ def _(dy: Tensor, *rest: Any) -> list[Tensor]:
 
 def _autocast(h: Tensor, *rest: Any) -> Tensor:
     h = h.to(autocast_dtype(h))
+    *bank, base, activation, backend = rest
     with torch.autocast(h.device.type, enabled=False):
-        return torch.ops.a3fta.adapter_bank(h, *rest)
+        return torch.ops.a3fta.adapter_bank(h, *bank, cast(base, h.dtype), activation, backend)
 
 
 for _key in ("AutocastCPU", "AutocastCUDA"):

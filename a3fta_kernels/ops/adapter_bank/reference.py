@@ -19,13 +19,14 @@ def adapter_bank(
     b_down: Tensor | None = None,
     b_up: Tensor | None = None,
     *,
+    base: Tensor | None = None,
     scale: Tensor | None = None,
     activation: str = "gelu",
 ) -> Tensor:
-    """h_b + scale[k] * (act(h_b @ w_down[k].T + b_down[k]) @ w_up[k].T + b_up[k]), k = index[b].
+    """base_b + scale[k] * (act(h_b @ w_down[k].T + b_down[k]) @ w_up[k].T + b_up[k]), k = index[b].
 
-    h (B, ..., C); w_down (K, R, C); w_up (K, C, R); index (B,), -1: h_b itself. The bank is cast
-    to h's dtype.
+    h (B, ..., C); base (B, ..., N), or None for h; w_down (K, R, C); w_up (K, N, R); index (B,),
+    -1: base_b itself. The bank is cast to h's dtype.
     """
     dtype = h.dtype
     k = index.clamp(min=0).long()
@@ -34,7 +35,9 @@ def adapter_bank(
     u = _product(activate(a, activation), w_up.to(dtype)[k], _of(b_up, k, dtype))
     if scale is not None:
         u = scale.to(dtype)[k][:, None, None] * u
-    return torch.where((index >= 0)[:, None, None], x + u, x).view(h.shape)
+    y = x if base is None else base.reshape(*x.shape[:2], base.shape[-1])
+    y = torch.where((index >= 0)[:, None, None], y + u, y)
+    return y.view(*h.shape[:-1], y.shape[-1])
 
 
 def _of(bias: Tensor | None, k: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -21,7 +21,7 @@ from .rebuild import Tensors
 Reader = Callable[[Tensors, Tensors], Tensor]  # x of the state and what is given
 
 
-class Beside:
+class Aside:
     """The `aside` of a stage: what the parallel adapters of its projections add.
 
     Args:
@@ -33,29 +33,25 @@ class Beside:
 
     def __init__(self, *readers: tuple[nn.Module, Reader], onto: int | None = None) -> None:
         self._onto = onto
-        self._found = []
+        self._found: list[tuple[nn.Module, placements.Beside, Reader]] = []
         for module, read in readers:
             layer = inside(module)
-            if isinstance(layer, AdaptedProjectionMixin):
-                acting = layer.beside_attention()
-                if acting:
-                    self._found.append((module, layer, acting, read))
-        self.modules = tuple(a for _, _, acting, _ in self._found for a, _ in acting)
+            found = placements.beside(layer) if isinstance(layer, AdaptedProjectionMixin) else None
+            if found is not None:
+                self._found.append((module, found, read))
+        self.modules = tuple(a for _, beside, _ in self._found for a in beside.adapters)
 
     def __call__(self, state: Tensors, given: Tensors) -> Tensors:
         base = None if self._onto is None else state[self._onto]
-        return tuple(
-            placements.beside(acting, read(state, given), base, layer.backend)
-            for _, layer, acting, read in self._found
-        )
+        return tuple(beside.add(read(state, given), base) for _, beside, read in self._found)
 
     def project(
         self, module: nn.Module, h: Tensor, outs: Tensors, residual: Tensor | None = None
     ) -> Tensor:
         """module(h) [+ residual], with these adapters: `outs` ends in what was made by a call."""
-        asides = outs[len(outs) - len(self._found) :]
-        for (own, layer, _, _), aside in zip(self._found, asides, strict=True):
+        made = outs[len(outs) - len(self._found) :]
+        for (own, _, _), aside in zip(self._found, made, strict=True):
             if own is module:
-                placements.acted(layer)
+                placements.acted(inside(module))
                 return project_out(module, h, aside)
         return module(h) if residual is None else project_out(module, h, residual)
