@@ -159,6 +159,15 @@ METHODS |= {
     "rank-64": Method("A3FTA, rank 64", _adapter(rank=64), _SMALL),
     "post": Method("A3FTA behind the projection", _adapter(placement="post"), _SMALL),
     "parallel": Method("A3FTA beside attention", _adapter(placement="parallel"), _SMALL),
+    "parallel-8": Method(
+        "A3FTA beside attention, rank 8", _adapter(placement="parallel", rank=8), _SMALL
+    ),
+    "parallel-64": Method(
+        "A3FTA beside attention, rank 64", _adapter(placement="parallel", rank=64), _SMALL
+    ),
+    "parallel-film": Method(
+        "A3FTA beside attention, time-aware", _adapter(placement="parallel", design="film"), _SMALL
+    ),
     "gated": Method("A3FTA gated", _adapter(design="gated"), _SMALL),
     "rescaled": Method("A3FTA rescaled", _adapter(design="rescaled"), _SMALL),
     "time_scaled": Method("A3FTA time-scaled", _adapter(design="time_scaled"), _SMALL),
