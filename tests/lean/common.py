@@ -42,8 +42,9 @@ def trained(
     model = MODELS[name][0]()
     if dtype != torch.float32:  # diffusers comments on every cast
         nn.Module.to(model, dtype)
-    if method == "a3fta":
-        a3fta.inject(model, a3fta.AdapterConfig(rank=4, **options))
+    if method in ("a3fta", "parallel"):
+        placement = {"placement": "parallel"} if method == "parallel" else {}
+        a3fta.inject(model, a3fta.AdapterConfig(rank=4, **placement, **options))
     else:
         model.requires_grad_(False)
         model.add_adapter(LoraConfig(r=4, target_modules=LORA))
