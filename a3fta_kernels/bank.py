@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .adapters import BottleneckAdapter
+from .adapters import BottleneckAdapter, reruns
 from .adapters.bottleneck import Tensors
 from .ops.rule import acc_dtype
 
@@ -46,13 +46,14 @@ class Bank:
 
     def __call__(self, h: Tensor, backend: str, base: Tensor | None = None) -> Tensor:
         """base (n, ..., N), or h (n, ..., C), + each sample's adapter of h; n as in `places`."""
-        trains = torch.is_grad_enabled() and any(
+        trains = (torch.is_grad_enabled() or reruns.is_first()) and any(
             p.requires_grad for adapter in self.adapters for p in adapter.parameters()
         )
+        places = reruns.found(self, lambda: self.places(len(h)))
         # gradients go to the adapters themselves
         made = stacked(self.adapters) if trains else self.stacked
         return ops.adapter_bank(
-            h, made.w_down, made.w_up, self.places(len(h)), made.b_down, made.b_up,
+            h, made.w_down, made.w_up, places, made.b_down, made.b_up,
             base=base, scale=self.scale, activation=self.activation, backend=backend,
         )  # fmt: skip
 

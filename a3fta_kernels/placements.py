@@ -12,7 +12,7 @@ Transfer Learning" (ICLR 2022).
 
 x comes by a hook on the attention layer, and the projection takes it: both run in one forward of
 the block, and so in one that a checkpoint runs again. Whoever computes attention without a call of
-its layer computes these adapters too, by `Beside`, and says so by `acted`.
+its layer computes these adapters too, by `Beside`, and tells the projection so (`acted`).
 """
 
 from __future__ import annotations
@@ -171,17 +171,7 @@ def behind(layer: Any, y: Tensor, active: Sequence[Weighted], banks: Sequence[Ba
     if not any(parallel):
         return found
     source, layer.source = layer.source, None
-    if source is _ACTED:
-        return found
     return Beside(*parallel, layer.backend).add(_rows(source, y).to(y.dtype), found)
-
-
-_ACTED = object()
-
-
-def acted(layer: Any) -> None:
-    """The next forward of the layer leaves its parallel adapters out."""
-    layer.source = _ACTED
 
 
 def _rows(x: Any, y: Tensor) -> Tensor:

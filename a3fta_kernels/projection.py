@@ -77,23 +77,28 @@ class AdaptedProjectionMixin(_Linear):
     merged: Merged | None
     frozen: Frozen | None
     banks: tuple[Bank, ...] | None  # each sample with its own adapter, in place of `weights`
-    source: object  # what attention was given, on its way to a parallel adapter: see placements
+    source: Tensor | None  # what attention was given, on its way to a parallel adapter
     resting: tuple[str, ...]  # adapters that were chosen not to train
     foreign: ClassVar[bool] = False  # PEFT has its adapters, and switches and saves them
 
     def forward(
-        self, h: Tensor, residual: Tensor | None = None, beside: Sequence[Weighted] = ()
-    ) -> Tensor:
+        self, h: Tensor, residual: Tensor | None = None, beside: Sequence[Weighted] = (),
+        acted: bool = False,
+    ) -> Tensor:  # fmt: skip
         """y = h' @ weight.T + bias [+ residual],  h' = h + sum of weight_i * adapter_i(h).
 
         h (..., K), residual (..., N). With columns = (start, C) the adapters have that slice for h
         and h', and what is beside it stays. With no active adapter this is the layer as it was.
-        `beside`: further adapters of this forward, which a layer around this one has.
+        `beside`: further adapters of this forward, which a layer around this one has. acted:
+        without those that read what attention is given, as they acted already.
         """
         banks = self.acting_banks()
         if banks is not None:
-            return _add(self._by_sample(h, banks, beside), residual)
+            kept = [bank for bank in banks if not (acted and bank.placement == "parallel")]
+            return _add(self._by_sample(h, kept, beside), residual)
         active = [*self.active(), *beside]
+        if acted:
+            active = [pair for pair in active if pair[0].config.placement != "parallel"]
         if not active:
             return _add(super().forward(h), residual)
         early = placements.split(active, "pre")
@@ -126,7 +131,7 @@ class AdaptedProjectionMixin(_Linear):
         adapted = placements.in_front(inside, found, self.backend)
         return _add(super().forward(_whole(before, adapted, after)), residual)
 
-    def _by_sample(self, h: Tensor, banks: tuple[Bank, ...], beside: Sequence[Weighted]) -> Tensor:
+    def _by_sample(self, h: Tensor, banks: Sequence[Bank], beside: Sequence[Weighted]) -> Tensor:
         """The layer, as it is, with a batch whose samples have adapters of their own.
 
         With V by sample there is no wide product to save: z @ V.T would be a skinny kernel of its
@@ -302,8 +307,9 @@ class AdaptedProjectionMixin(_Linear):
         return True
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy is outside the block of adapters_per_sample, which would never end for it
-        return {**self.__dict__, "banks": None}
+        # a copy is outside the block of adapters_per_sample, which would never end for it, and of
+        # a forward that an exception cut off
+        return {**self.__dict__, "banks": None, "source": None}
 
     def train(self, mode: bool = True) -> AdaptedProjectionMixin:
         if mode:

@@ -38,7 +38,7 @@ LAYERS = [
     ["ops.*.api"],
     ["ops.*"],
     ["ops"],
-    ["adapters.config", "adapters.timestep", "adapters.draws"],
+    ["adapters.config", "adapters.timestep", "adapters.reruns"],
     ["adapters.bottleneck"],
     ["adapters.*"],
     ["adapters"],
@@ -281,7 +281,7 @@ def test_every_design_is_in_its_table():
     files = {name for name in FILES if name.startswith("adapters.")} - {
         "adapters.config",
         "adapters.timestep",
-        "adapters.draws",
+        "adapters.reruns",
     }
     homes = {cls.__module__.removeprefix("a3fta_kernels.") for cls in DESIGNS.values()}
     assert homes == files

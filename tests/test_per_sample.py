@@ -260,6 +260,33 @@ def test_a_backward_that_computes_again_belongs_inside(placements):
         loss.backward()
 
 
+@PLACED
+def test_steps_and_batches_inside_a_block_of_a_lean_model(placements):
+    """Each forward reads the adapters as they are, and each backward its own forward's batch."""
+    found = {}
+    inputs = models.inputs("sd15", batch=4, dtype=torch.float64)
+    half = part(inputs, slice(0, 2), 4)
+    for level in ("off", "recompute", "block"):
+        model = served("sd15", placements=placements)
+        weights = [p for k, p in model.named_parameters() if ".adapters.b." not in k]
+        optimizer = torch.optim.SGD([p for p in weights if p.requires_grad], lr=0.01)
+        a3fta.lean(model, level)
+        losses = []
+        with a3fta.adapters_per_sample(model, ["a", "c"]):
+            for _ in range(3):
+                loss = model(**inputs).sample.square().mean()
+                with torch.no_grad():  # of another batch, before the backward of the first
+                    model(**half)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+        assert len(set(losses)) == 3
+        found[level] = losses
+    assert found["recompute"] == pytest.approx(found["off"], rel=1e-9)
+    assert found["block"] == pytest.approx(found["off"], rel=1e-9)
+
+
 @torch.no_grad()
 def test_the_stacked_copy_is_used_without_gradients():
     model = served("unet2d")

@@ -282,6 +282,15 @@ def test_what_is_refused(tmp_path):
         AdapterConfig(placement="behind")
 
 
+def test_a_copy_after_a_forward_that_was_cut_off():
+    model = net_with("parallel")
+    model.attention.to_v.register_forward_pre_hook(lambda *_: 1 / 0)
+    x = torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ZeroDivisionError):
+        model(2 * x)
+    assert copy.deepcopy(model).attention.to_out[0].source is None
+
+
 def test_a_projection_alone_has_no_input():
     layer = net_with("parallel").attention.to_out[0]
     with pytest.raises(RuntimeError, match="placement: expected a forward of the attention layer"):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import draws
+from . import reruns
 from .config import AdapterConfig
 from .timestep import Moment, for_samples, required
 
@@ -150,13 +150,13 @@ class BottleneckAdapter(nn.Module):
     def kept(self, samples: int, device: torch.device) -> Tensor | None:
         """(samples, R): 0 for what this forward leaves out, more than 1 for the rest; None where
         nothing is left out."""
-        if not self.training or not (self.dropout > 0 or self.drop_path > 0):
-            return None
-        found = draws.drawn(self, lambda: self._draw(samples, device))
+        found = reruns.found(self, lambda: self._draw(samples, device))
         return None if found is None else found.expand(-1, self.rank)
 
     def _draw(self, samples: int, device: torch.device) -> Tensor | None:
         found = None
+        if not self.training:
+            return found
         for rate, width in ((self.dropout, self.rank), (self.drop_path, 1)):
             if rate > 0:
                 drawn = torch.rand(samples, width, device=device).lt(1 - rate).float() / (1 - rate)

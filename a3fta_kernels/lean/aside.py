@@ -52,6 +52,7 @@ class Aside:
         made = outs[len(outs) - len(self._found) :]
         for (own, _, _), aside in zip(self._found, made, strict=True):
             if own is module:
-                placements.acted(inside(module))
-                return project_out(module, h, aside)
+                if isinstance(module, AdaptedProjectionMixin):
+                    return module(h, residual=aside, acted=True)
+                return module(h, acted=True) + aside  # PEFT's wrappers hand it on
         return module(h) if residual is None else project_out(module, h, residual)

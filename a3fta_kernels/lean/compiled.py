@@ -18,6 +18,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from ..placements import beside
+from ..projection import AdaptedProjectionMixin
 from .swapping import drops
 
 # attention is never computed twice
@@ -37,8 +39,19 @@ def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
 _contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
 
 
-def compiled(forward: Callable, block: nn.Module, inputs: tuple) -> Any:
-    """forward(block, *inputs) as the compiler should see it."""
-    if not torch.is_grad_enabled() or drops(block, adapters=True):
-        return forward(block, *inputs)
+def compiled(
+    stock: Callable, by_stages: Callable, block: nn.Module, inputs: tuple, fits: bool
+) -> Any:
+    """stock(block, *inputs) as the compiler should see it.
+
+    An adapter beside attention is handed its input by a hook, and of what is computed again the
+    compiler wants no side effects: with such a one the block goes by its stages, where that fits.
+    """
+    if drops(block, adapters=True):
+        return stock(block, *inputs)
+    forward = stock
+    if any(isinstance(m, AdaptedProjectionMixin) and beside(m) for m in block.modules()):
+        if not fits:
+            return stock(block, *inputs)
+        forward = by_stages
     return checkpoint(forward, block, *inputs, use_reentrant=False, context_fn=_contexts)

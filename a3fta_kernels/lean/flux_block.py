@@ -51,20 +51,18 @@ class LeanFluxBlock(LeanModule):
             hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
         )  # fmt: skip
         stock = type(self)._stock
-        if torch.compiler.is_compiling():
-            return compiled(stock, self, inputs)
-        if (
-            not torch.is_grad_enabled()
-            or joint_attention_kwargs
-            or not isinstance(image_rotary_emb, tuple)
-            or why_not(self) is not None
-            or drops(self)
-        ):
+        if not torch.is_grad_enabled():
             return stock(self, *inputs)
-        return self._by_stages(hidden_states, encoder_hidden_states, temb, image_rotary_emb)
+        rotates = isinstance(image_rotary_emb, tuple)
+        fits = rotates and not joint_attention_kwargs and why_not(self) is None
+        if torch.compiler.is_compiling():
+            return compiled(stock, type(self)._by_stages, self, inputs, fits)
+        if not fits or drops(self):
+            return stock(self, *inputs)
+        return self._by_stages(*inputs)
 
     def _by_stages(
-        self, x: Tensor, c: Tensor, temb: Tensor, rotation: tuple[Tensor, Tensor]
+        self, x: Tensor, c: Tensor, temb: Tensor, rotation: Any, *_: Any
     ) -> tuple[Tensor, Tensor]:
         """(text, image), as the stock forward returns them."""
         raise NotImplementedError
@@ -76,7 +74,7 @@ class LeanFluxTransformerBlock(LeanFluxBlock, FluxTransformerBlock):
     _stock = FluxTransformerBlock.forward
 
     def _by_stages(
-        self, x: Tensor, c: Tensor, temb: Tensor, rotation: tuple[Tensor, Tensor]
+        self, x: Tensor, c: Tensor, temb: Tensor, rotation: Any, *_: Any
     ) -> tuple[Tensor, Tensor]:
         given = (
             *modulations(self.norm1, temb, 6), *modulations(self.norm1_context, temb, 6), *rotation
@@ -146,7 +144,7 @@ class LeanFluxSingleTransformerBlock(LeanFluxBlock, FluxSingleTransformerBlock):
     _stock = FluxSingleTransformerBlock.forward
 
     def _by_stages(
-        self, x: Tensor, c: Tensor, temb: Tensor, rotation: tuple[Tensor, Tensor]
+        self, x: Tensor, c: Tensor, temb: Tensor, rotation: Any, *_: Any
     ) -> tuple[Tensor, Tensor]:
         tokens = c.shape[1]
         given = (*modulations(self.norm, temb, 3), *rotation)

@@ -42,15 +42,18 @@ class LeanJointTransformerBlock(LeanModule, JointTransformerBlock):
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Any, Tensor]:
         inputs = (hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
-        if torch.compiler.is_compiling():
-            return compiled(_stock, self, inputs)
-        if (
-            not torch.is_grad_enabled()
-            or joint_attention_kwargs
-            or why_not(self) is not None
-            or drops(self)
-        ):
+        if not torch.is_grad_enabled():
             return _stock(self, *inputs)
+        fits = not joint_attention_kwargs and why_not(self) is None
+        if torch.compiler.is_compiling():
+            return compiled(_stock, LeanJointTransformerBlock._by_stages, self, inputs, fits)
+        if not fits or drops(self):
+            return _stock(self, *inputs)
+        return self._by_stages(*inputs)
+
+    def _by_stages(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, *_: Any
+    ) -> tuple[Any, Tensor]:
         image = modulations(self.norm1, temb, 9 if self.use_dual_attention else 6)
         blank = (temb.new_empty(0),) * (_TEXT - len(image))
         if self.context_pre_only:

@@ -31,11 +31,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..adapters import draws, timestep
+from ..adapters import BottleneckAdapter, reruns, timestep
 from ..ops.rule import refuse_second_derivative
 from ..projection import AdaptedProjectionMixin
 from .forgetful import remember
-from .swapping import Settings
+from .swapping import Settings, dropout
 
 Tensors = tuple[Tensor, ...]
 
@@ -58,6 +58,8 @@ class Stage:
 
 def run(stages: Sequence[Stage], state: Tensors, given: Tensors, settings: Settings) -> Tensors:
     """The state after all stages: at level block in one chain, else each stage in its own."""
+    if torch.compiler.is_compiling():  # as what surrounds this is to be computed again
+        return _straight(stages, state, given)
     chains = [stages] if settings.level == "block" else [[stage] for stage in stages]
     for chain in chains:
         state = _run(chain, state, given, settings.norms)
@@ -78,6 +80,10 @@ def _run(stages: Sequence[Stage], state: Tensors, given: Tensors, keep: str) -> 
         if len(stages) > 1:
             state, outs = outs[: len(state)], outs[len(state) :]
         return stages[-1].tail(outs, state, given)
+    return _straight(stages, state, given)
+
+
+def _straight(stages: Sequence[Stage], state: Tensors, given: Tensors) -> Tensors:
     for stage in stages:
         outs = stage.core(stage.head(state, given), given)
         state = stage.tail((*outs, *stage.aside(state, given)), state, given)
@@ -103,6 +109,10 @@ def _condition(modules: Sequence[nn.Module]) -> list[Any]:
             if isinstance(module, AdaptedProjectionMixin):
                 state = (module.enabled, module.merged is None, module.banks)
                 found.append((*state, tuple(module.weights.items())))
+            elif isinstance(module, BottleneckAdapter):
+                found.append(module.scale)
+            elif dropout(module) > 0:
+                found.append(module.training)
     return found
 
 
@@ -123,7 +133,7 @@ class Chain(torch.autograd.Function):
         ctx.condition = _condition(plan.modules)
         ctx.autocast = _autocast_now(state[0])
         ctx.moment = timestep.now()
-        ctx.book = {}
+        ctx.book = []
         ctx.dtypes = [x.dtype for x in state]
         ctx.memories = []
         saved = [*(part for x in state for part in _pack(x, plan.keep)), *given]
@@ -135,7 +145,7 @@ class Chain(torch.autograd.Function):
         for index, stage in enumerate(plan.stages):
             parts = stage.head(state, given)
             outs, memory, kept = remember(lambda *p, s=stage: s.core(p, given), parts)
-            with draws.noted(ctx.book):
+            with reruns.written(ctx.book):
                 asides = stage.aside(state, given)
             ctx.memories.append(memory)
             between = index + 1 < len(plan.stages)
@@ -144,7 +154,7 @@ class Chain(torch.autograd.Function):
             names += [f"stage[{index}].out"] * (len(outs) if between else 0)
             names += [f"stage[{index}].kept"] * len(kept)
             if between:
-                with draws.noted(ctx.book):
+                with reruns.written(ctx.book):
                     state = stage.tail((*outs, *asides), state, given)
         ctx.save_for_backward(*saved)
         ctx.saved_names = tuple(names)
@@ -162,7 +172,7 @@ class Chain(torch.autograd.Function):
                 "again in part, got one whose weights or active adapters were changed since; run "
                 "the backward first (with torch.func: on the stock model, lean(model, 'off'))"
             )
-        with _autocast_as(ctx.autocast), timestep.at(ctx.moment), draws.noted(ctx.book):
+        with _autocast_as(ctx.autocast), timestep.at(ctx.moment), reruns.read(ctx.book):
             return _Backward(ctx).run(grads)
 
 

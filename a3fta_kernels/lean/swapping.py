@@ -93,22 +93,23 @@ def hooks_inside(block: nn.Module) -> str | None:
 
 def drops(module: nn.Module, adapters: bool = False) -> bool:
     """Whether something in the module draws random numbers in a forward, so that no second one is
-    equal. In stages adapters do not count: see `adapters.draws`."""
+    equal. In stages adapters do not count: see `adapters.reruns`."""
     return module.training and any(
-        m.training and (_rate(m) > 0 or (adapters and _draws(m))) for m in module.modules()
+        m.training and (dropout(m) > 0 or (adapters and _draws(m))) for m in module.modules()
     )
 
 
 def has_dropout(module: nn.Module) -> bool:
     """Whether `drops` may say so in training."""
-    return any(_rate(m) > 0 for m in module.modules())
+    return any(dropout(m) > 0 for m in module.modules())
 
 
 def _draws(module: nn.Module) -> bool:
     return isinstance(module, BottleneckAdapter) and (module.dropout > 0 or module.drop_path > 0)
 
 
-def _rate(module: nn.Module) -> float:
+def dropout(module: nn.Module) -> float:
+    """The rate at which the module itself drops in training. Adapters do not count."""
     if isinstance(module, BottleneckAdapter):
         return 0.0
     rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else None

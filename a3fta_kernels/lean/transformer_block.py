@@ -47,17 +47,23 @@ class LeanTransformerBlock(LeanModule, BasicTransformerBlock):
             hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask,
             timestep, cross_attention_kwargs, class_labels, added_cond_kwargs,
         )  # fmt: skip
-        if torch.compiler.is_compiling():
-            return compiled(_stock, self, inputs)
-        if (
-            not torch.is_grad_enabled()
-            or any(key != "scale" for key in cross_attention_kwargs or ())
-            or hidden_states.dim() != 3
-            or why_not(self) is not None
-            or drops(self)
-        ):
+        if not torch.is_grad_enabled():
             return _stock(self, *inputs)
-        text = encoder_hidden_states
+        fits = (
+            all(key == "scale" for key in cross_attention_kwargs or ())
+            and hidden_states.dim() == 3
+            and why_not(self) is None
+        )
+        if torch.compiler.is_compiling():
+            return compiled(_stock, LeanTransformerBlock._by_stages, self, inputs, fits)
+        if not fits or drops(self):
+            return _stock(self, *inputs)
+        return self._by_stages(*inputs)
+
+    def _by_stages(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, text: Tensor | None,
+        text_mask: Tensor | None, *_: Any,
+    ) -> Tensor:  # fmt: skip
         given: list[Tensor] = []
         stages = [
             _attention(
@@ -66,11 +72,7 @@ class LeanTransformerBlock(LeanModule, BasicTransformerBlock):
             )
         ]  # fmt: skip
         if self.attn2 is not None:
-            stages.append(
-                _attention(
-                    self.norm2, self.attn2, text, encoder_attention_mask, hidden_states, given
-                )
-            )
+            stages.append(_attention(self.norm2, self.attn2, text, text_mask, hidden_states, given))
         stages.append(_feed_forward(self.norm3, self.ff))
         return run(stages, (hidden_states,), tuple(given), self.settings)[0]
 

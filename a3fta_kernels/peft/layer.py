@@ -83,11 +83,12 @@ class A3FTALinear(AdaptedProjectionMixin, _Around, BaseTunerLayer):
         return [(self.a3fta_adapters[n], weight) for n, weight in self.weights.items()]  # type: ignore[misc]
 
     def forward(
-        self, h: Tensor, residual: Tensor | None = None, beside: Sequence[Weighted] = ()
-    ) -> Tensor:
+        self, h: Tensor, residual: Tensor | None = None, beside: Sequence[Weighted] = (),
+        acted: bool = False,
+    ) -> Tensor:  # fmt: skip
         if isinstance(self.base_layer, AdaptedProjectionMixin):
-            return self.base_layer(h, residual, beside=[*self.active(), *beside])
-        return super().forward(h, residual, beside)
+            return self.base_layer(h, residual, [*self.active(), *beside], acted)
+        return super().forward(h, residual, beside, acted)
 
     def unreadable_reason(self) -> str | None:
         base = self.base_layer

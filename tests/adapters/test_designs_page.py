@@ -71,7 +71,7 @@ def test_options():
 def test_placements():
     assert fused(placement="pre") and not fused(placement="parallel")
     assert merges(placement="pre") and not merges(placement="parallel")
-    joined = re.search(r"hands them over as one\s\(([^)]*)\)", PAGE)[1]
+    joined = re.search(r"hands\s+them\s+over\s+as\s+one\s+\(([^)]*)\)", PAGE)[1]
     names = set(re.findall(r"`(\w+)`", joined))
     assert names == {name for name, family in FAMILIES.items() if family.joins}
 

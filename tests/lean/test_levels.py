@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -192,6 +193,40 @@ def test_what_adapters_drop_is_dropped_again(name, placement):
         assert_same_step(found, stock, 1e-12)
         if level != "exact":
             assert found.kept < 0.6 * stock.kept
+
+
+@pytest.mark.parametrize("placement", ["pre", "parallel"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_backward_after_another_mode(training, placement):
+    """What was dropped is dropped again, and nothing else, whatever the mode is by then."""
+    model = trained("sd15", placement=placement, dropout=0.4).train(training)
+    batch = batch_for("sd15")
+    stock = drawn_step(model, batch)
+    for level in ("recompute", "block"):
+        a3fta.lean(model.train(training), level)
+        torch.manual_seed(3)
+        loss = model(**batch).sample.square().mean()
+        model.train(not training)
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            if name in stock.grads:
+                torch.testing.assert_close(parameter.grad, stock.grads[name], rtol=1e-9, atol=1e-12)
+        model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+@pytest.mark.parametrize("placement", ["pre", "parallel"])
+def test_layers_that_share_an_adapter_drop_each_its_own(name, placement):
+    model, batch = trained(name, placement=placement, dropout=0.4), batch_for(name)
+    layers: dict[int, Any] = {}
+    for layer in a3fta.projections(model).values():
+        adapter = layers.setdefault(layer.in_features, layer.adapters["default"])
+        layer.adapters["default"] = adapter
+        layer.choose(layer.weights)
+    stock = drawn_step(model, batch)
+    for level in ("recompute", "block"):
+        a3fta.lean(model, level)
+        assert_same_step(drawn_step(model, batch), stock, 1e-12)
 
 
 def test_dropout_of_loras_inside_a_block_goes_to_the_stock_forward():

@@ -37,7 +37,7 @@ def adapter_bank(
         u = scale.to(dtype)[k][:, None, None] * u
     y = x if base is None else base.reshape(*x.shape[:2], base.shape[-1])
     y = torch.where((index >= 0)[:, None, None], y + u, y)
-    return y.view(*h.shape[:-1], y.shape[-1])
+    return y.contiguous().view(*h.shape[:-1], y.shape[-1])
 
 
 def _of(bias: Tensor | None, k: Tensor, dtype: torch.dtype) -> Tensor | None:
