@@ -126,6 +126,26 @@ def test_a_contender_is_judged_in_place_of_the_headline(tmp_path, monkeypatch):
     assert "`full-slow` beside `full` says how much" in text and "this plan cannot say" not in text
 
 
+def test_a_contender_stands_beside_each_other_method_by_seed(tmp_path, monkeypatch):
+    for name in ("headline", "curves"):
+        monkeypatch.setattr(report.figures, name, lambda *_: None)
+    plan = dataclasses.replace(
+        Plan(), ks=(20, 10), seeds=(0, 1, 2), methods=contestants("film"), contender="film"
+    )  # fmt: skip
+    runs = [run("base", k=k, seed=s, kid=2.0) for k in (20, 10) for s in range(3)]
+    for k in (20, 10):
+        for seed in range(3):
+            runs.append(run("full", k=k, seed=seed, kid=1.0 + seed, recall=0.8))
+            apart = [0.1, 0.1, 0.1 * (1 + seed)] if k == 20 else [0.3] * 3
+            curve = [1.0 + seed - d for d in apart]
+            runs.append(run("film", k=k, seed=seed, kid=curve, recall=0.9))
+    text = report.write_report(tmp_path, plan, [line(r) for r in runs], []).read_text()
+    first, second = text.split("time-aware less the others, paired by seed")[1:]
+    row = "| full tuning | -10.0 (-22.4 to 2.4) | 10.0 (10.0 to 10.0) |"
+    assert row in first and "-15.0 (-15.0 to -15.0) | 10.0 (10.0 to 10.0) |" in second
+    assert "without correction" in first and "| A3FTA time-aware |" not in first.split("\n\n")[2]
+
+
 def test_a_search_has_a_rule_and_no_verdicts(tmp_path, monkeypatch):
     for name in ("headline", "curves"):
         monkeypatch.setattr(report.figures, name, lambda *_: None)
