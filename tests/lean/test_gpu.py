@@ -18,9 +18,11 @@ LEVELS = [("exact", "input"), ("recompute", "input"), ("block", "input"), ("bloc
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("level, norms", LEVELS)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-def test_gradients_of_every_level(level, norms, dtype, channels_last):
-    model = trained("sdxl", dtype=dtype).cuda()
+@pytest.mark.parametrize(
+    ("method", "channels_last"), [("a3fta", False), ("a3fta", True), ("parallel", False)]
+)
+def test_gradients_of_every_level(level, norms, dtype, method, channels_last):
+    model = trained("sdxl", method, dtype=dtype).cuda()
     batch = models.inputs("sdxl", device="cuda", dtype=dtype)
     if channels_last:
         model.to(memory_format=torch.channels_last)
