@@ -148,7 +148,7 @@ def test_compiled_in_one_graph(name, placement):
     batch = models.inputs(name)
     expected = step(model, batch)
     kept = {}
-    for level in ("off", "exact", "block") if name == "sd15" else ("block",):
+    for level in ("off", "exact", "block") if placement == "pre" else ("block",):
         torch._dynamo.reset()
         a3fta.lean(model, level)
         compiled = torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True)
@@ -159,5 +159,5 @@ def test_compiled_in_one_graph(name, placement):
         assert_same_step(found, expected, 1e-3)
         kept[level] = found.kept
     assert kept["block"] < 0.5 * expected.kept
-    if name == "sd15":
+    if placement == "pre":
         assert kept["exact"] < kept["off"] and kept["block"] < 0.5 * kept["off"]

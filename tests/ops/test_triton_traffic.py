@@ -224,26 +224,30 @@ def test_adapter_forward(traffic):
     assert run.forward.once("store", run.y)
 
 
-def test_a_bank_is_one_launch_over_all_samples(traffic, monkeypatch):
+@pytest.mark.parametrize("apart", [False, True], ids=["", "base"])
+def test_a_bank_is_one_launch_over_all_samples(traffic, monkeypatch, apart):
     """h twice, y once; of the bank what the samples have, once per block of rows. Without an
-    adapter a sample is copied."""
+    adapter a sample is copied. With a base apart it and h are read once."""
     bank = importlib.import_module("a3fta_kernels.ops.adapter_bank.triton")
     chosen = [triton_support.config(8, 1, BLOCK_M=32, BLOCK_C=64, BLOCK_R=32)]
     monkeypatch.setattr(bank.launch_bank, "configs", lambda *_: chosen)
     samples = M // 50  # of 50 rows: two blocks each
     h, w_down, w_up, b_up = draw(M, C), draw(3, R, C), draw(3, C, R), draw(3, C)
     index, scale = torch.tensor([2, -1, 0]), torch.tensor([0.5, 1.0, 2.0])
+    base = draw(M, C) if apart else None
     with traffic:
-        y = bank_contract.forward(h, w_down, w_up, index, None, b_up, scale, "gelu", "triton")
+        y = bank_contract.forward(h, w_down, w_up, index, None, b_up, scale, base, "gelu", "triton")
         found = fresh(traffic)
     assert found.kernels == ["bank"] and found.once("store", y)
-    assert found.elements("load", h) == (2 * 2 + 1) * M // samples * C
+    assert found.elements("load", h) == (2 if apart else 2 * 2 + 1) * M // samples * C
+    assert base is None or found.once("load", base)
     for weight in (w_down, w_up):
         read = [found.elements("load", one) for one in weight]
         assert read == [2 * R * C, 0, 2 * R * C]
     eager = bank_reference(
-        h.view(samples, 50, C), w_down, w_up, index, None, b_up, scale=scale, activation="gelu"
-    )
+        h.view(samples, 50, C), w_down, w_up, index, None, b_up, scale=scale, activation="gelu",
+        base=None if base is None else base.view(samples, 50, C),
+    )  # fmt: skip
     torch.testing.assert_close(
         y.view_as(eager), eager, rtol=0.02, atol=0.02 * float(eager.abs().max())
     )
