@@ -69,7 +69,7 @@ def lean(
     a module inside carries hooks. A model that changes between a forward and its backward
     (weights, adapters switched) is an error. `torch.func` is for the stock model. Under
     torch.compile, recompute and block are PyTorch's selective checkpointing of whole blocks, less
-    attention.
+    attention; a block in which something drops, adapters too, is the stock one there in training.
 
     Raises:
         TypeError, ValueError: an unknown level, a pattern that matches nothing, a model of which

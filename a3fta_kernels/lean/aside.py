@@ -8,17 +8,13 @@ So nothing of these adapters is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
 from .. import placements
 from ..forwards import inside
 from ..processors.unet import project_out
 from ..projection import AdaptedProjectionMixin
-from .rebuild import Tensors
-
-Reader = Callable[[Tensors, Tensors], Tensor]  # x of the state and what is given
+from .rebuild import Reader, Tensors
 
 
 class Aside:

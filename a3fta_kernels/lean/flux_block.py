@@ -24,7 +24,7 @@ from torch import Tensor
 from . import feed_forward
 from .aside import Aside
 from .compiled import compiled
-from .modulated import clipped, feed_forward_stage, heads, modulate, modulations
+from .modulated import clipped, feed_forward_stage, heads, modulations, reader
 from .rebuild import Stage, Tensors, run
 from .swapping import LeanModule, drops, hooks_inside
 
@@ -91,11 +91,8 @@ class LeanFluxTransformerBlock(LeanFluxBlock, FluxTransformerBlock):
     def _attention_stage(self) -> Stage:
         attn = self.attn
 
-        def image(state: Tensors, given: Tensors) -> Tensor:
-            return modulate(self.norm1.norm, state[0], *given[_IMAGE : _IMAGE + 2])
-
-        def text(state: Tensors, given: Tensors) -> Tensor:
-            return modulate(self.norm1_context.norm, state[1], *given[_TEXT : _TEXT + 2])
+        image = reader(self.norm1.norm, 0, _IMAGE)
+        text = reader(self.norm1_context.norm, 1, _TEXT)
 
         def head(state: Tensors, given: Tensors) -> Tensors:
             n, m = image(state, given), text(state, given)
@@ -155,8 +152,7 @@ class LeanFluxSingleTransformerBlock(LeanFluxBlock, FluxSingleTransformerBlock):
     def _stage(self) -> Stage:
         attn = self.attn
 
-        def read(state: Tensors, given: Tensors) -> Tensor:
-            return modulate(self.norm.norm, state[0], *given[:2])
+        read = reader(self.norm.norm, 0, 0)
 
         def head(state: Tensors, given: Tensors) -> Tensors:
             n = read(state, given)

@@ -18,10 +18,10 @@ from diffusers.models.attention_processor import Attention, JointAttnProcessor2_
 from torch import Tensor, nn
 
 from . import feed_forward
-from .aside import Aside, Reader
+from .aside import Aside
 from .compiled import compiled
-from .modulated import feed_forward_stage, heads, modulate, modulations
-from .rebuild import Stage, Tensors, run
+from .modulated import feed_forward_stage, heads, modulations, reader
+from .rebuild import Reader, Stage, Tensors, run
 from .swapping import LeanModule, drops, hooks_inside
 
 # where the chunks of the modulations begin among what is given to the stages
@@ -71,14 +71,9 @@ class LeanJointTransformerBlock(LeanModule, JointTransformerBlock):
     def _attention_stage(self) -> Stage:
         attn, second = self.attn, self.attn2
 
-        def image(state: Tensors, given: Tensors) -> Tensor:
-            return modulate(self.norm1.norm, state[0], *given[_IMAGE : _IMAGE + 2])
-
-        def text(state: Tensors, given: Tensors) -> Tensor:
-            return modulate(self.norm1_context.norm, state[1], *given[_TEXT : _TEXT + 2])
-
-        def image_again(state: Tensors, given: Tensors) -> Tensor:
-            return modulate(self.norm1.norm, state[0], *given[6:8])
+        image = reader(self.norm1.norm, 0, _IMAGE)
+        text = reader(self.norm1_context.norm, 1, _TEXT)
+        image_again = reader(self.norm1.norm, 0, _IMAGE + 6)
 
         def head(state: Tensors, given: Tensors) -> Tensors:
             n, m = image(state, given), text(state, given)

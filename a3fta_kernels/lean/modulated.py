@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import feed_forward
-from .rebuild import Stage, Tensors
+from .rebuild import Reader, Stage, Tensors
 
 
 def modulations(norm: Any, temb: Tensor, count: int) -> Tensors:
@@ -24,6 +24,11 @@ def modulations(norm: Any, temb: Tensor, count: int) -> Tensors:
 
 def modulate(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return norm(x) * (1 + scale) + shift
+
+
+def reader(norm: nn.Module, state: int, at: int) -> Reader:
+    """What a layer reads of that state: normalised, shifted and scaled by what is given there."""
+    return lambda states, given: modulate(norm, states[state], given[at], given[at + 1])
 
 
 def heads(layer: nn.Module, norm: nn.Module | None, x: Tensor, head_dim: int) -> Tensor:

@@ -38,6 +38,7 @@ from .forgetful import remember
 from .swapping import Settings, dropout
 
 Tensors = tuple[Tensor, ...]
+Reader = Callable[[Tensors, Tensors], Tensor]  # a tensor of the state and what is given
 
 
 @dataclass(frozen=True)

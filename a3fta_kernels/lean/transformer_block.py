@@ -101,9 +101,7 @@ def _attention(
 
     aside = Aside((attn.to_out[0], lambda state, given: norm(state[0])), onto=0)
     reads = [m for name, m in attn.named_children() if not name.startswith("to_out")]
-    return Stage(
-        head, core, tail, (norm, *reads), (attn.to_out[0],), aside, aside.modules
-    )  # fmt: skip
+    return Stage(head, core, tail, (norm, *reads), (attn.to_out[0],), aside, aside.modules)
 
 
 def _feed_forward(norm: nn.Module, ff: Any) -> Stage:
