@@ -4,6 +4,7 @@ arguments that a hook before it reads."""
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -21,9 +22,16 @@ def has_hooks(module: nn.Module, but: tuple[type, ...] = ()) -> bool:
 
 def inside(layer: Any) -> Any:
     """The layer inside PEFT's wrappers."""
+    *_, last = wrapped(layer)
+    return last
+
+
+def wrapped(layer: Any) -> Iterator[Any]:
+    """The layer and what PEFT's wrappers hold, from the outermost in."""
+    yield layer
     while isinstance(getattr(layer, "base_layer", None), nn.Module):
         layer = layer.base_layer
-    return layer
+        yield layer
 
 
 class Argument(NamedTuple):

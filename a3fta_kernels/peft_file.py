@@ -33,7 +33,7 @@ ADAPTERS = "a3fta_adapters"  # what PEFT's layer calls its adapters
 # settings that are called and written alike in `AdapterConfig` and in PEFT's config
 SAME = (
     "rank", "activation", "scale", "design", "dropout", "layer_norm", "drop_path", "time_window",
-    "time_rank",
+    "time_rank", "placement",
 )  # fmt: skip
 
 _PREFIX = "base_model.model."

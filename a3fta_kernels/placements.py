@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from . import ops
+from .adapters import BottleneckAdapter
 from .bank import Bank
-from .forwards import Argument, arguments, inside
+from .forwards import Argument, arguments, inside, wrapped
 from .ops.rule import autocast_dtype
 from .stack import Stack, Weighted, delta, stacks
 
@@ -74,16 +75,21 @@ def follow_input(attention: nn.Module, layer: Any, argument: Argument) -> None:
 
 
 def unfollow_inputs(root: nn.Module) -> None:
-    """Removes what `follow_input` added for layers that have no parallel adapter any more."""
-    for module in root.modules():
+    """Removes what `follow_input` added for layers that have no parallel adapter any more, or are
+    no part of the model."""
+    modules = list(root.modules())
+    left = {id(module) for module in modules if _has_parallel(module)}
+    for module in modules:
         for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, Hand) and not _has_parallel(hook.layer):
+            if isinstance(hook, Hand) and id(hook.layer) not in left:
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key)
 
 
 def _has_parallel(layer: Any) -> bool:
-    return any(a.config.placement == "parallel" for a in getattr(layer, "adapters", {}).values())
+    adapters = getattr(layer, "adapters", None)
+    held = adapters.values() if isinstance(adapters, nn.ModuleDict) else ()
+    return any(isinstance(a, BottleneckAdapter) and a.config.placement == "parallel" for a in held)
 
 
 def split(active: Sequence[Weighted], placement: str) -> list[Weighted]:
@@ -100,15 +106,27 @@ def why_apart(active: Sequence[Weighted]) -> str | None:
     return None
 
 
-def in_front(h: Tensor, found: Sequence[Stack], backend: str) -> Tensor:
-    """h + the adapters of h."""
-    first, *others = found
-    adapted = h + delta(h, first) if first.norm else ops.adapter(
-        h, first.w_down, first.w_up, first.b_down, first.b_up, scale=first.scale,
-        activation=first.activation, gamma=first.gamma, beta=first.beta, backend=backend,
-    )  # fmt: skip
-    for other in others:
-        adapted = adapted + delta(h.to(adapted.dtype), other)
+def in_front(h: Tensor, found: Sequence[Stack], backend: str, banks: Sequence[Bank] = ()) -> Tensor:
+    """h + the adapters of h + of the banks the one that each sample has."""
+    adapted = h
+    for bank in banks:  # one after the other, as no sample has adapters in two
+        adapted = bank(adapted, backend)
+    for stack in found:
+        if adapted is not h or stack.norm:
+            adapted = adapted + delta(h.to(adapted.dtype), stack)
+            continue
+        adapted = ops.adapter(
+            h,
+            stack.w_down,
+            stack.w_up,
+            stack.b_down,
+            stack.b_up,
+            scale=stack.scale,
+            activation=stack.activation,
+            gamma=stack.gamma,
+            beta=stack.beta,
+            backend=backend,
+        )
     return adapted
 
 
@@ -149,24 +167,30 @@ def _sum(a: Tensor | None, b: Tensor) -> Tensor:
     return b if a is None else a + b
 
 
-def beside(layer: Any) -> Beside | None:
-    """What acts beside attention in the layer's next forward."""
-    banks = layer.acting_banks()
-    found = Beside(
-        split(layer.active(), "parallel") if banks is None else [],
-        [bank for bank in banks or () if bank.placement == "parallel"],
-        layer.backend,
-    )
-    return found if found.active or found.banks else None
+def beside(layer: nn.Module) -> Beside | None:
+    """What acts beside attention in the layer's next forward, in all of PEFT's wrappers around it.
+
+    None where nothing does.
+    """
+    active: list[Weighted] = []
+    banks: list[Bank] = []
+    backend = "auto"
+    for part in wrapped(layer):
+        if not hasattr(part, "acting_banks"):
+            continue
+        backend = part.backend
+        chosen = part.acting_banks()
+        if chosen is None:
+            active = [*split(part.active(), "parallel"), *active]
+        else:
+            banks += (bank for bank in chosen if bank.placement == "parallel")
+    return Beside(active, banks, backend) if active or banks else None
 
 
 def behind(layer: Any, y: Tensor, active: Sequence[Weighted], banks: Sequence[Bank] = ()) -> Tensor:
     """The projection's output with the adapters behind and beside it, of these."""
-    post = split(active, "post")
-    found = in_front(y, stacks(post, y), layer.backend) if post else y
-    for bank in banks:
-        if bank.placement == "post":
-            found = bank(found, layer.backend)
+    post = [bank for bank in banks if bank.placement == "post"]
+    found = in_front(y, stacks(split(active, "post"), y), layer.backend, post)
     parallel = split(active, "parallel"), [b for b in banks if b.placement == "parallel"]
     if not any(parallel):
         return found

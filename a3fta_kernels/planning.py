@@ -144,7 +144,7 @@ def _plan_site(plan: Plan, site: processors.Site, root: nn.Module) -> list[str]:
             plan.columns[name] = site.columns
             plan.ranks[name] = plan.config.rank_for(name)
             if plan.config.placement == "parallel":
-                plan.inputs[name] = site.attention, _input(plan.family, site, name)
+                plan.inputs[name] = site.attention, read_beside(plan.family, site, name)
     names = [plain_name(full) for full in projections]
     if len(reasons) == len(projections):
         plan.unadapted[site.name] = reasons[0]
@@ -161,7 +161,8 @@ def _plan_site(plan: Plan, site: processors.Site, root: nn.Module) -> list[str]:
     return names
 
 
-def _input(family: Family, site: processors.Site, name: str) -> placements.Input:
+def read_beside(family: Family, site: processors.Site, name: str) -> placements.Input:
+    """What a parallel adapter of the projection `name` reads; ValueError where nobody can tell."""
     if family.joins:
         raise ValueError(
             f"placement: expected a family whose attention hands over what it is given row by "

@@ -26,7 +26,7 @@ from .ops.adapter_linear import api as adapter_linear_api
 from .ops.adapter_linear import contract as adapter_linear_contract
 from .ops.cross_attention_adapter import api as cross_attention_api
 from .ops.rule import acc_dtype, autocast_dtype
-from .stack import Stack, Weighted, delta, for_samples, stacks
+from .stack import Stack, Weighted, for_samples, stacks
 from .whereabouts import unreadable_weight
 
 logger = logging.getLogger("a3fta_kernels")
@@ -93,12 +93,12 @@ class AdaptedProjectionMixin(_Linear):
         without those that read what attention is given, as they acted already.
         """
         banks = self.acting_banks()
-        if banks is not None:
-            kept = [bank for bank in banks if not (acted and bank.placement == "parallel")]
-            return _add(self._by_sample(h, kept, beside), residual)
-        active = [*self.active(), *beside]
+        active = [*(self.active() if banks is None else ()), *beside]
         if acted:
             active = [pair for pair in active if pair[0].config.placement != "parallel"]
+        if banks is not None:
+            kept = [bank for bank in banks if not (acted and bank.placement == "parallel")]
+            return _add(self._by_sample(h, kept, active), residual)
         if not active:
             return _add(super().forward(h), residual)
         early = placements.split(active, "pre")
@@ -139,16 +139,13 @@ class AdaptedProjectionMixin(_Linear):
         every adapter would be made first. And so any layer will do, a quantized one too.
         """
         early = [bank for bank in banks if bank.placement == "pre"]
-        if early or beside:
+        ahead = placements.split(beside, "pre")
+        if early or ahead:
             before, inside, after = self._parts(h)
-            adapted = inside
-            for bank in early:
-                adapted = bank(adapted, self.backend)
-            for stack in stacks(list(beside), inside) if beside else ():
-                adapted = adapted + delta(inside.to(adapted.dtype), stack)
+            adapted = placements.in_front(inside, stacks(ahead, inside), self.backend, early)
             h = _whole(before, adapted, after)
         y = super().forward(h)
-        return y if len(early) == len(banks) else placements.behind(self, y, [], banks)
+        return placements.behind(self, y, beside, banks)
 
     def acting_banks(self) -> tuple[Bank, ...] | None:
         """The banks, where each sample has its own adapters in the next forward."""

@@ -101,13 +101,11 @@ def save_adapter(
     sharded = any(is_sharded(tensor) for tensor in tensors.values())
     tensors = {key: whole(tensor) for key, tensor in tensors.items()}
     config = _config([_adapter(layer, name) for layer in layers.values()])
-    for field, plain in {"placement": "pre", "train": "adapter"}.items():
-        value = getattr(config, field)
-        if layout == "peft" and value != plain:
-            raise ValueError(
-                f"layout: expected 'a3fta' for an adapter with {field}={value!r}, which PEFT does "
-                f"not have, got 'peft'"
-            )
+    if layout == "peft" and config.train != "adapter":
+        raise ValueError(
+            f"layout: expected 'a3fta' for an adapter with train={config.train!r}, which PEFT does "
+            f"not have, got 'peft'"
+        )
     target = Path(folder)
     if sharded and not writes():
         return target

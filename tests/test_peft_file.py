@@ -23,6 +23,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"rank": 3, "activation": "silu", "scale": 0.25, "bias": False, "dropout": 0.5},
     {"design": "gated", "targets": ("attn2",), "dtype": torch.float64},
     {"rank_pattern": {"up_blocks": 1, "attn1": 6}},
+    {"placement": "post"},
+    {"placement": "parallel", "rank_pattern": {"attn1": 6}},
 ]
 
 

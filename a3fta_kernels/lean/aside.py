@@ -11,7 +11,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .. import placements
-from ..forwards import inside
 from ..processors.unet import project_out
 from ..projection import AdaptedProjectionMixin
 from .rebuild import Reader, Tensors
@@ -31,8 +30,7 @@ class Aside:
         self._onto = onto
         self._found: list[tuple[nn.Module, placements.Beside, Reader]] = []
         for module, read in readers:
-            layer = inside(module)
-            found = placements.beside(layer) if isinstance(layer, AdaptedProjectionMixin) else None
+            found = placements.beside(module)
             if found is not None:
                 self._found.append((module, found, read))
         self.modules = tuple(a for _, beside, _ in self._found for a in beside.adapters)

@@ -24,10 +24,10 @@ class A3FTAConfig(PeftConfig):
     """The adapter, and where PEFT puts it.
 
     Args:
-        rank, activation, scale, design, dropout, layer_norm, drop_path, time_window, time_rank:
-            as in `AdapterConfig`.
+        rank, activation, scale, design, dropout, layer_norm, drop_path, time_window, time_rank,
+            placement: as in `AdapterConfig`; "parallel" only of layers that consume attention.
         use_bias: `AdapterConfig.bias`; in PEFT, `bias` is about the base's own.
-        target_modules: the linear layers that get an adapter in front, by PEFT's rule: names or
+        target_modules: the linear layers that get an adapter, by PEFT's rule: names or
             ends of names, or a regular expression of the whole name. None: the layers that consume
             attention, in a model of a known family. Where such a layer reads more than attention
             (Flux's single blocks) the adapter has attention's columns, however it was named.
@@ -54,6 +54,7 @@ class A3FTAConfig(PeftConfig):
     drop_path: float = 0.0
     time_window: Any = None
     time_rank: Any = None
+    placement: str = "pre"
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -102,10 +103,6 @@ class A3FTAConfig(PeftConfig):
             raise TypeError(f"config: expected an AdapterConfig, got {describe(config)}")
         if config.train != "adapter":
             raise ValueError(f"config: expected train='adapter', as in PEFT, got {config.train!r}")
-        if config.placement != "pre":
-            raise ValueError(
-                f"config: expected placement='pre', as in PEFT, got {config.placement!r}"
-            )
         if config.targets is not None:
             if model is None:
                 raise ValueError(

@@ -28,7 +28,7 @@ class _Around(nn.Module):
 
 
 class A3FTALinear(AdaptedProjectionMixin, _Around, BaseTunerLayer):
-    """A linear layer with adapters in front, as `AdaptedProjection` computes it; PEFT has them.
+    """A linear layer with adapters, as `AdaptedProjection` computes it; PEFT has them.
 
     Around a plain `nn.Linear` layer and adapter are one fused op. Around another one (quantized,
     with hooks), the adapter is an op, and then the layer is called. Around a layer that `inject`
@@ -37,6 +37,7 @@ class A3FTALinear(AdaptedProjectionMixin, _Around, BaseTunerLayer):
 
     foreign = True
     banks = None
+    source: Tensor | None = None
     adapter_layer_names = ("a3fta_adapters",)
     other_param_names = ("r", "scaling")
 
@@ -87,6 +88,8 @@ class A3FTALinear(AdaptedProjectionMixin, _Around, BaseTunerLayer):
         acted: bool = False,
     ) -> Tensor:  # fmt: skip
         if isinstance(self.base_layer, AdaptedProjectionMixin):
+            if self.source is not None:
+                self.base_layer.source, self.source = self.source, None
             return self.base_layer(h, residual, [*self.active(), *beside], acted)
         return super().forward(h, residual, beside, acted)
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..backends import resolve
 from ..forwards import inside
-from ..planning import new_adapter
-from ..processors import family_of
-from ..projection import AdaptedProjectionMixin, Columns
+from ..placements import Input, follow_input, unfollow_inputs
+from ..planning import new_adapter, read_beside
+from ..processors import Site, family_of
+from ..projection import AdaptedProjectionMixin
 from ..timesteps import check_timed, follow, unfollow
 from ..tree import plain_name
 from ..whereabouts import check_whole
@@ -27,17 +28,19 @@ class A3FTAModel(BaseTuner):
     prefix = "a3fta_"
     tuner_layer_cls = A3FTALinear
 
-    columns: dict[str, Columns]  # of the layers that consume attention: what of them does
+    sites: dict[str, Site]  # of the layers that consume attention, by their names without PEFT
+    # of the layers that get a parallel adapter: the attention layer, and what of it they read
+    inputs: dict[str, tuple[nn.Module, Input]]
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **options: Any
     ) -> None:
-        self.columns = attention_columns(model)
+        self.sites = attention_sites(model)
         try:
             config: Any = self.peft_config[adapter_name]
             if config.target_modules is None:
                 # a copy: the user may give the same config to another model
-                targets = _targets(model, self.columns)
+                targets = _targets(model, self.sites)
                 self.peft_config[adapter_name] = dataclasses.replace(config, target_modules=targets)
             timed = config.to_adapter_config().timed
             if timed:
@@ -51,11 +54,23 @@ class A3FTAModel(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Checks every layer that will be adapted, while nothing is changed yet."""
+        self.inputs = {}
         tuners = [f"{k}." for k, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
         for key, module in model.named_modules():
             inner = key.startswith(tuple(tuners))
             if key and not inner and self._check_target_module_exists(peft_config, key):
                 _check(key, inside(module), peft_config)
+                if peft_config.placement == "parallel":
+                    self.inputs[plain_name(key)] = self._input(model, plain_name(key))
+
+    def _input(self, model: nn.Module, name: str) -> tuple[nn.Module, Input]:
+        site = self.sites.get(name)
+        if site is None:
+            raise ValueError(
+                f"placement: expected a layer that consumes attention, for a parallel adapter, got "
+                f"{name}; choose 'pre' or 'post', or other target_modules"
+            )
+        return site.attention, read_beside(family_of(model), site, name)
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: Any, target_name: str,
@@ -67,11 +82,16 @@ class A3FTAModel(BaseTuner):
             parent, target_name, target = around, "base_layer", around.base_layer
         key = plain_name(current_key)
         known = isinstance(target, A3FTALinear)
-        layer = target if known else A3FTALinear(target, self.columns.get(key))
+        site = self.sites.get(key)
+        layer = target if known else A3FTALinear(target, None if site is None else site.columns)
         layer.backend = peft_config.backend
         own, linear = peft_config.to_adapter_config(), inside(target)
-        adapter = new_adapter(own, linear, layer.columns, own.rank_for(key))
+        attention, given = self.inputs.get(key, (None, None))
+        reads = None if given is None else given.channels
+        adapter = new_adapter(own, linear, layer.columns, own.rank_for(key), reads)
         layer.update_layer(adapter_name, adapter, peft_config.inference_mode)
+        if attention is not None and given is not None:
+            follow_input(attention, layer, given.argument)
         if not known:
             setattr(parent, target_name, layer)
 
@@ -89,11 +109,13 @@ class A3FTAModel(BaseTuner):
             self._check_all_merge(adapter_names, safe_merge)
         found = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         unfollow(self.model)
+        unfollow_inputs(self.model)
         return found
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         unfollow(self.model)
+        unfollow_inputs(self.model)
 
     def _check_all_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Raises for the layer that would, before the first one is merged."""
@@ -107,20 +129,20 @@ class A3FTAModel(BaseTuner):
         return plain_name(super()._remove_adapter_name_from_key(key, adapter_name))
 
 
-def attention_columns(model: nn.Module) -> dict[str, Columns]:
-    """The layers that consume attention, by their names without PEFT, and which of their columns
-    do; empty where none is found."""
+def attention_sites(model: nn.Module) -> dict[str, Site]:
+    """Where each layer that consumes attention belongs, by its name without PEFT; empty where none
+    is found."""
     sites = family_of(model).sites(model)
-    return {plain_name(full): site.columns for site in sites for full in site.projections}
+    return {plain_name(full): site for site in sites for full in site.projections}
 
 
-def _targets(model: nn.Module, columns: Mapping[str, Columns]) -> list[str]:
-    if not columns:
+def _targets(model: nn.Module, sites: Mapping[str, Site]) -> list[str]:
+    if not sites:
         raise ValueError(
             f"target_modules: expected names of linear layers, as none of a {type(model).__name__} "
             f"is known to read attention, got None"
         )
-    return list(columns)
+    return list(sites)
 
 
 def _check(name: str, linear: nn.Module, config: A3FTAConfig) -> None:
