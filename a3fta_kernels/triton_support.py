@@ -9,7 +9,8 @@ it on a GPU, the interpreter takes its first, and `benchmarks/aot.py` compiles a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -263,8 +264,8 @@ class Launcher:
     """A kernel with its configurations: picks one and launches.
 
     `configs(bytes per element, rank block, capability)` lists them, the default first. The first
-    call for a key times all of them on a GPU; a capturing stream and the interpreter take the
-    default.
+    call for a key compiles all of them on a GPU, side by side, and times them; a capturing stream
+    and the interpreter take the default.
     """
 
     def __init__(self, kernel: Any, configs: Callable[[int, int, int], list[Config]]) -> None:
@@ -290,11 +291,13 @@ class Launcher:
         return self.configs(like.element_size(), rank, chip(like.device).capability)
 
     def _launch(self, plan: Plan, like: Tensor, rank: int, key: tuple) -> None:
-        def prepared(choice: Config) -> Callable[[], Any]:
+        def call(choice: Config) -> tuple[tuple[int, ...], dict[str, Any]]:
             grid, arguments = plan(choice.meta)
-            return functools.partial(
-                self.kernel[grid], **arguments, **choice.meta, **choice.options
-            )
+            return grid, arguments | choice.meta | choice.options
+
+        def prepared(choice: Config) -> Callable[[], Any]:
+            grid, arguments = call(choice)
+            return functools.partial(self.kernel[grid], **arguments)
 
         full = (like.device, like.dtype, rank, *key)
         choice = self._chosen.get(full)
@@ -302,6 +305,7 @@ class Launcher:
             candidates = self.candidates(like, rank)
             choice = candidates[0]
             if like.is_cuda and not torch.cuda.is_current_stream_capturing():
+                compile_together(self.kernel, [call(candidate) for candidate in candidates])
                 choice = self._chosen[full] = fastest(prepared, candidates)
         grid, arguments = plan(choice.meta)
         self._start(grid, arguments | choice.meta, choice.options, like.device)
@@ -336,6 +340,16 @@ def _trait(value: Any) -> Any:
     if isinstance(value, TensorDescriptor):
         return value.base.dtype, *value.block_shape
     return kind, value
+
+
+def compile_together(kernel: Any, calls: Sequence[tuple[tuple[int, ...], dict[str, Any]]]) -> None:
+    """Compiles what `kernel[grid](**arguments)` of these calls needs, each in a thread of its own.
+
+    The compiler holds no lock of Python's: all take as long as the slowest, given processors.
+    """
+    with ThreadPoolExecutor(len(calls)) as pool, triton.AsyncCompileMode(pool):
+        for grid, arguments in calls:
+            kernel.warmup(grid=grid, **arguments)
 
 
 def fastest(prepared: Callable[[Config], Callable[[], Any]], candidates: list[Config]) -> Config:

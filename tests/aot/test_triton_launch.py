@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import CompiledKernel  # noqa: E402
 
 from a3fta_kernels import triton_support  # noqa: E402
+from a3fta_kernels.backends import triton_interpreted  # noqa: E402
 
 CHOICE = triton_support.config(4, 3, BLOCK_M=16)
 X = torch.zeros(64, 64, dtype=torch.bfloat16)
@@ -96,3 +101,71 @@ def test_it_keeps_few(launcher, monkeypatch):
     for m in range(2, 12):
         launch(launcher, M=m)
         assert len(launcher._compiled) <= 3
+
+
+class Chip:
+    """As much of a driver as a compiler asks for."""
+
+    def get_current_device(self):
+        return 77
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 80, 32)
+
+
+@triton.jit
+def doubled_kernel(x_ptr, N, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < N)
+    tl.store(x_ptr + offs, 2 * x, mask=offs < N)
+
+
+@pytest.fixture
+def compiles(monkeypatch, tmp_path):
+    """A function that has blocks of these sizes compiled; what is done by each compile."""
+    if triton_interpreted():
+        pytest.skip("under TRITON_INTERPRET kernels are not compiled")
+    real = triton.compiler.compile
+    does = []
+
+    def compile(*args, **options):
+        for act in does:
+            act()
+        return real(*args, **options)
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.compiler, "compile", compile)
+    monkeypatch.setattr(triton.runtime.driver, "_active", Chip())
+
+    def run(*blocks):
+        calls = [dict(x_ptr=X, N=64, BLOCK=block, **CHOICE.options) for block in blocks]
+        triton_support.compile_together(doubled_kernel, [((1,), call) for call in calls])
+
+    yield run, does
+    doubled_kernel.device_caches.pop(77, None)
+
+
+def test_candidates_are_compiled_side_by_side_and_once(compiles):
+    run, does = compiles
+    # each waits for the other two, which one after the other would never come
+    does += [threading.Barrier(3, timeout=60).wait]
+    run(16, 32, 64)
+    does[:] = [lambda: pytest.fail("compiled again")]
+    run(16, 32, 64)
+    run(64)
+
+
+def test_what_a_compiler_says_of_one_is_heard(compiles):
+    run, does = compiles
+
+    def refuse():
+        raise RuntimeError("no such instruction")
+
+    does.append(refuse)
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        run(128, 256)
+    does.clear()
+    run(128, 256)
