@@ -1,4 +1,4 @@
-# `make` lists the targets. Every target is one line of plain commands, also in README.md.
+# `make` lists the targets. Every target is one line of plain commands, also in CONTRIBUTING.md.
 #
 # PYTHON  the interpreter that makes the virtual environment (3.11 or newer)
 # TORCH   what pip installs as torch; options may follow, as in TORCH="torch --index-url URL"

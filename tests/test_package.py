@@ -234,12 +234,12 @@ def test_every_target_is_documented():
     assert set(targets()) == set(phony) - {"FORCE"}
 
 
-# how the README shortens what stands in an environment's bin
+# how CONTRIBUTING shortens what stands in an environment's bin
 SHORT = {"pip": "pip", "ruff": "ruff", "mypy": "mypy", "a3fta": "a3fta_kernels"}
 
 
 def commands(cell: str) -> list[str]:
-    """Those of a cell of the README's table, in full."""
+    """Those of a cell of CONTRIBUTING's table, in full."""
     found = re.findall(r"`(.+?)`", re.sub(r" \(.*\)$", "", cell))
     pattern = rf"^({'|'.join(SHORT)}) "
     return [
@@ -248,8 +248,9 @@ def commands(cell: str) -> list[str]:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_the_readme_has_the_commands_of_every_target():
-    rows = dict(re.findall(r"^\| `make (\w+)` \| (.+) \|$", README, re.MULTILINE))
+def test_contributing_has_the_commands_of_every_target():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = dict(re.findall(r"^\| `make (\w+)` \| (.+) \|$", page, re.MULTILINE))
     assert set(rows) == set(targets()) - {"help"}
     for target, cell in rows.items():
         # of all but the set-up: without the set-up
