@@ -13,7 +13,7 @@ from ..backends import resolve
 from ..forwards import inside
 from ..placements import Input, follow_input, unfollow_inputs
 from ..planning import new_adapter, read_beside
-from ..processors import Site, family_of
+from ..processors import Family, Site, family_of
 from ..projection import AdaptedProjectionMixin
 from ..timesteps import check_timed, follow, unfollow
 from ..tree import plain_name
@@ -28,14 +28,14 @@ class A3FTAModel(BaseTuner):
     prefix = "a3fta_"
     tuner_layer_cls = A3FTALinear
 
+    family: Family
     sites: dict[str, Site]  # of the layers that consume attention, by their names without PEFT
-    # of the layers that get a parallel adapter: the attention layer, and what of it they read
-    inputs: dict[str, tuple[nn.Module, Input]]
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **options: Any
     ) -> None:
-        self.sites = attention_sites(model)
+        self.family = family_of(model)
+        self.sites = attention_sites(self.family, model)
         try:
             config: Any = self.peft_config[adapter_name]
             if config.target_modules is None:
@@ -47,30 +47,30 @@ class A3FTAModel(BaseTuner):
                 check_timed(model)
             super().inject_adapter(model, adapter_name, *args, **options)
             if timed:
-                follow(model, family_of(model).timesteps)
+                follow(model, self.family.timesteps)
         except Exception:
             self.peft_config.pop(adapter_name, None)
             raise
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Checks every layer that will be adapted, while nothing is changed yet."""
-        self.inputs = {}
         tuners = [f"{k}." for k, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
         for key, module in model.named_modules():
             inner = key.startswith(tuple(tuners))
             if key and not inner and self._check_target_module_exists(peft_config, key):
                 _check(key, inside(module), peft_config)
                 if peft_config.placement == "parallel":
-                    self.inputs[plain_name(key)] = self._input(model, plain_name(key))
+                    self._input(plain_name(key))
 
-    def _input(self, model: nn.Module, name: str) -> tuple[nn.Module, Input]:
+    def _input(self, name: str) -> tuple[nn.Module, Input]:
+        """The attention layer of a layer that consumes it, and what a parallel adapter reads."""
         site = self.sites.get(name)
         if site is None:
             raise ValueError(
                 f"placement: expected a layer that consumes attention, for a parallel adapter, got "
                 f"{name}; choose 'pre' or 'post', or other target_modules"
             )
-        return site.attention, read_beside(family_of(model), site, name)
+        return site.attention, read_beside(self.family, site, name)
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: Any, target_name: str,
@@ -86,12 +86,13 @@ class A3FTAModel(BaseTuner):
         layer = target if known else A3FTALinear(target, None if site is None else site.columns)
         layer.backend = peft_config.backend
         own, linear = peft_config.to_adapter_config(), inside(target)
-        attention, given = self.inputs.get(key, (None, None))
-        reads = None if given is None else given.channels
+        reads = None
+        if own.placement == "parallel":
+            attention, given = self._input(key)
+            follow_input(attention, layer, given.argument)
+            reads = given.channels
         adapter = new_adapter(own, linear, layer.columns, own.rank_for(key), reads)
         layer.update_layer(adapter_name, adapter, peft_config.inference_mode)
-        if attention is not None and given is not None:
-            follow_input(attention, layer, given.argument)
         if not known:
             setattr(parent, target_name, layer)
 
@@ -129,11 +130,10 @@ class A3FTAModel(BaseTuner):
         return plain_name(super()._remove_adapter_name_from_key(key, adapter_name))
 
 
-def attention_sites(model: nn.Module) -> dict[str, Site]:
+def attention_sites(family: Family, model: nn.Module) -> dict[str, Site]:
     """Where each layer that consumes attention belongs, by its name without PEFT; empty where none
     is found."""
-    sites = family_of(model).sites(model)
-    return {plain_name(full): site for site in sites for full in site.projections}
+    return {plain_name(full): site for site in family.sites(model) for full in site.projections}
 
 
 def _targets(model: nn.Module, sites: Mapping[str, Site]) -> list[str]:
