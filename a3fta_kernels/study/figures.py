@@ -71,14 +71,16 @@ def trained(runs: ByMethod) -> dict[str, Sequence[Run]]:
 def headline(path: Path, runs: ByMethod, kid_scale: float, chance: float, title: str) -> None:
     """KID against the share of near-copies: a path over steps per method, from a small mark at
     the first checkpoint to a large one at the last, a square where folds say to stop; shaded, from
-    four seeds on and to ten methods, the 95 % intervals of both."""
+    four seeds on and to ten methods, the 95 % intervals of both. Methods with the same runs, as
+    two that were given one learning rate, share a path."""
     figure, (ax,) = _page(9, 6)
     colours = _colours(runs)
     paths = []
-    for name, found in trained(runs).items():
-        x, y, colour = _mean(found, "copies", 100), _mean(found, "kid", kid_scale), colours[name]
+    for names, found in _alike(runs):
+        x, y = _mean(found, "copies", 100), _mean(found, "kid", kid_scale)
+        colour, label = colours[names[0]], " = ".join(METHODS[name].label for name in names)
         paths.append((x, y, colour))
-        ax.plot(x[0], y[0], color=colour, linewidth=2, label=METHODS[name].label, zorder=3)
+        ax.plot(x[0], y[0], color=colour, linewidth=2, label=label, zorder=3)
         ax.plot(x[0][0], y[0][0], "o", color=colour, markersize=4, zorder=4)
         ax.plot(x[0][-1], y[0][-1], "o", color=colour, markersize=10, markeredgecolor=PAPER,
                 zorder=5)  # fmt: skip
@@ -101,35 +103,55 @@ def headline(path: Path, runs: ByMethod, kid_scale: float, chance: float, title:
     ax.set_xlabel("near-copies among samples, % (dotted: among real images)", color=INK)
     ax.set_ylabel("KID, % of the base's", color=INK)
     ax.set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold")
-    ax.legend(frameon=False, fontsize=9, labelcolor=INK)
+    ax.legend(facecolor=PAPER, edgecolor=PAPER, framealpha=0.8, fontsize=9, labelcolor=INK)
     figure.savefig(path, dpi=110, facecolor=PAPER)
+
+
+def _alike(runs: ByMethod) -> list[tuple[list[str], Sequence[Run]]]:
+    """The methods, those together whose runs came out the same, and the runs."""
+    groups: dict[Any, tuple[list[str], Sequence[Run]]] = {}
+    for name, found in trained(runs).items():
+        key = tuple(tuple(run.curves[m]) for run in found for m in ("copies", "kid"))
+        groups.setdefault(key, ([], found))[0].append(name)
+    return list(groups.values())
 
 
 def _plain(axis: Any) -> None:
     """Round numbers, written as they are, on an axis of which most is logarithmic."""
     from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-    axis.set_major_locator(FixedLocator([0, 1, 2, 5, 10, 20, 50, 100]))
+    axis.set_major_locator(FixedLocator([0, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100]))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(ScalarFormatter())
 
 
 def _ribbon(ax: Any, x: Sequence[list[float]], y: Sequence[list[float]], colour: str) -> None:
-    """The boxes of both intervals of each two checkpoints, joined."""
-    from matplotlib.patches import Polygon
+    """Ellipses of both intervals at the checkpoints, each joined with the next, as one area."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path as Outline
     from scipy.spatial import ConvexHull
 
-    boxes = [
-        # a box without a width has no hull
-        [(a, b) for a in (left - 0.02, right + 0.02) for b in (low - 0.02, high + 0.02)]
+    turns = np.linspace(0, 2 * math.pi, 48, endpoint=False)
+    ellipses = [
+        # one without a width would have no hull
+        np.stack(
+            [
+                (left + right) / 2 + ((right - left) / 2 + 0.02) * np.cos(turns),
+                (low + high) / 2 + ((high - low) / 2 + 0.02) * np.sin(turns),
+            ],
+            axis=1,
+        )
         for left, right, low, high in zip(*x[1:], *y[1:], strict=True)
         if math.isfinite(right - left) and math.isfinite(high - low)
     ]
-    for one, other in pairwise(boxes):
-        points = np.array(one + other)
-        ax.add_patch(
-            Polygon(points[ConvexHull(points).vertices], color=colour, alpha=0.1, linewidth=0)
-        )
+    # all turn the same way, so that what two of them cover is no darker
+    hulls = []
+    for one, other in pairwise(ellipses):
+        points = np.concatenate([one, other])
+        hulls.append(Outline(points[ConvexHull(points).vertices], closed=False))
+    if hulls:
+        whole = Outline.make_compound_path(*hulls)
+        ax.add_patch(PathPatch(whole, color=colour, alpha=0.1, linewidth=0))
 
 
 def curves(path: Path, runs: ByMethod, kid_scale: float) -> None:

@@ -43,6 +43,13 @@ def test_every_method_is_in_the_headline(tmp_path):
         assert rgb in colours, method
 
 
+def test_methods_with_the_same_runs_share_a_path():
+    runs = by_method() | {"full-slow": by_method()["full"]}
+    groups = [names for names, _ in figures._alike(runs)]
+    assert ["full", "full-slow"] in groups
+    assert sorted(name for names in groups for name in names) == sorted(set(runs) - {"base"})
+
+
 def test_grids_show_the_chosen_and_the_last_step(tmp_path, monkeypatch):
     def gray(value):
         return [Image.new("L", (4, 4), value)] * 25
