@@ -8,6 +8,7 @@ it on a GPU, the interpreter takes its first, and `benchmarks/aot.py` compiles a
 
 from __future__ import annotations
 
+import contextvars
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -347,9 +348,14 @@ def compile_together(kernel: Any, calls: Sequence[tuple[tuple[int, ...], dict[st
 
     The compiler holds no lock of Python's: all take as long as the slowest, given processors.
     """
-    with ThreadPoolExecutor(len(calls)) as pool, triton.AsyncCompileMode(pool):
-        for grid, arguments in calls:
-            kernel.warmup(grid=grid, **arguments)
+
+    def run() -> None:
+        with ThreadPoolExecutor(len(calls)) as pool, triton.AsyncCompileMode(pool):
+            for grid, arguments in calls:
+                kernel.warmup(grid=grid, **arguments)
+
+    # in a context of its own: up to Triton 3.7 a compile that fails leaves the mode on
+    contextvars.copy_context().run(run)
 
 
 def fastest(prepared: Callable[[Config], Callable[[], Any]], candidates: list[Config]) -> Config:
