@@ -330,3 +330,10 @@ def test_no_file_outgrows_a_reader():
         str(p.relative_to(ROOT)): n for p in sources() if (n := len(p.open().readlines())) > 450
     }
     assert not long, f"over 450 lines, find a seam: {long}"
+
+
+def test_the_floor_plan_names_every_file_at_the_top_of_the_package():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    plan = page[page.index("## Floor plan") : page.index("## Import arrows")]
+    names = {path.name for path in PACKAGE.glob("*.py") if not path.name.startswith("__")}
+    assert {name for name in names if name not in plan} == set()
