@@ -83,6 +83,8 @@ def finetune(settings: Settings, listener: Listener | None = None) -> Path:
         warnings = _prepare(settings, family, listener)
         base = Run(settings, family, accelerator, material, output, (), (), "", listener)
         _lean(base, data)
+        if accelerator.device.type == "cuda":
+            listener.say("The first step of each size compiles its kernels, if no earlier run did")
         if main:
             # from here on there is a run: what could not be was told before
             records.write(output / SETTINGS, settings.to_yaml())
