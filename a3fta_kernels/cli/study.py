@@ -49,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--contender", default="", help="the method that the report judges")
     parser.add_argument(
+        "--compare", nargs="+", default=(), metavar="NAME",
+        help="these against each other method, seed by seed; nothing is judged",
+    )  # fmt: skip
+    parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="(cpu for a pair; for a pipeline cuda, if any)"
     )
     parser.add_argument("--bases", type=Path, help="where the pair's base is (the folder)")
@@ -105,7 +109,9 @@ def _plan(args: argparse.Namespace) -> Any:
     for name, _ in args.rates or ():
         if not method(name).trials:
             raise CommandError(f"rates: {name} is not trained, so it has none")
-    return dataclasses.replace(Plan(), pair=_name(args), contender=args.contender, **changes)
+    return dataclasses.replace(
+        Plan(), pair=_name(args), contender=args.contender, compared=tuple(args.compare), **changes
+    )
 
 
 def _name(args: argparse.Namespace) -> str:

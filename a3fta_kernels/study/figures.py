@@ -20,10 +20,13 @@ COLOURS = {
     "adapter+attention": "#b0477f",
 }  # fmt: skip
 # of a search's candidates, in turn
-_OTHERS = ("#4c78a8", "#e45756", "#54a24b", "#b79a20", "#9d755d", "#bab0ac", "#72b7b2", "#ff9da6")
+_OTHERS = (
+    "#4c78a8", "#e45756", "#54a24b", "#b79a20", "#9d755d", "#bab0ac", "#72b7b2", "#ff9da6",
+    "#5b4fa0", "#1b7f5c", "#d16ba5", "#2f3b45",
+)  # fmt: skip
 INK, MUTED, PAPER, EDGE = "#1f2328", "#667078", "#fbfaf7", "#d8d5cd"
 _ENOUGH = 4  # seeds, for an interval that is worth drawing
-_MANY = 10  # methods, of which the intervals hide each other
+_MANY = 10  # methods, of which the intervals hide each other and the names the paths
 _SHOWN = 20  # samples in a row of the grid
 
 # method -> runs of one k
@@ -73,7 +76,8 @@ def headline(path: Path, runs: ByMethod, kid_scale: float, chance: float, title:
     the first checkpoint to a large one at the last, a square where folds say to stop; shaded, from
     four seeds on and to ten methods, the 95 % intervals of both. Methods with the same runs, as
     two that were given one learning rate, share a path."""
-    figure, (ax,) = _page(9, 6)
+    crowded = len(trained(runs)) > _MANY
+    figure, (ax,) = _page(12 if crowded else 9, 6)
     colours = _colours(runs)
     paths = []
     for names, found in _alike(runs):
@@ -95,6 +99,9 @@ def headline(path: Path, runs: ByMethod, kid_scale: float, chance: float, title:
     _plain(ax.xaxis)
     _plain(ax.yaxis)
     ax.set_xlim(left=-0.2)
+    lowest = min(min(y[0]) for _, y, _ in paths)
+    if lowest > 0:
+        ax.set_ylim(bottom=0.85 * lowest)
     # the paths say how far the axes go
     ax.autoscale(False)
     if _shaded(runs):
@@ -103,7 +110,10 @@ def headline(path: Path, runs: ByMethod, kid_scale: float, chance: float, title:
     ax.set_xlabel("near-copies among samples, % (dotted: among real images)", color=INK)
     ax.set_ylabel("KID, % of the base's", color=INK)
     ax.set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold")
-    ax.legend(facecolor=PAPER, edgecolor=PAPER, framealpha=0.8, fontsize=9, labelcolor=INK)
+    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if crowded else {}
+    ax.legend(
+        facecolor=PAPER, edgecolor=PAPER, framealpha=0.8, fontsize=9, labelcolor=INK, **beside
+    )
     figure.savefig(path, dpi=110, facecolor=PAPER)
 
 

@@ -11,7 +11,9 @@ from .views import Run, step_of
 
 
 def lines(plan: Plan, runs: Sequence[Run]) -> list[str]:
-    objections = _of_a_search() if plan.search else _of_verdicts(bool(plan.contender))
+    objections = _of_a_search() if plan.search else _of_rates(bool(plan.contender))
+    if plan.judges:
+        objections.append(_OF_VERDICTS)
     return [
         "## How to read it",
         "",
@@ -21,7 +23,7 @@ def lines(plan: Plan, runs: Sequence[Run]) -> list[str]:
         "- KID is in percent of the base's; precision, recall, coverage and near-copies are in "
         "percent. A near-copy is closer to a training image than 99 % of real images that "
         "nobody trained on.",
-        *([] if plan.search else [_MARGINS]),
+        *([_MARGINS] if plan.judges else []),
         "- Held-out images are for measuring alone; *oracle* stops by them, which nobody can.",
         "- An adapter can be switched off: then nothing of the source is forgotten. The source "
         "loss is with it on.",
@@ -41,7 +43,13 @@ _MARGINS = (
 )
 
 
-def _of_verdicts(contest: bool) -> list[str]:
+_OF_VERDICTS = (
+    "- *Supported* is corrected for all hypotheses; *not supported* rests on one interval that is "
+    "not."
+)
+
+
+def _of_rates(contest: bool) -> list[str]:
     share = (
         "`full-slow` beside `full` says how much of it is the rate's; of the others nothing does."
         if contest
@@ -50,8 +58,6 @@ def _of_verdicts(contest: bool) -> list[str]:
     return [
         "- A learning rate is chosen by the lowest loss at any step, and *last* judges the "
         f"last one: a lower rate with about the same lowest loss would overfit later. {share}",
-        "- *Supported* is corrected for all hypotheses; *not supported* rests on one interval "
-        "that is not.",
     ]
 
 

@@ -32,6 +32,7 @@ class Plan:
     samples, sample_steps: per checkpoint. folds, patience: of the choice of a step inside k.
     tuning_k, tuning_seeds: of the trials of learning rates, whose images are apart.
     contender: the method that the report's hypotheses are about; "": the four of the headline.
+    compared: methods that the report sets against each other one, seed by seed; it judges nothing.
     """
 
     pair: str = "digits"
@@ -54,6 +55,7 @@ class Plan:
     tuning_k: int = 20
     tuning_seeds: tuple[int, ...] = (1000, 1001)
     contender: str = ""
+    compared: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in self.methods:
@@ -68,6 +70,13 @@ class Plan:
                     f"methods: expected those that {self.contender} is judged against too, got no "
                     f"{', '.join(missing)}"
                 )
+        for name in self.compared:
+            check_choice("compare", name, self.trained())
+        if self.compared and (self.contender or self.search):
+            raise ValueError(
+                f"compare: expected none beside a contender or a search, got "
+                f"{' '.join(self.compared)}"
+            )
         if set(self.seeds) & set(self.tuning_seeds):
             raise ValueError("tuning_seeds: expected seeds that no run has, got some of them")
         if list(self.checkpoints) != sorted(set(self.checkpoints)) or self.checkpoints[0] < 1:
@@ -87,7 +96,7 @@ class Plan:
     def digest(self) -> str:
         """Of all that a line means, and not of which lines there are."""
         facts = dataclasses.asdict(self)
-        for name in ("ks", "seeds", "methods", "contender"):
+        for name in ("ks", "seeds", "methods", "contender", "compared"):
             del facts[name]
         facts |= {"version": VERSION, "rank": RANK, "lora_rank": LORA_RANK, "pull": PULL}
         text = json.dumps(facts, sort_keys=True)
@@ -97,6 +106,11 @@ class Plan:
     def search(self) -> bool:
         """Whether it looks for a design, and judges no hypothesis."""
         return self.pair.endswith(SEARCH)
+
+    @property
+    def judges(self) -> bool:
+        """Whether hypotheses are judged."""
+        return not (self.search or self.compared)
 
     def runs(self) -> Iterator[tuple[str, int, int]]:
         """(method, k, seed), in an order in which any beginning is of use: all methods of a seed

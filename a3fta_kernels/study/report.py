@@ -61,7 +61,7 @@ class _Report:
         found = self._head()
         if plan.search:
             found += ranking.lines(self.of(plan.ks[0]), len(plan.seeds))
-        else:
+        elif plan.judges:
             found += self._verdicts()
         for k in plan.ks:
             runs = self.of(k)
@@ -143,8 +143,9 @@ class _Report:
         views = VIEWS if first else ("last", "early", "passes")
         for view in views:
             lines += [f"### {_ABOUT[view]}", "", *self._table(runs, view, ""), ""]
-        if self.plan.contender in runs:
-            lines += self._paired(runs)
+        for name in (self.plan.contender, *self.plan.compared):
+            if name in runs:
+                lines += self._paired(runs, name)
         if first:
             if next(iter(runs.values()))[0].curves["kid_2"]:
                 for view in ("last", "early"):
@@ -199,23 +200,22 @@ class _Report:
             lines.append(f"| {METHODS[name].label} | {' | '.join(cells)} |")
         return lines
 
-    def _paired(self, runs: dict[str, list[Run]]) -> list[str]:
-        """The contender less each other method, of the same seeds."""
-        ours = METHODS[self.plan.contender].label
+    def _paired(self, runs: dict[str, list[Run]], chosen: str) -> list[str]:
+        """The chosen method less each other one, of the same seeds."""
         asked = [(metric, view) for view in ("last", "passes") for metric in ("kid", "recall")]
         heads = [f"{'KID' if metric == 'kid' else metric}, {view}" for metric, view in asked]
         scales = {"kid": _percent(runs, "kid"), "recall": 100.0}
         lines = [
-            f"### {ours} less the others, paired by seed", "",
+            f"### {METHODS[chosen].label} less the others, paired by seed", "",
             "Secondary: means with 95 % intervals, without correction.", "",
             f"| less | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads),
         ]  # fmt: skip
         for name, found in figures.trained(runs).items():
-            if name == self.plan.contender:
+            if name == chosen:
                 continue
             cells = []
             for metric, view in asked:
-                pairs = zip(runs[self.plan.contender], found, strict=True)
+                pairs = zip(runs[chosen], found, strict=True)
                 values = [value(a, view, metric) - value(b, view, metric) for a, b in pairs]
                 d = difference([scales[metric] * v for v in values])
                 spread = "" if math.isnan(d.low) else f" ({d.low:.1f} to {d.high:.1f})"

@@ -72,9 +72,10 @@ class Settings:
     rank: int = setting(64, "adapter", "width of the bottleneck", low=1)
     activation: str = setting("gelu", "adapter", "identity can be merged", choices=ACTIVATIONS)
     design: str = setting("bottleneck", "adapter", "kind of adapter", choices=tuple(DESIGNS))
-    placement: str = setting(
-        "pre", "adapter", "in front of the projection, behind it, or beside attention",
-        choices=PLACEMENTS,
+    placement: str | None = setting(
+        None, "adapter",
+        "in front of the projection, behind it, or beside attention (parallel; of "
+        "activation=identity, which can be merged, pre)", choices=PLACEMENTS,
     )  # fmt: skip
     bias: bool = setting(True, "adapter", "without, and of the identity, it can become a LoRA file")
     dropout: float = setting(0.0, "adapter", "of ranks of the bottleneck", low=0, high=0.99)
@@ -226,11 +227,13 @@ class Settings:
 
     def adapter(self) -> AdapterConfig:
         """What is put into the model."""
+        # what did better where folds stop it; one that is to become a LoRA sits where a LoRA does
+        placement = self.placement or ("pre" if self.activation == "identity" else "parallel")
         return AdapterConfig(
             rank=self.rank, activation=self.activation, design=self.design, bias=self.bias,
             dropout=self.dropout, targets=self.targets or None, rank_pattern=self.ranks(),
             train=self.train, drop_path=self.drop_path, layer_norm=self.layer_norm,
-            time_rank=self.time_rank, placement=self.placement,
+            time_rank=self.time_rank, placement=placement,
         )  # fmt: skip
 
     def ranks(self) -> dict[str, int]:

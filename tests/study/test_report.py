@@ -146,6 +146,35 @@ def test_a_contender_stands_beside_each_other_method_by_seed(tmp_path, monkeypat
     assert "without correction" in first and "| A3FTA time-aware |" not in first.split("\n\n")[2]
 
 
+def test_compared_methods_have_a_table_each_and_nothing_is_judged(tmp_path, monkeypatch):
+    for name in ("headline", "curves"):
+        monkeypatch.setattr(report.figures, name, lambda *_: None)
+    plan = dataclasses.replace(
+        Plan(), ks=(20,), seeds=(0, 1), methods=("base", "full", "film", "gelu"),
+        compared=("film", "gelu"),
+    )  # fmt: skip
+    runs = [line(run(name, seed=seed)) for name in plan.methods for seed in range(2)]
+    text = report.write_report(tmp_path, plan, runs, []).read_text()
+    assert text.count("less the others, paired by seed") == 2
+    assert not any(word in text for word in ("Verdicts", "Margins", "supported", "Supported"))
+    assert plan.digest() == dataclasses.replace(plan, compared=()).digest()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"compared": ("nobody",)}, "compare: expected one of"),
+        ({"compared": ("film",), "contender": "film"}, "compare: expected none beside a contender"),
+        ({"compared": ("film",), "pair": "digits-search"}, "compare: expected none beside"),
+    ],
+    ids=str,
+)
+def test_a_comparison_that_cannot_be_is_refused(options, match):
+    methods = contestants("film")
+    with pytest.raises(ValueError, match=match):
+        Plan(**{"methods": methods, **options})
+
+
 def test_a_search_has_a_rule_and_no_verdicts(tmp_path, monkeypatch):
     for name in ("headline", "curves"):
         monkeypatch.setattr(report.figures, name, lambda *_: None)
