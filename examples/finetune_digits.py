@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> Path:
     settings = Settings(
         model=str(args.out / "pipeline"), data=str(args.out / "photos"),
         output=str(args.out / "run"), resume=args.resume, min_side=8, rank=32, steps=args.steps,
-        batch=16, learning_rate=3e-3, warmup=20, heldout=args.heldout, evaluate_every=25,
+        batch=16, learning_rate=1e-3, warmup=20, heldout=args.heldout, evaluate_every=25,
         sample_every=100, sample_count=20, sample_steps=20,
     )  # fmt: skip
     with Bars() as bars:

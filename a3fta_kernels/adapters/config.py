@@ -50,8 +50,8 @@ class AdapterConfig:
         drop_path: probability, in training, of leaving the whole adapter out for a sample.
         time_window: (first, last) timestep, of 0 to 1000, at which the adapter acts; None: all.
         time_rank: the rank at timestep 1000, growing to all of R at 0; None: R throughout.
-        placement: "pre": in front of the projection. For comparison "post": behind it, on its
-            output; "parallel": beside attention, from its input to the projection's output.
+        placement: "pre": in front of the projection. "parallel": beside attention, from its input
+            to the projection's output. For comparison "post": behind the projection, on its output.
 
     With drop_path or time_window there is no b_up, which would act where the adapter does not.
 

@@ -181,10 +181,12 @@ def _data(run: Run) -> str:
 
 
 def _settings(run: Run) -> str:
+    # which one it was, also where the settings left it open
+    settings = {**run.settings, "placement": run.summary.get("placement")}
     rows = [
         f"| {name} | {_code(told(value))} |"
         for name in TOLD
-        if (value := run.settings.get(name)) not in (None, "", [])
+        if (value := settings.get(name)) not in (None, "", [])
     ]
     versions = run.summary.get("versions") or {}
     rows += [f"| {_plain(name)} | {_code(str(value))} |" for name, value in versions.items()]

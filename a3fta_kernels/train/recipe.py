@@ -340,6 +340,7 @@ def _summary(
         "rule": data.split.rule,
         "fold_curves": folds,
         "parameters": sum(p.numel() for p in trainable_parameters(family.denoiser)),
+        "placement": settings.adapter().placement,
         "base": settings.model,
         "family": family.name,
         "versions": versions,

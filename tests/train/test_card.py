@@ -107,11 +107,13 @@ def test_the_data_and_the_settings_are_told(tmp_path):
     for i, photo in enumerate(photos["used"]):
         photo["caption"] = f"dog {i % 5} | a `b`"
     (folder / "photos.json").write_text(json.dumps(photos))
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"placement": "parallel"}))
     text = written(folder)
     assert "- 8 photos: 6 to train on, 2 held out" in text and "- 1 file skipped" in text
     assert "`dog 0 ¦ a 'b'`, `dog 1 ¦ a 'b'`, `dog 2 ¦ a 'b'`, and 2 more" in text
     for row in ("| rank | `16` |", "| flip | `yes` |", "| learning_rate | `0.0005` |",
-                "| torch | `2.13.0` |"):  # fmt: skip
+                "| torch | `2.13.0` |", "| placement | `parallel` |"):  # fmt: skip
         assert row in text
     assert "snr_gamma" not in text and "| data |" not in text and "| model |" not in text
     assert "trained with `a3fta finetune` on 8 photos" in text and "123,456 parameters" in text

@@ -76,17 +76,19 @@ def test_a_run_leaves_what_it_says(tmp_path):
     assert not torch.equal(pipe.unet(x, t).sample, before)
 
 
-def test_an_adapter_beside_attention(tmp_path):
-    options = {"heldout": "kfold", "folds": 2, "steps": 4, "placement": "parallel"}
+@pytest.mark.parametrize(("asked", "placement"), [({}, "parallel"), ({"placement": "pre"}, "pre")])
+def test_the_adapter_is_beside_attention_unless_told(asked, placement, tmp_path):
+    options = {"heldout": "kfold", "folds": 2, "steps": 4, **asked}
     folder = finetune(setting_out(tmp_path, 4, sample_every=0, **options))
-    assert read_json(folder / "adapter_config.json")["config"]["placement"] == "parallel"
+    assert read_json(folder / "adapter_config.json")["config"]["placement"] == placement
+    assert read_json(folder.parent / "summary.json")["placement"] == placement
     pipe = diffusers.DDPMPipeline.from_pretrained(tmp_path / "pipeline")
     x, t = torch.randn(1, 3, 16, 16), torch.tensor([500])
     before = pipe.unet(x, t).sample
     a3fta.load_adapter(pipe, folder)
     assert not torch.equal(pipe.unet(x, t).sample, before)
     for layer in a3fta.projections(pipe.unet).values():
-        assert layer.adapters["default"].config.placement == "parallel"
+        assert layer.adapters["default"].config.placement == placement
 
 
 @pytest.mark.parametrize(

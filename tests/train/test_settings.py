@@ -66,6 +66,20 @@ def test_every_field_has_a_flag_and_a_name_in_yaml(name, tmp_path):
     assert f"\n{name}: " in f"\n{wanted.to_yaml()}".replace(f"\n{name}:\n", f"\n{name}: \n")
 
 
+@pytest.mark.parametrize(
+    ("options", "placement"),
+    [
+        ({}, "parallel"),
+        ({"activation": "identity"}, "pre"),
+        ({"activation": "identity", "placement": "parallel"}, "parallel"),
+        ({"placement": "pre"}, "pre"),
+    ],
+    ids=str,
+)
+def test_where_the_adapter_is(options, placement):
+    assert Settings(model="m", data="d", **options).adapter().placement == placement
+
+
 def test_flags_that_are_not_given_are_not_there():
     assert parsed() == {}
     assert parsed("--no-flip", "--flip") == {"flip": True}
