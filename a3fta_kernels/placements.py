@@ -17,7 +17,8 @@ its layer computes these adapters too, by `Beside`, and tells the projection so 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -56,21 +57,42 @@ def input_of(attention: nn.Module, attribute: str) -> Input | None:
 
 
 class Hand:
-    """A hook before an attention layer: hands its input to the projection behind it."""
+    """A hook before an attention layer: hands its input to the projection behind it.
+
+    It does not keep the projection alive, which others may take out of the model.
+    """
 
     def __init__(self, layer: Any, argument: Argument) -> None:
-        self.layer = layer
+        self._layer = weakref.ref(layer)
         self.argument = argument
 
+    @property
+    def layer(self) -> Any:
+        return self._layer()
+
     def __call__(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if beside(self.layer) is not None:
-            self.layer.source = self.argument.given(args, kwargs)
+        layer = self.layer
+        if layer is not None and beside(layer) is not None:
+            layer.source = self.argument.given(args, kwargs)
+
+    def __reduce__(self) -> Any:
+        # a copy is of the copied layer
+        return (Hand, (self.layer, self.argument)) if self.layer is not None else (_nothing, ())
+
+
+def _nothing() -> Callable[..., None]:
+    """What a copy has in place of a hook whose layer is gone."""
+    return _pass
+
+
+def _pass(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    pass
 
 
 def follow_input(attention: nn.Module, layer: Any, argument: Argument) -> None:
     """From now on the layer gets what the attention layer in front of it is given."""
-    hooks = attention._forward_pre_hooks.values()
-    if not any(isinstance(hook, Hand) and hook.layer is layer for hook in hooks):
+    hooks = [h for h in attention._forward_pre_hooks.values() if isinstance(h, Hand)]
+    if not any(hook.layer is layer for hook in hooks):
         attention.register_forward_pre_hook(Hand(layer, argument), with_kwargs=True)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 
 from ..adapters import AdapterConfig
 from ..adapters.config import DTYPES, check_regex
@@ -59,7 +59,7 @@ class A3FTAConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = NAME
+        self.peft_type = PeftType(NAME)
         if not isinstance(self.use_bias, bool):
             raise TypeError(f"use_bias: expected True or False, got {describe(self.use_bias)}")
         if isinstance(self.dtype, torch.dtype):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from ..train.errors import TrainingError
 from . import work
 from .plan import Plan
 from .report import write_report
@@ -27,8 +28,11 @@ def conduct(
     limit: of trials and runs that are done now; minutes: after which none begins.
     given: learning rates that are not looked for. report: where it is written (STUDY.md of the
     folder).
-    Raises TrainingError for files of another plan, before anything is computed.
+    Raises TrainingError for files of another plan, before anything is computed, and for a report
+    of a folder that is not there.
     """
+    if stages == ("report",) and not folder.is_dir():
+        raise TrainingError(f"folder: expected one with a study's results, got {folder}")
     given, end = dict(given or {}), time.monotonic() + 60 * minutes
     trials, results = work.trials(folder, plan), work.results(folder, plan)
     for table in (trials, results):

@@ -60,6 +60,13 @@ class Plan:
     def __post_init__(self) -> None:
         for name in self.methods:
             method(name)
+        for name in self.compared:
+            check_choice("compare", name, self.trained())
+        if self.compared and (self.contender or self.search):
+            raise ValueError(
+                f"compare: expected none beside a contender or a search, got "
+                f"{' '.join(self.compared)}"
+            )
         if self.contender:
             check_choice("contender", self.contender, self.trained())
             if self.search:
@@ -70,18 +77,14 @@ class Plan:
                     f"methods: expected those that {self.contender} is judged against too, got no "
                     f"{', '.join(missing)}"
                 )
-        for name in self.compared:
-            check_choice("compare", name, self.trained())
-        if self.compared and (self.contender or self.search):
-            raise ValueError(
-                f"compare: expected none beside a contender or a search, got "
-                f"{' '.join(self.compared)}"
-            )
         if set(self.seeds) & set(self.tuning_seeds):
             raise ValueError("tuning_seeds: expected seeds that no run has, got some of them")
         if list(self.checkpoints) != sorted(set(self.checkpoints)) or self.checkpoints[0] < 1:
             raise ValueError(f"checkpoints: expected rising steps, got {self.checkpoints}")
-        for name, found in (("k", self.ks), ("seeds", self.seeds), ("methods", self.methods)):
+        lists = {
+            "k": self.ks, "seeds": self.seeds, "methods": self.methods, "compare": self.compared
+        }  # fmt: skip
+        for name, found in lists.items():
             if len(set(found)) < len(found):
                 raise ValueError(f"{name}: expected each once, got {' '.join(map(str, found))}")
         # the folds are of the k images, and need one each

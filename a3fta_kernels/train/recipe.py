@@ -197,7 +197,8 @@ def _check_folder(output: Path, settings: Settings) -> None:
             f"begins anew"
         )
     try:
-        before = Settings.from_dict(read_yaml(path))
+        # without a word of it, it began when there was no other placement
+        before = Settings.from_dict({"placement": "pre", **read_yaml(path)})
     except (TypeError, ValueError) as error:
         raise TrainingError(
             f"resume: expected {path} as the run wrote it, got another: {error}"

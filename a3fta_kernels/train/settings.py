@@ -278,6 +278,8 @@ class Settings:
         if self.schedule.startswith("constant"):
             fixed.remove("steps")  # the rate does not depend on them
         pairs = {name: (getattr(self, name), getattr(other, name)) for name in fixed}
+        # where it is, whether or not it was told
+        pairs["placement"] = self.adapter().placement, other.adapter().placement
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,16 @@ def test_beside_a_lora_on_the_same_layer(placement: str):
             model.add_adapter(lora, adapter_name="lora")
         model.set_adapter(["a", "lora"])
         torch.testing.assert_close(output(model), output(twin), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_that_others_take_out_is_not_kept_alive():
+    model = by_peft(placement="parallel")
+    alive = [weakref.ref(layer) for layer in layers(model).values()]
+    model.unload_lora()
+    assert alive and not any(layer() for layer in alive)
+    assert torch.equal(output(model), output(stock("sd15")))
+    copied = copy.deepcopy(model)
+    assert torch.equal(output(copied), output(model)) and not hands(copied)
 
 
 def test_nothing_stays_of_a_parallel_adapter_that_left():

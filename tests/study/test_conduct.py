@@ -101,6 +101,12 @@ def test_another_plan_is_refused_before_anything_is_computed(tmp_path, quick):
     assert quick == [] and (tmp_path / "runs.csv").read_bytes() == before
 
 
+def test_a_report_of_nothing_is_refused(tmp_path, quick):
+    with pytest.raises(TrainingError, match="folder: expected one with a study's results, got"):
+        study(tmp_path / "not-there", stages=("report",))
+    assert not (tmp_path / "not-there").exists()
+
+
 def test_given_rates_need_no_trials_and_stages_are_alone(tmp_path, quick):
     study(tmp_path, given=RATES, stages=("run",))
     assert quick == list(tiny.plan().runs())

@@ -165,12 +165,14 @@ def test_compared_methods_have_a_table_each_and_nothing_is_judged(tmp_path, monk
     [
         ({"compared": ("nobody",)}, "compare: expected one of"),
         ({"compared": ("film",), "contender": "film"}, "compare: expected none beside a contender"),
+        ({"compared": ("film",), "contender": "parallel-8"}, "compare: expected none beside"),
+        ({"compared": ("film", "film")}, "compare: expected each once, got film film"),
         ({"compared": ("film",), "pair": "digits-search"}, "compare: expected none beside"),
     ],
     ids=str,
 )
 def test_a_comparison_that_cannot_be_is_refused(options, match):
-    methods = contestants("film")
+    methods = (*contestants("film"), "parallel-8")
     with pytest.raises(ValueError, match=match):
         Plan(**{"methods": methods, **options})
 

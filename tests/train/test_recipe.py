@@ -91,6 +91,18 @@ def test_the_adapter_is_beside_attention_unless_told(asked, placement, tmp_path)
         assert layer.adapters["default"].config.placement == placement
 
 
+def test_a_run_from_before_placements_were_told_goes_on_in_front(tmp_path):
+    options = {"heldout": "none", "sample_every": 0, "schedule": "constant"}
+    begun = setting_out(tmp_path, 3, steps=2, placement="pre", **options)
+    finetune(begun)
+    path = tmp_path / "run" / "settings.yaml"
+    path.write_text(path.read_text().replace("placement: pre\n", ""))
+    with pytest.raises(TrainingError, match="placement was 'pre', is 'parallel'"):
+        finetune(replace(begun, steps=3, resume=True, placement=None))
+    folder = finetune(replace(begun, steps=3, resume=True))
+    assert read_json(folder / "adapter_config.json")["config"]["placement"] == "pre"
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
