@@ -72,8 +72,12 @@ class Hand:
 
     def __call__(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         layer = self.layer
-        if layer is not None and beside(layer) is not None:
+        if layer is None:
+            return
+        if beside(layer) is not None:
             layer.source = self.argument.given(args, kwargs)
+        elif layer.source is not None:  # of a forward that an exception cut off
+            layer.source = None
 
     def __reduce__(self) -> Any:
         # a copy is of the copied layer

@@ -337,3 +337,21 @@ def test_timed(placement):
     with torch.no_grad():
         early, later = (model(**models.inputs("sd15") | {"timestep": t}).sample for t in (20, 600))
     assert not torch.allclose(early, later, atol=1e-3)
+
+
+def test_what_a_forward_that_raised_left_goes_with_the_next():
+    model = net_with("parallel")
+    layer = model.attention.to_out[0]
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+
+    def refuse(*_):
+        raise RuntimeError("in between")
+
+    hook = model.attention.to_v.register_forward_pre_hook(refuse)
+    with pytest.raises(RuntimeError, match="in between"):
+        model(x)
+    hook.remove()
+    assert layer.source is not None
+    with a3fta.disabled(model):
+        model(x)
+    assert layer.source is None

@@ -1,7 +1,7 @@
 """A run that is killed at random moments, and goes on, ends as one that is not.
 
 SIGKILL comes after a random time, or in the middle of a random disk operation: opening, syncing,
-renaming, removing. A3FTA_FUZZ_KILLS says how many kills each run survives (5).
+renaming, removing. A3FTA_FUZZ_KILLS says how many kills each run survives (3).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from a3fta_kernels.train import Settings, TrainingError, finetune, records
 from tests.train import runs_on_disk as runs
 
-KILLS = int(os.environ.get("A3FTA_FUZZ_KILLS", "5"))
+KILLS = int(os.environ.get("A3FTA_FUZZ_KILLS", "3"))
 # what a run does to the disk, by the functions that do it
 DISK = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
 
