@@ -142,17 +142,9 @@ def in_front(h: Tensor, found: Sequence[Stack], backend: str, banks: Sequence[Ba
             adapted = adapted + delta(h.to(adapted.dtype), stack)
             continue
         adapted = ops.adapter(
-            h,
-            stack.w_down,
-            stack.w_up,
-            stack.b_down,
-            stack.b_up,
-            scale=stack.scale,
-            activation=stack.activation,
-            gamma=stack.gamma,
-            beta=stack.beta,
-            backend=backend,
-        )
+            h, stack.w_down, stack.w_up, stack.b_down, stack.b_up, scale=stack.scale,
+            activation=stack.activation, gamma=stack.gamma, beta=stack.beta, backend=backend,
+        )  # fmt: skip
     return adapted
 
 

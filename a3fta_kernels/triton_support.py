@@ -306,7 +306,8 @@ class Launcher:
             candidates = self.candidates(like, rank)
             choice = candidates[0]
             if like.is_cuda and not torch.cuda.is_current_stream_capturing():
-                compile_together(self.kernel, [call(candidate) for candidate in candidates])
+                if len(candidates) > 1:
+                    compile_together(self.kernel, [call(candidate) for candidate in candidates])
                 choice = self._chosen[full] = fastest(prepared, candidates)
         grid, arguments = plan(choice.meta)
         self._start(grid, arguments | choice.meta, choice.options, like.device)

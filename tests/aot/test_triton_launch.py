@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,6 +102,33 @@ def test_it_keeps_few(launcher, monkeypatch):
     for m in range(2, 12):
         launch(launcher, M=m)
         assert len(launcher._compiled) <= 3
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_on_a_gpu_candidates_compile_before_they_are_timed(launcher, monkeypatch, count):
+    candidates = [triton_support.config(4, s, BLOCK_M=16) for s in range(1, 1 + count)]
+    launcher.configs = lambda *_: candidates
+    did = []
+
+    def compiles(kernel, calls):
+        assert kernel is launcher.kernel
+        did.append([(grid, arguments["num_stages"], arguments["M"]) for grid, arguments in calls])
+
+    def fastest(prepared, found):
+        did.append("timed")
+        return found[-1]
+
+    monkeypatch.setattr(triton_support, "compile_together", compiles)
+    monkeypatch.setattr(triton_support, "fastest", fastest)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    like = SimpleNamespace(
+        device=X.device, dtype=X.dtype, is_cuda=True, element_size=X.element_size
+    )  # fmt: skip
+    for _ in range(2):  # the second call has the choice of the first
+        launcher(lambda meta: ((2,), ARGUMENTS), like, 16)
+    together = [[((2,), s, 64) for s in range(1, 1 + count)]] if count > 1 else []
+    assert did == [*together, "timed"]
+    assert [run["num_stages"] for run in launcher.kernel.compiled] == [count]
 
 
 class Chip:
