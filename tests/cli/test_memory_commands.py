@@ -57,6 +57,7 @@ def test_the_plan_prints_what_fits(folder, capsys):
     one = ["--precision", "bf16", "--level", "stock"]
     assert cli.main([*common, "--memory", "800MiB", *one]) == 0
     said = capsys.readouterr().out
+    assert "parallel, rank 4" in said  # what `a3fta finetune` trains
     assert "stock" in said and "the largest batch that fits" in said
     assert cli.main([*common, "--memory", "800MiB", "--level", "stock", "--json"]) == 0
     read = json.loads(capsys.readouterr().out)
