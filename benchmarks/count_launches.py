@@ -74,9 +74,12 @@ def variants(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[nn
         names = ["to_q", "to_k", "to_v", "to_out.0"]
         inject_adapter_in_model(LoraConfig(r=16, target_modules=names), holder)
 
-    def ours(backend: str, fused: bool = False) -> Callable[[nn.Module], Any]:
+    def ours(
+        backend: str, placement: str = "pre", fused: bool = False
+    ) -> Callable[[nn.Module], Any]:
         def adapt(holder: nn.Module) -> None:
-            a3fta.inject(holder, a3fta.AdapterConfig(rank=16), backend=backend)
+            config = a3fta.AdapterConfig(rank=16, placement=placement)
+            a3fta.inject(holder, config, backend=backend)
             if fused:
                 a3fta.fuse_qkv(holder)
 
@@ -88,6 +91,7 @@ def variants(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[nn
     for backend in ("native", "triton"):
         if why_not(backend, device, dtype) is None:
             found[backend] = ours(backend)
+            found[f"{backend}, parallel"] = ours(backend, "parallel")
             if hasattr(a3fta, "fuse_qkv"):
                 found[f"{backend}, fuse_qkv"] = ours(backend, fused=True)
     return found
