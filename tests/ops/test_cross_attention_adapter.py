@@ -182,6 +182,22 @@ def test_a_row_without_keys_attends_to_nothing(run):
 
 
 @KERNELS
+def test_a_large_mask_and_rows_that_fill_no_block(run):
+    """The same for every key it changes nothing, in the sums over rows either."""
+    backend, device, dtype = run
+    inputs = case((2, 70)).inputs(dtype, device)
+    large = torch.full((2, 1, 1, 7), 100.0, dtype=dtype, device=device)
+    wanted = [inputs[name] for name in ("q", "k", "v")]
+    results = []
+    for mask in (None, large):
+        y = ops.cross_attention_adapter(**inputs | {"mask": mask}, backend=backend)
+        results.append(torch.autograd.grad(y.sum(), wanted))
+    for expected, found in zip(*results, strict=True):
+        atol = 0.02 * float(expected.abs().max())
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=atol)
+
+
+@KERNELS
 def test_the_least_finite_mask_is_no_minus_infinity(run):
     """All keys equally far away: the mean of the values, and its gradient.
 

@@ -206,7 +206,8 @@ def key_grad_kernel(
         da = tl.load(da_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         dh = cast(times(da, down, cast(dh, tl.float32)), dtype)
         stats = stats_ptr + first + offs_m
-        top = tl.load(stats, mask=mask_m, other=0.0)
+        # a row that is not there has p = 0, whatever a mask adds to its scores
+        top = tl.load(stats, mask=mask_m, other=float("inf"))
         norm = tl.load(stats + M, mask=mask_m, other=0.0)
         delta = tl.load(stats + 2 * M, mask=mask_m, other=0.0)
         mask_rows = mask_ptr
