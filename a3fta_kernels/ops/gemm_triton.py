@@ -274,7 +274,9 @@ def concat_gemm(
             stride_om=n,
         )  # fmt: skip
 
-    launch_concat_gemm(plan, s, block_r, rows_bucket(m), n, k, rank, residual is None)
+    # a weight and its transpose are read in another order
+    rows_first = w is not None and w.stride(0) == 1
+    launch_concat_gemm(plan, s, block_r, rows_bucket(m), n, k, rank, rows_first, residual is None)
     return out
 
 

@@ -104,8 +104,71 @@ def test_it_keeps_few(launcher, monkeypatch):
         assert len(launcher._compiled) <= 3
 
 
+@pytest.fixture
+def like(monkeypatch):
+    """As much of a tensor on a GPU as a launcher asks for."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return SimpleNamespace(
+        device=X.device, dtype=X.dtype, is_cuda=True, element_size=X.element_size
+    )  # fmt: skip
+
+
+@pytest.fixture
+def clock(launcher, monkeypatch):
+    """Three candidates, and what is asked of the clock, which prefers the last."""
+    launcher.configs = lambda *_: [
+        triton_support.config(4, stages, BLOCK_M=16) for stages in (1, 2, 3)
+    ]
+    monkeypatch.setattr(triton_support, "compile_together", lambda kernel, calls: None)
+    asked = []
+
+    def bench(run, **_):
+        asked.append(run.keywords["num_stages"])
+        return 1 / asked[-1]
+
+    monkeypatch.setattr(triton.testing, "do_bench", bench)
+    return asked
+
+
+def stages_of(launcher, like, calls=1):
+    """The candidate that each call takes."""
+    taken = []
+    launcher._start = lambda grid, arguments, options, device: taken.append(options["num_stages"])
+    for _ in range(calls):
+        launcher(lambda meta: ((2,), ARGUMENTS), like, 16)
+    return taken
+
+
+def test_a_clock_without_room_leaves_the_default_until_there_is_some(
+    launcher, like, clock, monkeypatch
+):
+    timed = triton.testing.do_bench
+
+    def full(run, **_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(triton.testing, "do_bench", full)
+    assert stages_of(launcher, like, 2) == [1, 1]
+    monkeypatch.setattr(triton.testing, "do_bench", timed)
+    assert stages_of(launcher, like, 2) == [3, 3] and clock == [1, 2, 3]
+
+
+def test_where_bits_must_repeat_no_clock_chooses(launcher, like, clock):
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert stages_of(launcher, like) == [1] and not clock
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert stages_of(launcher, like) == [3]
+    torch.use_deterministic_algorithms(True)
+    try:  # nor what one has chosen before
+        assert stages_of(launcher, like) == [1]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("count", [1, 3])
-def test_on_a_gpu_candidates_compile_before_they_are_timed(launcher, monkeypatch, count):
+def test_on_a_gpu_candidates_compile_before_they_are_timed(launcher, like, monkeypatch, count):
     candidates = [triton_support.config(4, s, BLOCK_M=16) for s in range(1, 1 + count)]
     launcher.configs = lambda *_: candidates
     did = []
@@ -120,10 +183,6 @@ def test_on_a_gpu_candidates_compile_before_they_are_timed(launcher, monkeypatch
 
     monkeypatch.setattr(triton_support, "compile_together", compiles)
     monkeypatch.setattr(triton_support, "fastest", fastest)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    like = SimpleNamespace(
-        device=X.device, dtype=X.dtype, is_cuda=True, element_size=X.element_size
-    )  # fmt: skip
     for _ in range(2):  # the second call has the choice of the first
         launcher(lambda meta: ((2,), ARGUMENTS), like, 16)
     together = [[((2,), s, 64) for s in range(1, 1 + count)]] if count > 1 else []

@@ -147,7 +147,7 @@ def backward(
     da = torch.where(has, activation_grad(dz, a.to(wide), activation), 0).to(dtype)
 
     def summed(per_sample: Tensor, like: Tensor) -> Tensor:
-        """Those of each adapter together."""
+        """Those of each adapter together: on a GPU in no fixed order, where there are many."""
         kept = torch.where(has, per_sample.to(wide), 0).view(-1, *like.shape[1:])
         return torch.zeros(like.shape, dtype=wide, device=h.device).index_add_(0, k, kept)
 

@@ -1,14 +1,14 @@
 # mypy: allow-untyped-defs
 """The backward of short-key attention, from dy @ weight and da to dq, dk and dv.
 
-    dh = dy @ weight + da @ w_down, formed in registers, one head at a time
+    dh = dy @ weight + da @ w_down, formed in registers
     ds = p * (dp - delta),  dp = dh @ v.T,  delta = sum over keys of p * dp
     dq = ds @ k,  dk = ds.T @ q,  dv = p.T @ dh
 
 All keys of a row are at hand, so delta needs neither h nor a pass of its own. dq has a program for
-a block of rows and all heads. dk and dv, only where asked for, have one for a block
-of keys, a head and a span of rows; it takes the softmax's statistics from the kernel for dq, and
-spans are added in a fixed order.
+a block of rows and a head; dk and dv, only where asked for, one for a block of keys, a head and a
+span of rows. That takes the softmax's statistics from the kernel for dq, and spans are added in a
+fixed order.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ...triton_support import (
     rank_block,
     rows_bucket,
 )
+from ..sum_triton import totals
 from .limits import RANK_LIMIT
 from .tiles_triton import (
     HEAD_BLOCK,
@@ -70,11 +71,13 @@ def query_grad_kernel(
     """q (B, M, C), k and v (B, N, C); dh (B * M, C) without its part from da (B * M, R);
     dq (B * M, C). stats (B, H, 3, M): top and norm of `softmax`, and delta.
 
-    One program per BLOCK_M rows of one sample.
+    One program per BLOCK_M rows of one sample and head.
     """
     tiles = tl.cdiv(M, BLOCK_M)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     first = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_M
+    head = tl.program_id(1)
+    c = head * D
     C = H * D
     # the tile's place is part of its pointers: offsets inside it need no 64 bits
     q_ptr += sample * stride_qb + first * stride_qm
@@ -84,9 +87,9 @@ def query_grad_kernel(
     da_ptr += (sample * M + first) * R
     dq_ptr += (sample * M + first) * C
     if mask_ptr is not None:
-        mask_ptr += sample * stride_mask_b + first * stride_mask_m
+        mask_ptr += sample * stride_mask_b + head * stride_mask_h + first * stride_mask_m
     if stats_ptr is not None:
-        stats_ptr += sample * H * 3 * M + first
+        stats_ptr += (sample * H + head) * 3 * M + first
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = offs_m < M - first
     offs_r = tl.arange(0, BLOCK_R)
@@ -95,64 +98,49 @@ def query_grad_kernel(
 
     da_ptrs = da_ptr + offs_m[:, None] * R + offs_r[None, :]
     da = tl.load(da_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-    for head in range(H):
-        c = head * D
-        mask_head = mask_ptr
-        if mask_ptr is not None:
-            mask_head += head * stride_mask_h
-        # dh and its products come first: their tiles are gone when the scores' come
-        dh = load_rows(dh_ptr + c, offs_m, mask_m, C, D, BLOCK_D, COUNT_D, TAIL_D)
-        down = load_rows(w_down_ptr + c, offs_r, mask_r, C, D, BLOCK_D, COUNT_D, TAIL_D)
-        dh = cast(times(da, down, cast(dh, tl.float32)), dtype)
-        dp = ()
-        for i in tl.static_range(COUNT_N + (TAIL_N > 0)):
-            v = load_keys(
-                v_ptr + c, N, stride_kn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, COUNT_D, TAIL_D
-            )
-            dp = append(dp, outer(dh, v, tl.zeros((BLOCK_M, v[0].shape[0]), dtype=tl.float32)))
+    # dh and its products come first: their tiles are gone when the scores' come
+    dh = load_rows(dh_ptr + c, offs_m, mask_m, C, D, BLOCK_D, COUNT_D, TAIL_D)
+    down = load_rows(w_down_ptr + c, offs_r, mask_r, C, D, BLOCK_D, COUNT_D, TAIL_D)
+    dh = cast(times(da, down, cast(dh, tl.float32)), dtype)
+    dp = ()
+    for i in tl.static_range(COUNT_N + (TAIL_N > 0)):
+        v = load_keys(
+            v_ptr + c, N, stride_kn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, COUNT_D, TAIL_D
+        )
+        dp = append(dp, outer(dh, v, tl.zeros((BLOCK_M, v[0].shape[0]), dtype=tl.float32)))
 
-        q = load_rows(q_ptr + c, offs_m, mask_m, stride_qm, D, BLOCK_D, COUNT_D, TAIL_D)
-        s = ()
-        for i in tl.static_range(COUNT_N + (TAIL_N > 0)):
+    q = load_rows(q_ptr + c, offs_m, mask_m, stride_qm, D, BLOCK_D, COUNT_D, TAIL_D)
+    s = ()
+    for i in tl.static_range(COUNT_N + (TAIL_N > 0)):
+        k = load_keys(
+            k_ptr + c, N, stride_kn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, COUNT_D, TAIL_D
+        )
+        offs_n = i * BLOCK_N + tl.arange(0, k[0].shape[0])
+        one = masked_scores(
+            q, k, mask_ptr, offs_m, mask_m, offs_n, N, stride_mask_m, stride_mask_n, SCALE,
+            PER_QUERY,
+        )  # fmt: skip
+        s = append(s, one)
+    p, top, norm = softmax(s)
+    p = cast(p, tl.float32, norm[:, None])
+    delta = tl.zeros_like(top)
+    for i in tl.static_range(len(p)):
+        delta += tl.sum(p[i] * dp[i], axis=1)
+    dq = zeros(BLOCK_M, BLOCK_D, COUNT_D, TAIL_D)
+    for i in tl.static_range(len(p)):
+        ds = (p[i] * (dp[i] - delta[:, None])).to(dtype)
+        if len(p) > 1:  # else the only block is still at hand
             k = load_keys(
                 k_ptr + c, N, stride_kn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, COUNT_D, TAIL_D
             )
-            offs_n = i * BLOCK_N + tl.arange(0, k[0].shape[0])
-            one = masked_scores(
-                q, k, mask_head, offs_m, mask_m, offs_n, N, stride_mask_m, stride_mask_n, SCALE,
-                PER_QUERY,
-            )  # fmt: skip
-            s = append(s, one)
-        p, top, norm = softmax(s)
-        p = cast(p, tl.float32, norm[:, None])
-        delta = tl.zeros_like(top)
-        for i in tl.static_range(len(p)):
-            delta += tl.sum(p[i] * dp[i], axis=1)
-        dq = zeros(BLOCK_M, BLOCK_D, COUNT_D, TAIL_D)
-        for i in tl.static_range(len(p)):
-            ds = (p[i] * (dp[i] - delta[:, None])).to(dtype)
-            if len(p) > 1:  # else the only block is still at hand
-                k = load_keys(
-                    k_ptr + c,
-                    N,
-                    stride_kn,
-                    i,
-                    BLOCK_N,
-                    COUNT_N,
-                    TAIL_N,
-                    D,
-                    BLOCK_D,
-                    COUNT_D,
-                    TAIL_D,
-                )
-            dq = times(ds, k, dq)
-        dq = cast(dq, dtype, SCALE)
-        store_rows(dq_ptr + c, dq, offs_m, mask_m, C, D, BLOCK_D)
-        if stats_ptr is not None:
-            stats = stats_ptr + head * 3 * M + offs_m
-            tl.store(stats, top, mask=mask_m)
-            tl.store(stats + M, norm, mask=mask_m)
-            tl.store(stats + 2 * M, delta, mask=mask_m)
+        dq = times(ds, k, dq)
+    dq = cast(dq, dtype, SCALE)
+    store_rows(dq_ptr + c, dq, offs_m, mask_m, C, D, BLOCK_D)
+    if stats_ptr is not None:
+        stats = stats_ptr + offs_m
+        tl.store(stats, top, mask=mask_m)
+        tl.store(stats + M, norm, mask=mask_m)
+        tl.store(stats + 2 * M, delta, mask=mask_m)
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_split", "splits"])
@@ -231,17 +219,20 @@ def key_grad_kernel(
 
 
 def query_grad_configs(
-    head_dim: int, keys: int, by_query: bool, itemsize: int, block_r: int, capability: int
+    head_dim: int, long: bool, by_query: bool, itemsize: int, block_r: int, capability: int
 ) -> list[Config]:
-    if keys > KEY_BLOCK:
+    """long: more keys than one block has."""
+    if long:
         sizes = [(16, 8, 1)]
     elif head_dim <= HEAD_BLOCK:
         sizes = [(64, 4, 2), (32, 4, 2), (16, 4, 2)]
     elif head_dim > 128:
         sizes = [(16, 4, 1), (16, 8, 1)]
-    elif capability in (90, 100, 103) or head_dim > 96:
+    elif capability in (90, 100, 103):
         sizes = [(64, tall_warps(capability), 2), (16, 4, 2)]
-    else:  # without wgmma a product's operands stand in registers too
+    elif head_dim > 96:  # without wgmma a product's operands stand in registers too
+        sizes = [(32, 4, 2), (16, 4, 2)]
+    else:  # and a tail of a head beside a block
         sizes = [(16, 4, 2)]
     # a mask by query is one more tile
     tall = not by_query and tall_blocks(head_dim, capability)
@@ -266,8 +257,8 @@ def key_grad_configs(head_dim: int, itemsize: int, block_r: int, capability: int
 
 
 @functools.cache
-def launch_query_grad(head_dim: int, keys: int, by_query: bool) -> Launcher:
-    configs = functools.partial(query_grad_configs, head_dim, keys, by_query)
+def launch_query_grad(head_dim: int, long: bool, by_query: bool) -> Launcher:
+    configs = functools.partial(query_grad_configs, head_dim, long, by_query)
     return Launcher(query_grad_kernel, configs)
 
 
@@ -279,7 +270,7 @@ def launch_key_grad(head_dim: int) -> Launcher:
 _HEADS = tuple(dict.fromkeys(d for d, _ in SHAPES))
 AOT_KERNELS = (
     AotKernel(
-        launch_query_grad(*SHAPES[0], False),
+        launch_query_grad(SHAPES[0][0], SHAPES[0][1] > KEY_BLOCK, False),
         pointers={"stats_ptr": "fp32"},
         variants={
             name: dict(head_constants(d, mask), **key_meta(n))
@@ -288,7 +279,7 @@ AOT_KERNELS = (
         ranks=(64,),
         dtypes=("bf16", "fp16"),
         launchers={
-            name: launch_query_grad(d, n, mask == "query")
+            name: launch_query_grad(d, n > KEY_BLOCK, mask == "query")
             for name, (d, n, mask) in variants().items()
         },
     ),
@@ -339,10 +330,12 @@ def attention_grads(
     )  # fmt: skip
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
-        return (cdiv(length, meta["BLOCK_M"]) * batch,), dict(shared, dq_ptr=dq, **key_meta(keys))
+        grid = (cdiv(length, meta["BLOCK_M"]) * batch, heads)
+        return grid, dict(shared, dq_ptr=dq, **key_meta(keys))
 
-    key = (rows_bucket(length), batch, heads, mask is None)
-    launch_query_grad(head_dim, keys, attended["PER_QUERY"])(plan, q, block_r, *key)
+    # texts of about the same length share their tiles
+    key = (rows_bucket(length), batch, heads, mask is None, *key_meta(keys).values())
+    launch_query_grad(head_dim, keys > KEY_BLOCK, attended["PER_QUERY"])(plan, q, block_r, *key)
     if not need_kv:
         return dq, None, None
     partial: dict[str, Tensor] = {}
@@ -359,5 +352,6 @@ def attention_grads(
         grid = (cdiv(keys, meta["BLOCK_N"]), heads, batch * splits)
         return grid, dict(shared, **partial, rows_per_split=rows, splits=splits)
 
-    launch_key_grad(head_dim)(plan_keys, q, block_r, *key, keys)
-    return dq, partial["dk_ptr"].sum(0), partial["dv_ptr"].sum(0)
+    launch_key_grad(head_dim)(plan_keys, q, block_r, *key)
+    dk, dv = totals(partial["dk_ptr"], partial["dv_ptr"], axis=0)
+    return dq, dk, dv
