@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..train.settings import Settings, given, read_yaml
 from ..train.settings import add_arguments as add_settings
-from .errors import CommandError, require
+from .errors import CommandError, is_out_of_memory, require
 
 NEEDS = ("diffusers", "accelerate", "transformers", "PIL", "matplotlib", "rich", "yaml")
 
@@ -32,8 +32,6 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         print(settings.to_yaml(), end="")
         return 0
-    import torch
-
     from ..train import TrainingError, finetune
     from .progress import Bars
 
@@ -42,10 +40,13 @@ def run(args: argparse.Namespace) -> int:
             folder = finetune(settings, bars)
     except TrainingError as error:
         raise CommandError(str(error)) from error
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise CommandError(
-            f"out of memory; `a3fta plan` says what fits; --lean block, --norms int8, a smaller "
-            f"--batch or --gradient-checkpointing take less ({str(error).splitlines()[0]})"
+            f"out of memory; `a3fta plan` says what fits; --lean block, --norms int8 or "
+            f"--gradient-checkpointing take less, also with --resume; a smaller --batch does, with "
+            f"another --output ({str(error).splitlines()[0]})"
         ) from error
     if not bars.quiet:
         print(f"{folder}: the adapter and its card; {folder.parent / 'report.html'}: how it went")

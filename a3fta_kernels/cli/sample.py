@@ -6,7 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
-from .errors import CommandError, require
+from .errors import CommandError, is_out_of_memory, require
 from .subject import positive
 
 
@@ -59,6 +59,13 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
     except TrainingError as error:
         raise CommandError(str(error)) from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise CommandError(
+            f"out of memory; --precision bf16 or a smaller --batch take less "
+            f"({str(error).splitlines()[0]})"
+        ) from error
     args.out.parent.mkdir(parents=True, exist_ok=True)
     page.save(args.out)
     print(f"{args.out}: {page.width} x {page.height}")

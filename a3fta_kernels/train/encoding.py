@@ -37,6 +37,7 @@ class Encoder:
         }  # fmt: skip
 
         def make() -> Row:
+            self.family.bring("photos")
             cut, (top, left) = fit(photo.open(), size)
             pixels = to_tensor(cut)
             crop = Crop(photo.size, size, top, left)
@@ -48,17 +49,24 @@ class Encoder:
         if not self.family.captions:
             return {}
         key = {"kind": "text", "family": self.family.name, "base": self.base, "text": text}
+
+        def make() -> Row:
+            self.family.bring("texts")
+            return self.family.encode_text(text)
+
         if text not in self.texts:
-            self.texts[text] = self.cache.get(key, lambda: self.family.encode_text(text))
+            self.texts[text] = self.cache.get(key, make)
         return self.texts[text]
 
     def rows(
         self, photos: Sequence[Photo], sizes: Sequence[Size], mirrored: bool = False
     ) -> list[Row]:
         """What the loop reads for each photo: its pixels, its text, its class."""
+        # photos first: what encodes them need not be there beside what encodes texts
+        encoded = [self.photo(p, size, mirrored) for p, size in zip(photos, sizes, strict=True)]
         found = []
-        for photo, size in zip(photos, sizes, strict=True):
-            row = self.photo(photo, size, mirrored) | self.text(photo.caption)
+        for photo, row in zip(photos, encoded, strict=True):
+            row = row | self.text(photo.caption)
             if photo.label is not None:
                 row["label"] = torch.tensor(photo.label)
             found.append(row)

@@ -38,11 +38,11 @@ def train(run: Run) -> Result:
             records.cut(run.folder, trainer.done if found is not None else -1)
             checkpoints.after(run.checkpoints, trainer.done)
         run.accelerator.wait_for_everyone()
+        run.listener.begin(run.title, trainer.done, run.steps)
         if found is None:
             _watch(trainer)
         evaluations = records.read(run.folder, records.EVALUATIONS)
         stopped = monitor.exhausted(evaluations, settings.patience)
-        run.listener.begin(run.title, trainer.done, run.steps)
         while trainer.done < run.steps and not stopped:
             entry = trainer.advance()
             if main:
@@ -82,6 +82,7 @@ def _watch(trainer: Trainer) -> dict[str, Any] | None:
     if settings.sample_every and (last or step % settings.sample_every == 0):
         # only the main process has a sampler
         if run.sampler is not None:
+            trainer.forget_recordings()  # images are decoded where steps ran
             with trainer.shown():
                 run.sampler(step)
         run.accelerator.wait_for_everyone()

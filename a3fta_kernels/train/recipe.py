@@ -54,7 +54,7 @@ def finetune(settings: Settings, listener: Listener | None = None) -> Path:
     output = Path(settings.output)
     try:
         accelerator = Accelerator(
-            mixed_precision=settings.mixed_precision, log_with=_trackers(settings),
+            mixed_precision=_autocast(settings), log_with=_trackers(settings),
             project_dir=str(output), cpu=not torch.cuda.is_available(),
             # the settings say it, not the environment of `accelerate launch`
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
@@ -72,10 +72,12 @@ def finetune(settings: Settings, listener: Listener | None = None) -> Path:
         accelerator.wait_for_everyone()
         family = load(settings.model, DTYPES[settings.mixed_precision])
         _check_family(settings, family)
+        _check_room(family, accelerator.device)
         data = gather(settings, family)
         listener.say(str(data))
         if main:
             keep(output, data, begun=(output / SETTINGS).exists())
+        listener.say("Photos and texts are encoded, or read where they were before")
         # the main process fills the cache, the others read it
         with accelerator.main_process_first(), family.encoding(accelerator.device):
             material, prompts = encode(settings, family, data, output, listener)
@@ -92,7 +94,7 @@ def finetune(settings: Settings, listener: Listener | None = None) -> Path:
             accelerator.init_trackers("a3fta", config=_plain(settings))
         try:
             result, chosen, folds = _train(base, data, prompts)
-        except TrainingError:
+        except Exception:
             if main:  # how far it came, where that can be written
                 with contextlib.suppress(TrainingError):
                     write_report(output)
@@ -123,6 +125,25 @@ def _check_paths(settings: Settings) -> None:
                 f"output: expected a folder outside of {name}, which its samples would join, got "
                 f"{settings.output} in {folder}"
             )
+
+
+def _autocast(settings: Settings) -> str:
+    """accelerate's. In bf16 all that is frozen is so already, the ops bring adapters to it, and
+    autocast would compute norms in fp32 and keep them: that is for fp16."""
+    return "fp16" if settings.mixed_precision == "fp16" else "no"
+
+
+def _check_room(family: Family, device: torch.device) -> None:
+    """Whether the frozen weights alone fit, before what takes long."""
+    if device.type != "cuda":
+        return
+    needed = sum(p.nbytes for p in family.denoiser.parameters())
+    memory = torch.cuda.get_device_properties(device).total_memory
+    if needed > memory:
+        raise TrainingError(
+            f"the model: expected weights that fit into the {memory >> 20:,} MiB of the GPU, got "
+            f"{needed >> 20:,} MiB; mixed_precision bf16 halves what is float32"
+        )
 
 
 def _check_graph(settings: Settings, accelerator: Any) -> None:

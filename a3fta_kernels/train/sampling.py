@@ -55,6 +55,7 @@ def sample(
     except (AdapterFileError, ValueError, TypeError) as error:
         raise TrainingError(str(error)) from error
     with family.encoding(device):
+        family.bring("texts")
         told, empty = _prompts(family, prompts, count), family.encode_text("")
     family.denoiser.to(device).eval()
 

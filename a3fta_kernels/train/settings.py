@@ -120,10 +120,18 @@ class Settings:
     prior_prompt: str = setting("", "training", "caption for it, such as 'a photo of a dog'")
     prior_data: str = setting("", "training", "folder of images for it (the photos themselves)")
 
-    lean: str = setting("exact", "memory", "level of the memory-lean trunk", choices=LEVELS)
-    norms: str = setting("input", "memory", "how it keeps norms' inputs", choices=("input", "int8"))
-    budget: str = setting("", "memory", "for --lean auto: bytes to keep at most, such as 600MiB")
-    gradient_checkpointing: bool = setting(False, "memory", "diffusers' own, beside --lean")
+    lean: str = setting(
+        "exact", "memory", "level of the memory-lean trunk", choices=LEVELS, changeable=True
+    )
+    norms: str = setting(
+        "input", "memory", "how it keeps norms' inputs", choices=("input", "int8"), changeable=True
+    )
+    budget: str = setting(
+        "", "memory", "for --lean auto: bytes to keep at most, such as 600MiB", changeable=True
+    )
+    gradient_checkpointing: bool = setting(
+        False, "memory", "diffusers' own, beside --lean", changeable=True
+    )
 
     heldout: str = setting(
         "auto", "watching", "how overfitting is measured",

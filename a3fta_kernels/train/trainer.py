@@ -164,6 +164,8 @@ class Trainer:
         if self.captured is not None:
             try:
                 return self.captured(batch).double()
+            except torch.OutOfMemoryError:  # said where other steps' is
+                raise
             except RuntimeError as error:
                 raise TrainingError(f"cuda_graph: {error}") from error
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
@@ -246,6 +248,12 @@ class Trainer:
             f"step {step}: the {what} is {value} (photos {names}); {kept}. A lower "
             f"learning_rate, more warmup, or mixed_precision bf16 in place of fp16 may help"
         )
+
+    def forget_recordings(self) -> None:
+        """Gives back the memory of recorded steps, which the next ones record again."""
+        if self.captured is not None:
+            self.captured.reset()
+            torch.cuda.empty_cache()
 
     @contextlib.contextmanager
     def shown(self) -> Any:

@@ -52,6 +52,18 @@ def count(family, monkeypatch):
 SIZES = [(32, 32), (48, 24)]
 
 
+def test_all_photos_come_before_the_texts(pipelines, photos, monkeypatch):
+    """What encodes the ones is moved out for the others; and for what is cached nothing is."""
+    (family,) = families(pipelines, "sd")
+    brought = []
+    monkeypatch.setattr(family, "bring", brought.append)
+    encoder = Encoder(family, Cache(None))
+    encoder.rows(photos, SIZES)
+    assert brought == ["photos", "photos", "texts", "texts"]
+    encoder.text("a photo")
+    assert len(brought) == 4
+
+
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_what_is_encoded_is_what_diffusers_encodes(pipelines, photos, kind):
     (family,) = families(pipelines, kind)

@@ -128,10 +128,9 @@ def heldout_loss(family: Any, asked: Settings) -> list[float]:
         data.split.heldout, material.digests, asked.bins, asked.draws, asked.seed
     )
     family.denoiser.eval()
-    with torch.autocast("cpu", torch.bfloat16, enabled=asked.mixed_precision == "bf16"):
-        return monitor.losses(
-            family, material.rows, questions, asked.bins, asked.batch, torch.device("cpu")
-        )
+    return monitor.losses(
+        family, material.rows, questions, asked.bins, asked.batch, torch.device("cpu")
+    )
 
 
 MEMORY = {

@@ -8,10 +8,19 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from a3fta_kernels.train import TrainingError, checkpoints, finetune, records
+from a3fta_kernels.train import (
+    TrainingError,
+    checkpoints,
+    families,
+    finetune,
+    recipe,
+    records,
+)
 from a3fta_kernels.train.trainer import Trainer
 from tests.train import runs_on_disk as runs
 
@@ -182,10 +191,61 @@ def test_a_damaged_checkpoint_is_not_made_the_adapter(settings, tmp_path, monkey
 
 
 def test_a_process_has_one_precision(settings, tmp_path):
+    """Of autocast's, which only fp16 asks for."""
     finetune(settings())
-    with pytest.raises(TrainingError, match=r"mixed_precision bf16: .*already been initialized"):
-        finetune(settings(output=str(tmp_path / "other"), mixed_precision="bf16"))
+    with pytest.raises(TrainingError, match=r"mixed_precision fp16: .*already been initialized"):
+        finetune(settings(output=str(tmp_path / "other"), mixed_precision="fp16"))
     assert not (tmp_path / "other").exists()
+    finetune(settings(output=str(tmp_path / "other"), mixed_precision="bf16"))
+
+
+def test_nothing_in_bf16_runs_under_autocast(settings, monkeypatch):
+    """It would compute norms in fp32, and keep them for the backward."""
+    loss, seen = Trainer._loss, []
+
+    def watched(self, batch):
+        self.plain.register_forward_pre_hook(
+            lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
+        )
+        return loss(self, batch)
+
+    monkeypatch.setattr(Trainer, "_loss", watched)
+    finetune(settings(mixed_precision="bf16", steps=1))
+    assert seen and not any(seen)
+
+
+def test_a_run_without_memory_says_how_far_it_came_and_goes_on_with_less(
+    settings, tmp_path, monkeypatch
+):
+    advance = Trainer.advance
+
+    def full(self):
+        if self.done == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return advance(self)
+
+    monkeypatch.setattr(Trainer, "advance", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        finetune(settings(steps=4, checkpoint_every=1, lean="exact"))
+    assert "2 of 4" in (tmp_path / "run" / "report.html").read_text()
+    monkeypatch.setattr(Trainer, "advance", advance)
+    less = {"lean": "block", "norms": "int8", "gradient_checkpointing": True}
+    finetune(settings(steps=4, checkpoint_every=1, resume=True, **less))
+    assert [e["step"] for e in records.read(tmp_path / "run", records.LOG)] == [1, 2, 3, 4]
+
+
+def test_weights_that_cannot_fit_are_refused_before_photos_are_read(settings, monkeypatch):
+    family = families.load(settings().model, torch.float32)
+    gpu = torch.device("cuda")
+    for memory in (1 << 10, 1 << 40):
+        found = SimpleNamespace(total_memory=memory)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, found=found: found)
+        if memory == 1 << 40:
+            recipe._check_room(family, gpu)
+            continue
+        with pytest.raises(TrainingError, match=r"weights that fit into the 0 MiB .* got \d"):
+            recipe._check_room(family, gpu)
+    recipe._check_room(family, torch.device("cpu"))
 
 
 def test_the_environment_of_a_launch_does_not_accumulate(settings, tmp_path, monkeypatch):

@@ -228,7 +228,7 @@ def test_what_a_resumed_run_may_change():
         "data", "output", "patience", "sample_every", "sample_prompts", "sample_count",
         "sample_steps",
         "guidance", "features", "checkpoint_every", "checkpoint_limit", "resume", "log_with",
-        "push_to_hub",
+        "push_to_hub", "lean", "norms", "budget", "gradient_checkpointing",
     }  # fmt: skip
     base = make(schedule="cosine")
     for name in FIELDS:

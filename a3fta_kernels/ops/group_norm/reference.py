@@ -26,7 +26,9 @@ def group_norm(
     x (B, C, *spatial); weight and bias (C,). Computed in the widest of their dtypes, and of x's.
     """
     dtype = common_dtype(x, weight, bias)
-    y = torch.group_norm(x.to(dtype), num_groups, cast(weight, dtype), cast(bias, dtype), eps)
+    y = x.to(dtype)
+    if y.numel() > 0:  # PyTorch refuses images without pixels from 2.14 on
+        y = torch.group_norm(y, num_groups, cast(weight, dtype), cast(bias, dtype), eps)
     return activate(y, activation).to(x.dtype)
 
 

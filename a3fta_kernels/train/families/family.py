@@ -63,9 +63,12 @@ class Family(ABC):
 
     @contextlib.contextmanager
     def encoding(self, device: torch.device) -> Iterator[None]:
-        """Brings what only `encode_photo` and `encode_text` need to the device, and lets go of
-        what nothing needs after them."""
+        """While `encode_photo` and `encode_text` are called, each after `bring`; lets go of what
+        nothing needs after them."""
         yield
+
+    def bring(self, what: str) -> None:  # noqa: B027 - most have nothing to bring
+        """Within `encoding`: what only `photos` or only `texts` need to the device."""
 
     @contextlib.contextmanager
     def drawing(self, device: torch.device) -> Iterator[None]:

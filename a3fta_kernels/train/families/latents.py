@@ -43,6 +43,8 @@ class LatentFamily(Family):
         for part in ("vae", *self.text_parts):
             if getattr(pipe, part, None) is not None:
                 getattr(pipe, part).requires_grad_(False).eval()
+        self.device: torch.device | None = None  # where photos and texts are encoded
+        self.there = ""  # what of them could be now
         self.factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
         self.multiple = 2 * self.factor
 
@@ -64,20 +66,32 @@ class LatentFamily(Family):
         config = self.pipe.vae.config
         raw = latents.to(self.pipe.vae.device, torch.float32) / config.scaling_factor
         raw = raw + (getattr(config, "shift_factor", None) or 0)
-        # the precision of a run does not reach here: SDXL's decoder overflows in fp16
+        # the precision of a run does not reach here: SDXL's decoder overflows in fp16. One by one:
+        # at 1024 x 1024 each takes 3 GiB
         with without_autocast(raw):
-            return to_images(self.pipe.vae.decode(raw).sample)
+            return [to_images(self.pipe.vae.decode(one).sample)[0] for one in raw.split(1)]
 
     @contextlib.contextmanager
     def encoding(self, device: torch.device) -> Iterator[None]:
         """The denoiser need not be there yet: text encoders may be as large as it is."""
-        parts = [part for part in self.text_parts if getattr(self.pipe, part, None) is not None]
-        for part in ("vae", *parts):
-            getattr(self.pipe, part).to(device)
+        self.device = device
         yield
-        for part in parts:
-            setattr(self.pipe, part, None)
+        for part in self.text_parts:
+            if getattr(self.pipe, part, None) is not None:
+                setattr(self.pipe, part, None)
         self.pipe.vae.to("cpu")
+        self.device = None
+
+    def bring(self, what: str) -> None:
+        """The encoders of `photos` or of `texts` to the device, the others from it: together they
+        may not fit."""
+        if self.device is None or what == self.there:
+            return
+        for part in ("vae", *self.text_parts):
+            if (module := getattr(self.pipe, part, None)) is not None:
+                needed = (part == "vae") == (what == "photos")
+                module.to(self.device if needed else "cpu")
+        self.there = what
 
     @contextlib.contextmanager
     def drawing(self, device: torch.device) -> Iterator[None]:

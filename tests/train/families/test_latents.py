@@ -48,6 +48,43 @@ def test_latents_are_decoded_as_the_pipeline_does(load, name):
         common.assert_close_images(family.decode(mean[None]), expected)
 
 
+def test_latents_are_decoded_one_by_one(load, monkeypatch):
+    """Each takes gigabytes, whatever the batch."""
+    family, decode, sizes = load("sdxl"), load("sdxl").pipe.vae.decode, []
+
+    def noted(latents):
+        sizes.append(len(latents))
+        return decode(latents)
+
+    monkeypatch.setattr(family.pipe.vae, "decode", noted)
+    mean = family.encode_photo(common.pixels(), CROP)["mean"]
+    with torch.no_grad():
+        one, other = family.decode(torch.stack([mean, -mean]))
+    assert sizes == [1, 1]
+    assert one.tobytes() != other.tobytes()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_encoders_of_photos_and_of_texts_are_not_there_together(load, name, monkeypatch):
+    """On a card of 12 GiB SD3's do not fit together."""
+    family = load(name)
+    texts = {p for p in family.text_parts if getattr(family.pipe, p, None) is not None}
+    places = {}
+    for part in ("vae", *texts):
+        module = getattr(family.pipe, part)
+        monkeypatch.setattr(module, "to", lambda to, part=part: places.update({part: str(to)}))
+
+    def there():
+        return {part for part, place in places.items() if place == "cuda:0"}
+
+    with family.encoding(torch.device("cuda:0")):
+        assert not there()  # what is read from the cache needs no encoder
+        for what, expected in (("photos", {"vae"}), ("texts", texts), ("photos", {"vae"})):
+            family.bring(what)
+            assert there() == expected
+    assert not there()
+
+
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 @pytest.mark.parametrize("name", [*NAMES, "sd3_without_t5", "flux_schnell"])
 def test_an_untrained_adapter_draws_what_the_pipeline_does(load, name, guidance, monkeypatch):
