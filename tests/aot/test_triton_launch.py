@@ -16,6 +16,9 @@ from triton.compiler import CompiledKernel  # noqa: E402
 
 from a3fta_kernels import triton_support  # noqa: E402
 from a3fta_kernels.backends import triton_interpreted  # noqa: E402
+from a3fta_kernels.ops.cross_attention_adapter import limits, tiles_triton  # noqa: E402
+from a3fta_kernels.ops.cross_attention_adapter.backward_triton import attention_grads  # noqa: E402
+from a3fta_kernels.ops.gemm_triton import concat_gemm  # noqa: E402
 
 CHOICE = triton_support.config(4, 3, BLOCK_M=16)
 X = torch.zeros(64, 64, dtype=torch.bfloat16)
@@ -188,6 +191,49 @@ def test_on_a_gpu_candidates_compile_before_they_are_timed(launcher, like, monke
     together = [[((2,), s, 64) for s in range(1, 1 + count)]] if count > 1 else []
     assert did == [*together, "timed"]
     assert [run["num_stages"] for run in launcher.kernel.compiled] == [count]
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Of each launch the kernel's name, the key of its choice, its candidates and its arguments."""
+    found = []
+
+    def note(self, plan, like, rank, *key):
+        candidates = self.candidates(like, rank)
+        _, arguments = plan(candidates[0].meta)
+        found.append((self.kernel.__name__, (self, rank, *key), tuple(candidates), arguments))
+
+    monkeypatch.setattr(triton_support.Launcher, "__call__", note)
+    return found
+
+
+@pytest.mark.parametrize("head_dim, most", limits.KEY_LIMITS)
+@pytest.mark.parametrize("mask", ["", "key", "query"])
+def test_texts_share_a_choice_where_their_blocks_are_the_same(head_dim, most, mask, launched):
+    q, da = torch.zeros(1, 3, head_dim), torch.zeros(3, 4)
+    lists = {}
+    for keys in range(1, most + 1):
+        k = torch.zeros(1, keys, head_dim)
+        shape = dict(key=(1, 1, 1, keys), query=(1, 1, 3, keys)).get(mask)
+        given = None if shape is None else torch.zeros(shape)
+        launched.clear()
+        attention_grads(q[0], da, torch.zeros(4, head_dim), q, k, k, given, 1, 1.0, True)
+        for name, key, candidates, arguments in launched:
+            # each kernel's own constants: what a choice is compiled with
+            blocks = tuple(v for a, v in arguments.items() if a in ("COUNT_N", "TAIL_N", "BLOCK_N"))
+            assert lists.setdefault((name, key), (candidates, blocks)) == (candidates, blocks)
+            if name == "query_grad_kernel":
+                n = tiles_triton.key_meta(keys)
+                assert blocks == tuple(n.values())
+                assert keys <= n["BLOCK_N"] * n["COUNT_N"] + n["TAIL_N"]
+    assert len(lists) < 2 * 20
+
+
+def test_a_weight_and_its_transpose_are_timed_apart(launched):
+    x, s, w = torch.zeros(8, 32), torch.zeros(8, 16), torch.zeros(32, 32)
+    for weight in (w, w.t()):
+        concat_gemm(x, weight, s, torch.zeros(16, 32))
+    assert launched[0][1] != launched[1][1]
 
 
 class Chip:
