@@ -91,9 +91,10 @@ constexpr int64_t cluster_bytes(const ClusterLayout& s, int padded) {
   return kMailboxBytes + 4 * kClusterRows * padded + 2 * halves;
 }
 
-// The smallest cluster whose blocks hold their slices, since fewer blocks exchange less, but two, as
-// a block alone is no cluster that st.async may send in; three buffers of dy before two. Powers of two, which fill the 16 or 18 processors that a cluster can be
-// placed on; 16 blocks only where 8 do not do, since not every device can place them.
+// The smallest cluster whose blocks hold their slices, since fewer blocks exchange less, but two,
+// as a block alone is no cluster that st.async may send in; three buffers of dy before two. Powers
+// of two, which fill the 16 or 18 processors that a cluster can be placed on; 16 blocks only where
+// 8 do not do, since not every device can place them.
 inline ClusterLayout plan_cluster(const Chip& chip, int64_t n, int64_t c, int64_t rank,
                                   bool through) {
   const int padded = padded_rank(rank);

@@ -291,8 +291,8 @@ __device__ __forceinline__ void multiply_resident(Accumulator<T, N>& acc, const 
       });
 }
 
-// y[row0.., n0..n_end) = acc + factor * bias + residual, rounded once. `stage` may share the memory of the
-// tiles: on entry no thread still uses it, on return none does.
+// y[row0.., n0..n_end) = acc + factor * bias + residual, rounded once. `stage` may share the memory
+// of the tiles: on entry no thread still uses it, on return none does.
 template <int N, typename T>
 __device__ __forceinline__ void store_block(const Accumulator<T, N>& acc, float* stage,
                                             int64_t row0, int64_t rows, int64_t n0, int64_t n_end,

@@ -15,8 +15,8 @@ namespace a3fta::cuda {
 
 // N / 2 sums per thread. Thread t of the warpgroup holds rows 16 (t / 32) + t % 32 / 4 and the
 // 8th row after that; sums 4 j + {0, 1} are columns 8 j + 2 (t % 4) + {0, 1} of the first row, sums
-// 4 j + {2, 3} the same columns of the second. The 16-bit operand `a` in registers of `from_registers`
-// is laid out as such a block of 16 columns, two to a register.
+// 4 j + {2, 3} the same columns of the second. The 16-bit operand `a` in registers of
+// `from_registers` is laid out as such a block of 16 columns, two to a register.
 template <int N>
 struct Wgmma;
 

@@ -1,4 +1,5 @@
-"""`adapter` in Triton: one kernel forward, one kernel and two sums over rows backward."""
+"""`adapter` in Triton: one launch forward; backward one for the rows, two for the weights'
+gradients, in parts, and one that adds the parts."""
 
 from __future__ import annotations
 

@@ -194,7 +194,7 @@ def rule(ctx: Any, *grad_outputs: Any) -> tuple:
 
 
 class CrossAttentionAdapterFunction(torch.autograd.Function):
-    """The cheap eager entry to the rule; compiled code takes torch.ops.a3fta.cross_attention."""
+    """The cheap eager entry to the rule; else torch.ops.a3fta.cross_attention_adapter."""
 
     operator, saved_names = "cross_attention_adapter", SAVED
 
