@@ -29,6 +29,9 @@ from .families import Family, Row, stack
 from .optimizers import build, schedule
 from .settings import Settings
 
+# photos of an evaluation at a time, which keeps nothing for a backward
+_EVALUATED = 4
+
 # on the device; what was stacked of rows has names that begin with _ROW
 Batch = Mapping[str, Tensor]
 _ROW = "row "
@@ -334,8 +337,9 @@ class Trainer:
                     photos, material.digests, settings.bins, settings.draws, settings.seed
                 )
                 found = monitor.losses(
-                    self.run.family, material.rows, asked, settings.bins, settings.batch,
-                    self.device, (accelerator.process_index, accelerator.num_processes),
+                    self.run.family, material.rows, asked, settings.bins,
+                    max(settings.batch, _EVALUATED), self.device,
+                    (accelerator.process_index, accelerator.num_processes),
                     lambda sums: accelerator.reduce(sums, "sum"),
                 ) if photos else None  # fmt: skip
                 entry[name] = found
