@@ -8,7 +8,6 @@ it on a GPU, the interpreter takes its first, and `benchmarks/aot.py` compiles a
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Sequence
@@ -311,9 +310,7 @@ class Launcher:
             if by_clock and like.is_cuda and not torch.cuda.is_current_stream_capturing():
                 if len(candidates) > 1:
                     compile_together(self.kernel, [call(candidate) for candidate in candidates])
-                # the clock's own buffer may have no room at the peak of a step: another call times
-                with contextlib.suppress(torch.OutOfMemoryError):
-                    choice = self._chosen[full] = fastest(prepared, candidates)
+                choice = self._chosen[full] = fastest(prepared, candidates)
         grid, arguments = plan(choice.meta)
         self._start(grid, arguments | choice.meta, choice.options, like.device)
 
@@ -365,7 +362,8 @@ def compile_together(kernel: Any, calls: Sequence[tuple[tuple[int, ...], dict[st
 
 
 def fastest(prepared: Callable[[Config], Callable[[], Any]], candidates: list[Config]) -> Config:
-    """Times each candidate; one that the chip has no room for is passed over.
+    """Times each candidate. One that the chip has no room for is passed over, and one whose clock
+    finds no memory for its own buffer, as may be at the peak of a step.
 
     A call is prepared outside the clock, which may tick while the GPU waits for Python.
     """
@@ -375,7 +373,7 @@ def fastest(prepared: Callable[[Config], Callable[[], Any]], candidates: list[Co
     for candidate in candidates:
         try:
             times[candidate] = triton.testing.do_bench(prepared(candidate), warmup=5, rep=20)
-        except OutOfResources:
+        except (OutOfResources, torch.OutOfMemoryError):
             continue
     return min(times, key=times.__getitem__, default=candidates[0])
 
