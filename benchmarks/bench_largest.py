@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
+from a3fta_kernels.train.errors import is_out_of_memory  # noqa: E402
 from benchmarks import measure, predict_step, step_measure  # noqa: E402
 from benchmarks.bench_step import add_options, asked, environment, parsed  # noqa: E402
 from benchmarks.predict_step import CASES, DTYPE, GIB, Case  # noqa: E402
@@ -38,8 +39,6 @@ from benchmarks.variants import CannotRun  # noqa: E402
 
 # of the prediction, by which a batch is raised or lowered
 SHARE = 1 / 32
-# PyTorch's, and what libraries say that find no room to work in
-TOO_LITTLE = ("out of memory", "ALLOC_FAILED", "unable to find an engine")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -149,7 +148,7 @@ def peak_of(
             step.run()
         torch.cuda.synchronize(device)
     except RuntimeError as error:
-        if any(told in str(error) for told in TOO_LITTLE):
+        if is_out_of_memory(error):
             return None
         raise
     return torch.cuda.max_memory_allocated(device)

@@ -5,16 +5,9 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable
 
-# what CUDA's libraries say where they do not say it by a class
-_TOO_LITTLE = ("out of memory", "ALLOC_FAILED", "unable to find an engine")
-
 
 class CommandError(Exception):
     """The message is all that the user needs to see."""
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    return any(words in str(error) for words in _TOO_LITTLE)
 
 
 def require(modules: Iterable[str], extra: str) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..train.errors import is_out_of_memory
 from ..train.settings import Settings, given, read_yaml
 from ..train.settings import add_arguments as add_settings
-from .errors import CommandError, is_out_of_memory, require
+from .errors import CommandError, require
 
 NEEDS = ("diffusers", "accelerate", "transformers", "PIL", "matplotlib", "rich", "yaml")
 

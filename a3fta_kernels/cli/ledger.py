@@ -18,7 +18,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    subject.add_arguments(parser, "a3fta", "as `inject` does")
+    subject.add_arguments(parser, "a3fta")
     parser.add_argument("--batch", type=subject.positive, default=1, help="images per step")
     parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="of the model's weights")
     parser.add_argument("--level", default="stock", choices=LEVELS, help="how lean the model runs")

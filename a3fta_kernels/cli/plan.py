@@ -23,7 +23,7 @@ def _size(text: str) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    subject.add_arguments(parser, "parallel", "as `a3fta finetune` does")
+    subject.add_arguments(parser, "parallel")  # as `a3fta finetune` takes it
     parser.add_argument(
         "--memory", type=_size, required=True, help="of the device: 12GiB, 12GB, 12000MB"
     )

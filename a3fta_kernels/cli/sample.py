@@ -6,7 +6,8 @@ import argparse
 import math
 from pathlib import Path
 
-from .errors import CommandError, is_out_of_memory, require
+from ..train.errors import is_out_of_memory
+from .errors import CommandError, require
 from .subject import positive
 
 

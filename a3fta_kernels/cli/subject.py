@@ -16,16 +16,14 @@ def positive(text: str) -> int:
     return value
 
 
-def add_arguments(parser: argparse.ArgumentParser, method: str, why: str) -> None:
-    """`method`: of those in METHODS the one that is taken where none is named, and why."""
+def add_arguments(parser: argparse.ArgumentParser, method: str) -> None:
+    """`method`: of METHODS, where none is named."""
     known = ", ".join(ARCHITECTURES)
     parser.add_argument(
         "--model", required=True, help=f"{known}, or a folder with a diffusers model's config.json"
     )
     parser.add_argument("--resolution", type=positive, help="pixels along an edge (its own)")
-    parser.add_argument(
-        "--method", default=method, choices=METHODS, help=f"what trains ({method}, {why})"
-    )
+    parser.add_argument("--method", default=method, choices=METHODS, help="what trains")
     ranks = ", ".join(f"{m.rank} for {name}" for name, m in METHODS.items() if m.rank is not None)
     parser.add_argument("--rank", type=positive, help=f"of adapters or LoRA ({ranks})")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")

@@ -128,21 +128,18 @@ def encode(
     # pixels alone need no encoder
     encoder = Encoder(family, Cache(output / "cache" if family.captions else None))
     photos = data.photos.items
-    prior_text = {}
-    prior: list[Row] = []
-    if settings.prior_weight:
-        prior_text = encoder.text(settings.prior_prompt)
-        if settings.prior_data:
-            prior = _prior(settings, family, encoder, listener)
     material = Material(
         rows=encoder.rows(photos, data.sizes),
         mirrored=encoder.rows(photos, data.sizes, mirrored=True) if settings.flip else (),
         digests=[p.digest for p in photos],
         names=[p.name for p in photos],
+        prior=(
+            _prior(settings, family, encoder, listener)
+            if settings.prior_weight and settings.prior_data else []
+        ),
         empty=encoder.text(""),
-        prior_text=prior_text,
-        prior=prior,
-    )
+        prior_text=encoder.text(settings.prior_prompt) if settings.prior_weight else {},
+    )  # fmt: skip
     return material, _prompts(settings, family, encoder, data)
 
 

@@ -77,7 +77,8 @@ def finetune(settings: Settings, listener: Listener | None = None) -> Path:
         listener.say(str(data))
         if main:
             keep(output, data, begun=(output / SETTINGS).exists())
-        listener.say("Photos and texts are encoded, or read where they were before")
+        if family.captions:
+            listener.say("Photos and texts are encoded, but for what is in the cache")
         # the main process fills the cache, the others read it
         with accelerator.main_process_first(), family.encoding(accelerator.device):
             material, prompts = encode(settings, family, data, output, listener)
@@ -96,7 +97,7 @@ def finetune(settings: Settings, listener: Listener | None = None) -> Path:
             result, chosen, folds = _train(base, data, prompts)
         except Exception:
             if main:  # how far it came, where that can be written
-                with contextlib.suppress(TrainingError):
+                with contextlib.suppress(Exception):  # the failure itself is what matters
                     write_report(output)
             raise
         folder = output / ADAPTER

@@ -24,7 +24,7 @@ from ..inject import disabled, trainable_parameters
 from ..storage import save_adapter
 from . import checkpoints, monitor, records
 from .batches import Order, generator
-from .errors import TrainingError
+from .errors import TrainingError, is_out_of_memory
 from .families import Family, Row, stack
 from .optimizers import build, schedule
 from .settings import Settings
@@ -167,9 +167,9 @@ class Trainer:
         if self.captured is not None:
             try:
                 return self.captured(batch).double()
-            except torch.OutOfMemoryError:  # said where other steps' is
-                raise
             except RuntimeError as error:
+                if is_out_of_memory(error):  # no fault of the recording
+                    raise
                 raise TrainingError(f"cuda_graph: {error}") from error
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
             value = self._loss(batch)

@@ -220,3 +220,29 @@ def test_a_run_from_the_command_line(tmp_path, capsys):
     assert run("--config", path, "--resume", "--rank", 9) == 1
     assert "rank was 4, is 9" in capsys.readouterr().err
     assert run("--config", path, "--resume") == 0
+
+
+@pytest.mark.parametrize(
+    "words", ["CUDA out of memory. Tried\nand more", "cuDNN: unable to find an engine", "shapes"]
+)
+@pytest.mark.parametrize("name", ["finetune", "sample"])
+def test_too_little_memory_is_told_in_a_line(name, words, monkeypatch, capsys, tmp_path):
+    from a3fta_kernels import train
+
+    def fails(*_, **__):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(train, name, fails, raising=False)
+    beside = ["--data", "d"] if name == "finetune" else [
+        "--adapter", "a", "--prompt", "p", "--out", str(tmp_path / "a.png")
+    ]  # fmt: skip
+    argv = [name, "--model", "m", *beside]
+    if words == "shapes":  # another failure is no lack of memory
+        with pytest.raises(RuntimeError, match="shapes"):
+            cli.main(argv)
+        return
+    assert cli.main(argv) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert (
+        said[-1].startswith(f"a3fta {name}: out of memory; ") and words.split("\n")[0] in said[-1]
+    )

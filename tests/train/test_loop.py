@@ -228,3 +228,30 @@ def test_what_fails_while_training_gives_the_model_back(make):
     with pytest.raises(TypeError):
         train(run)
     assert run.accelerator._models == []
+
+
+def test_before_samples_are_drawn_recordings_are_forgotten(make, monkeypatch):
+    run = make(steps=2, sample_every=1)
+    did = []
+    monkeypatch.setattr(Trainer, "forget_recordings", lambda trainer: did.append("forgotten"))
+    run.sampler = lambda step: did.append(step)
+    train(run)
+    assert did == ["forgotten", 0, "forgotten", 1, "forgotten", 2]
+
+
+def test_a_run_is_told_of_before_its_first_evaluation(make, monkeypatch):
+    """Which may take minutes."""
+    told = []
+
+    class Told(Listener):
+        def begin(self, title, step, steps):
+            told.append("begun")
+
+    run = make(steps=1, heldout=(3,), evaluate_every=1)
+    run.listener = Told()
+    evaluate = Trainer.evaluate
+    monkeypatch.setattr(
+        Trainer, "evaluate", lambda trainer: [told.append("evaluated"), evaluate(trainer)][1]
+    )
+    train(run)
+    assert told == ["begun", "evaluated", "evaluated"]

@@ -153,6 +153,39 @@ def test_a_loss_that_cannot_be_recorded_ends_the_run_with_a_reason(trainers, mon
     assert same(values(trainer), before) and trainer.done == 0
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+    ],
+    ids=str,
+)
+def test_too_little_memory_is_no_fault_of_a_recording(trainers, monkeypatch, error):
+    graphs.stand_in(monkeypatch)
+    trainer, _ = trainers(cuda_graph=True)
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(trainer.captured, "_record", fails)
+    with pytest.raises(type(error), match=r"out of memory|ALLOC_FAILED") as told:
+        trainer.advance()
+    assert told.value is error
+
+
+def test_forgotten_recordings_are_made_again(trainers, monkeypatch):
+    pools = graphs.stand_in(monkeypatch)
+    (eager, _), (replayed, _) = trainers(), trainers(cuda_graph=True)
+    eager.forget_recordings()  # has none
+    for number in (1, 1, 2):
+        if number == 2:
+            replayed.forget_recordings()
+        expected = eager.advance()["loss"]
+        assert replayed.advance()["loss"] == pytest.approx(expected, rel=1e-6)
+        assert len(pools) == number
+
+
 def test_clipping_clips(trainers):
     free, _ = trainers(max_grad_norm=0.0)
     entry = held(free).advance()

@@ -43,8 +43,8 @@ class LatentFamily(Family):
         for part in ("vae", *self.text_parts):
             if getattr(pipe, part, None) is not None:
                 getattr(pipe, part).requires_grad_(False).eval()
-        self.device: torch.device | None = None  # where photos and texts are encoded
-        self.there = ""  # what of them could be now
+        self._encodes_on: torch.device | None = None
+        self._encodes = ""  # what could be encoded now: photos or texts
         self.factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
         self.multiple = 2 * self.factor
 
@@ -74,24 +74,24 @@ class LatentFamily(Family):
     @contextlib.contextmanager
     def encoding(self, device: torch.device) -> Iterator[None]:
         """The denoiser need not be there yet: text encoders may be as large as it is."""
-        self.device = device
+        self._encodes_on, self._encodes = device, ""
         yield
+        self._encodes_on = None
         for part in self.text_parts:
             if getattr(self.pipe, part, None) is not None:
                 setattr(self.pipe, part, None)
         self.pipe.vae.to("cpu")
-        self.device = None
 
     def bring(self, what: str) -> None:
         """The encoders of `photos` or of `texts` to the device, the others from it: together they
         may not fit."""
-        if self.device is None or what == self.there:
+        if self._encodes_on is None or what == self._encodes:
             return
         for part in ("vae", *self.text_parts):
             if (module := getattr(self.pipe, part, None)) is not None:
                 needed = (part == "vae") == (what == "photos")
-                module.to(self.device if needed else "cpu")
-        self.there = what
+                module.to(self._encodes_on if needed else "cpu")
+        self._encodes = what
 
     @contextlib.contextmanager
     def drawing(self, device: torch.device) -> Iterator[None]:

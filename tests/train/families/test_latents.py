@@ -50,7 +50,8 @@ def test_latents_are_decoded_as_the_pipeline_does(load, name):
 
 def test_latents_are_decoded_one_by_one(load, monkeypatch):
     """Each takes gigabytes, whatever the batch."""
-    family, decode, sizes = load("sdxl"), load("sdxl").pipe.vae.decode, []
+    family, sizes = load("sdxl"), []
+    decode = family.pipe.vae.decode
 
     def noted(latents):
         sizes.append(len(latents))
@@ -82,6 +83,9 @@ def test_encoders_of_photos_and_of_texts_are_not_there_together(load, name, monk
         for what, expected in (("photos", {"vae"}), ("texts", texts), ("photos", {"vae"})):
             family.bring(what)
             assert there() == expected
+        places.clear()
+        family.bring("photos")
+        assert not places  # they are there
     assert not there()
 
 
