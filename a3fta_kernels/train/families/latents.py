@@ -67,7 +67,7 @@ class LatentFamily(Family):
         raw = latents.to(self.pipe.vae.device, torch.float32) / config.scaling_factor
         raw = raw + (getattr(config, "shift_factor", None) or 0)
         # the precision of a run does not reach here: SDXL's decoder overflows in fp16. One by one:
-        # at 1024 x 1024 each takes 3 GiB
+        # at 1024 x 1024 each takes gigabytes
         with without_autocast(raw):
             return [to_images(self.pipe.vae.decode(one).sample)[0] for one in raw.split(1)]
 
