@@ -10,6 +10,7 @@ from typing import Any
 
 from ..memory.account import mib, parse_size
 from ..memory.levels import LEVELS
+from ..memory.packed import QUANTIZE
 from ..memory.plan import CONTEXT, PRECISIONS, UNUSABLE, Plan, make_plan, runs
 from . import subject
 from .errors import CommandError
@@ -33,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--level", choices=LEVELS, help="this level alone (all)")
     parser.add_argument("--precision", choices=PRECISIONS, help="of the weights (all)")
     parser.add_argument(
+        "--quantize", default="no", choices=QUANTIZE, help="linear layers of the trunk in 4 bits"
+    )
+    parser.add_argument(
         "--allowance", type=_size,
         help="for the CUDA context, workspaces and fragmentation "
         f"({CONTEXT >> 20}MiB and {100 * UNUSABLE:g} %% of the memory)",
@@ -50,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
         try:
             plan = make_plan(
                 args.model, args.memory, args.resolution, args.method, args.rank, args.batch,
-                levels, precisions, args.allowance, args.workers, progress,
+                levels, precisions, args.allowance, args.workers, args.quantize,
+                progress,
             )  # fmt: skip
         except (ValueError, TypeError) as error:
             raise CommandError(str(error)) from error
@@ -79,9 +84,10 @@ def _print(plan: Plan, batch: int | None) -> None:
 
     console = Console()
     rank = f", rank {plan.rank}" if plan.rank else ""
+    packed = f", linear layers in {plan.quantize}" if plan.quantize != "no" else ""
     console.print(
-        f"[bold]{plan.model} {plan.resolution} x {plan.resolution}, {plan.method}{rank}, in "
-        f"{mib(plan.memory)}[/bold]",
+        f"[bold]{plan.model} {plan.resolution} x {plan.resolution}, {plan.method}{rank}{packed}, "
+        f"in {mib(plan.memory)}[/bold]",
         highlight=False,
     )
     table = Table(title="MiB", title_justify="left")

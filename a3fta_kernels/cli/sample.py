@@ -6,6 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
+from ..memory.packed import QUANTIZE
 from ..train.errors import is_out_of_memory
 from .errors import CommandError, require
 from .subject import positive
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the first column's noise")
     add("--resolution", type=positive, help="pixels along an edge (the model's own)")
     add("--precision", default="no", choices=("no", "fp16", "bf16"), help="of the weights")
+    add("--quantize", default="no", choices=QUANTIZE, help="linear layers of the base in 4 bits")
     add("--batch", type=positive, default=1, help="images at a time")
     add("--allow-other-base", action="store_true", help="other weights than it was trained on")
 
@@ -56,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
         page = sample(
             args.model, args.adapter, args.prompt, count=args.count, steps=args.steps,
             guidance=args.guidance, seed=args.seed, resolution=args.resolution,
-            precision=args.precision, batch=args.batch, allow_other_base=args.allow_other_base,
+            precision=args.precision, quantize=args.quantize, batch=args.batch,
+            allow_other_base=args.allow_other_base,
         )  # fmt: skip
     except TrainingError as error:
         raise CommandError(str(error)) from error
@@ -64,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         if not is_out_of_memory(error):
             raise
         raise CommandError(
-            f"out of memory; --precision bf16 or a smaller --batch take less "
+            f"out of memory; --precision bf16, --quantize nf4 or a smaller --batch take less "
             f"({str(error).splitlines()[0]})"
         ) from error
     args.out.parent.mkdir(parents=True, exist_ok=True)

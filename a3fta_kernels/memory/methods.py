@@ -38,7 +38,8 @@ def backend() -> str:
 def _lora(model: nn.Module, rank: int, dtype: torch.dtype) -> None:
     _lora_fp32(model, rank, dtype)
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _lora_fp32(model: nn.Module, rank: int, dtype: torch.dtype) -> None:

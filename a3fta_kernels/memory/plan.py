@@ -20,7 +20,8 @@ from multiprocessing import get_context
 
 import torch
 
-from . import methods, models
+from ..checks import check_choice
+from . import methods, models, packed
 from .account import mib
 from .levels import LEVELS
 from .peak import Peak, step_peak
@@ -45,12 +46,14 @@ class Job:
     level: str
     precision: str
     batch: int
+    quantize: str = "no"
 
 
 def run(job: Job) -> Peak:
     """The peak of one step of `job`."""
     dtype = PRECISIONS[job.precision]
     model = models.build(job.model, dtype)
+    packed.pack(model, job.quantize)
     methods.adapt(model, job.method, job.rank, dtype)
     LEVELS[job.level].apply(model)
     return step_peak(model, **models.inputs(model, job.resolution, job.batch, dtype))
@@ -86,6 +89,7 @@ class Plan:
     resolution: int
     method: str
     rank: int | None
+    quantize: str
     memory: int
     allowance: int
     rows: tuple[Row, ...]
@@ -117,6 +121,7 @@ def make_plan(
     precisions: Iterable[str] = PRECISIONS,
     allowance: int | None = None,
     workers: int = 1,
+    quantize: str = "no",
     progress: Callable[[], None] = lambda: None,
 ) -> Plan:
     """The largest batch of every level and precision in `memory` bytes, and a recommendation.
@@ -129,14 +134,21 @@ def make_plan(
         levels, precisions: keys of LEVELS and PRECISIONS, cheapest first.
         allowance: bytes that no tensor of the step holds. None: as `allowance_of` says.
         workers: processes. progress: is called after every run.
+        quantize: "nf4" has linear layers of 4 bits, as `packed` counts them. Not with "full".
 
     Raises what the functions above raise.
     """
+    check_choice("quantize", quantize, packed.QUANTIZE)
+    if quantize != "no" and method == "full":
+        raise ValueError(
+            f"quantize: expected no beside method full, as packed weights do not train, got "
+            f"{quantize}"
+        )
     resolution = models.resolution_of(model) if resolution is None else resolution
     allowance = allowance_of(memory) if allowance is None else allowance
     kinds = [(level, precision) for precision in precisions for level in levels]
     jobs = [
-        Job(model, resolution, method, rank, level, precision, size)
+        Job(model, resolution, method, rank, level, precision, size, quantize)
         for level, precision in kinds
         for size in SAMPLES
     ]
@@ -144,6 +156,7 @@ def make_plan(
     narrow = min((PRECISIONS[name] for _, name in kinds), key=lambda dtype: dtype.itemsize)
     built = models.build(model, narrow)
     models.inputs(built, resolution)
+    packed.pack(built, quantize)
     weights = sum(p.nbytes for p in built.parameters())
     if memory <= weights:
         raise ValueError(
@@ -164,13 +177,15 @@ def make_plan(
     chosen = 0 if best is None else batch or best.batch
     confirmed = None
     if best is not None:
-        job = Job(model, resolution, method, rank, best.level, best.precision, chosen)
+        job = Job(model, resolution, method, rank, best.level, best.precision, chosen, quantize)
         exact = run(job).bytes
         progress()
         confirmed = best.weights + best.optimizer + allowance
         confirmed += max(exact, best.gradients + best.update)
     found = methods.METHODS[method].rank if rank is None else rank
-    return Plan(model, resolution, method, found, memory, allowance, rows, best, chosen, confirmed)
+    return Plan(
+        model, resolution, method, found, quantize, memory, allowance, rows, best, chosen, confirmed
+    )
 
 
 def allowance_of(memory: int) -> int:

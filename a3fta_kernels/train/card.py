@@ -24,7 +24,8 @@ TOLD = (
     "resolution", "buckets", "flip", "rank", "activation", "design", "placement", "bias", "dropout",
     "targets", "rank_pattern", "steps", "batch", "accumulate", "optimizer", "learning_rate",
     "weight_decay", "schedule", "warmup", "max_grad_norm", "mixed_precision", "seed", "snr_gamma",
-    "noise_offset", "caption_dropout", "ema", "prior_weight", "prior_prompt", "heldout", "lean",
+    "noise_offset", "caption_dropout", "ema", "prior_weight", "prior_prompt", "heldout", "quantize",
+    "lean",
 )  # fmt: skip
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import platform
-import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +17,8 @@ from torch import nn
 
 from ..inject import inject, trainable_parameters
 from ..lean import lean
-from . import checkpoints, monitor, optimizers, records
+from . import checkpoints, closing, monitor, optimizers, packing, records
 from .batches import generator
-from .card import write_card
 from .dataset import PHOTOS, Data, encode, gather, keep
 from .drawing import DTYPES, Prompt, Sampler
 from .errors import TrainingError
@@ -32,8 +28,8 @@ from .report import write_report
 from .settings import Settings, read_yaml
 from .trainer import Listener, Run
 
-# where it stands in a run's folder
-SETTINGS, SUMMARY, ADAPTER = "settings.yaml", "summary.json", "adapter"
+# where they stand in a run's folder
+SETTINGS = "settings.yaml"
 # and what is there before it has begun
 _BEFORE = ("cache", PHOTOS)
 
@@ -50,6 +46,7 @@ def finetune(settings: Settings, listener: Listener | None = None) -> Path:
 
     listener = listener or Listener()
     optimizers.check(settings.optimizer)
+    packing.check(settings.quantize)
     _check_paths(settings)
     output = Path(settings.output)
     try:
@@ -72,6 +69,7 @@ def finetune(settings: Settings, listener: Listener | None = None) -> Path:
         accelerator.wait_for_everyone()
         family = load(settings.model, DTYPES[settings.mixed_precision])
         _check_family(settings, family)
+        packing.pack(family.denoiser, settings.quantize, accelerator.device)
         _check_room(family, accelerator.device)
         data = gather(settings, family)
         listener.say(str(data))
@@ -100,14 +98,14 @@ def finetune(settings: Settings, listener: Listener | None = None) -> Path:
                 with contextlib.suppress(Exception):  # the failure itself is what matters
                     write_report(output)
             raise
-        folder = output / ADAPTER
+        folder = output / closing.ADAPTER
         if main:
-            summary = _summary(settings, family, data, result, chosen, folds, warnings)
-            summary["seconds"] = _spent(output)
-            summary["device"] = _device(accelerator.device)
-            _finish(output, chosen["step"], summary)
+            summary = closing.summary(settings, family, data, result, chosen, folds, warnings)
+            summary["seconds"] = closing.spent(output)
+            summary["device"] = closing.device_name(accelerator.device)
+            closing.finish(output, chosen["step"], summary)
             if settings.push_to_hub:
-                _push(folder, settings.push_to_hub)
+                closing.push(folder, settings.push_to_hub)
         accelerator.wait_for_everyone()
         accelerator.end_training()
     return folder
@@ -143,7 +141,8 @@ def _check_room(family: Family, device: torch.device) -> None:
     if needed > memory:
         raise TrainingError(
             f"the model: expected weights that fit into the {memory >> 20:,} MiB of the GPU, got "
-            f"{needed >> 20:,} MiB; mixed_precision bf16 halves what is float32"
+            f"{needed >> 20:,} MiB; mixed_precision bf16 halves what is float32, and quantize nf4 "
+            f"takes a quarter of that for linear layers"
         )
 
 
@@ -340,78 +339,6 @@ def _curves(curves: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
         }
         for number, curve in enumerate(curves, 1)
     ]  # fmt: skip
-
-
-def _summary(
-    settings: Settings, family: Family, data: Data, result: Result, chosen: dict[str, Any],
-    folds: list[dict[str, Any]], warnings: list[str],
-) -> dict[str, Any]:  # fmt: skip
-    import accelerate
-    import diffusers
-
-    versions = {
-        "a3fta_kernels": sys.modules["a3fta_kernels"].__version__, "torch": torch.__version__,
-        "diffusers": diffusers.__version__, "accelerate": accelerate.__version__,
-        "python": platform.python_version(),
-    }  # fmt: skip
-    return {
-        "chosen_step": chosen["step"],
-        "why": chosen["why"],
-        "folds_best": chosen["folds_best"],
-        "steps_done": result.step,
-        "stopped_early": result.stopped_early,
-        "rule": data.split.rule,
-        "fold_curves": folds,
-        "parameters": sum(p.numel() for p in trainable_parameters(family.denoiser)),
-        "placement": settings.adapter().placement,
-        "base": settings.model,
-        "family": family.name,
-        "versions": versions,
-        "warnings": warnings,
-    }
-
-
-def _spent(output: Path) -> float:
-    """Seconds of all steps, of folds too, in whatever process they were made."""
-    runs = [output, *output.glob("folds/*")]
-    return sum(entry["seconds"] for run in runs for entry in records.read(run, records.LOG))
-
-
-def _device(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()})"
-
-
-def _finish(output: Path, step: int, summary: dict[str, Any]) -> None:
-    """The chosen checkpoint's adapter in its place, and what explains it."""
-    chosen = checkpoints.place(output / "checkpoints", step)
-    checkpoints.check(chosen)
-    source = chosen / "adapter"
-    new, target = output / f".{ADAPTER}.new", output / ADAPTER
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    for file in source.iterdir():
-        records.write(new / file.name, file.read_bytes())
-    shutil.rmtree(target, ignore_errors=True)
-    new.rename(target)
-    records.write_json(output / SUMMARY, summary)
-    write_report(output)
-    write_card(output, target)
-
-
-def _push(adapter: Path, repository: str) -> None:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-
-    try:
-        api = HfApi()
-        api.create_repo(repository, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=adapter)
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
-        raise TrainingError(
-            f"push_to_hub: {repository} did not take the adapter, which lies in {adapter}: {error}"
-        ) from error
 
 
 def _plain(settings: Settings) -> dict[str, Any]:

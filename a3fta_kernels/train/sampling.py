@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from ..inject import disabled, set_adapters
 from ..storage import AdapterFileError, load_adapter
+from . import packing
 from .drawing import DTYPES, Prompt, draw
 from .errors import TrainingError
 from .families import Family, load
@@ -28,6 +29,7 @@ def sample(
     seed: int = 0,
     resolution: int | None = None,
     precision: str = "no",
+    quantize: str = "no",
     batch: int = 1,
     allow_other_base: bool = False,
 ) -> Image.Image:
@@ -41,12 +43,14 @@ def sample(
     from accelerate import PartialState
 
     device = PartialState(cpu=not torch.cuda.is_available()).device
+    packing.check(quantize)
     family = load(model, DTYPES[precision])
     side = resolution or family.resolution
     if side % family.multiple:
         raise TrainingError(
             f"resolution: expected a multiple of {family.multiple} for this model, got {side}"
         )
+    packing.pack(family.denoiser, quantize, device)
     names = []
     try:
         for number, (folder, _) in enumerate(adapters):

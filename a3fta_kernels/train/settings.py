@@ -18,6 +18,7 @@ from typing import Any
 from ..adapters import DESIGNS, AdapterConfig
 from ..adapters.config import PLACEMENTS, TRAIN
 from ..checks import describe
+from ..memory.packed import QUANTIZE
 from ..ops.activations import ACTIVATIONS
 
 LEVELS = ("off", "exact", "recompute", "block", "compressed", "auto")
@@ -120,6 +121,10 @@ class Settings:
     prior_prompt: str = setting("", "training", "caption for it, such as 'a photo of a dog'")
     prior_data: str = setting("", "training", "folder of images for it (the photos themselves)")
 
+    quantize: str = setting(
+        "no", "memory", "the frozen model's linear layers in 4 bits (bitsandbytes)",
+        choices=QUANTIZE,
+    )  # fmt: skip
     lean: str = setting(
         "exact", "memory", "level of the memory-lean trunk", choices=LEVELS, changeable=True
     )
@@ -206,6 +211,16 @@ class Settings:
             raise ValueError(
                 f"mixed_precision: expected no beside train={self.train}, whose weights train in "
                 f"fp32, got {self.mixed_precision}"
+            )
+        if self.train != "adapter" and self.quantize != "no":
+            raise ValueError(
+                f"quantize: expected no beside train={self.train}, as packed weights do not train, "
+                f"got {self.quantize}"
+            )
+        if self.lean == "auto" and self.quantize != "no":
+            raise ValueError(
+                f"lean: expected a level by name beside quantize={self.quantize}, whose packed "
+                f"weights it cannot count, got auto"
             )
         if self.cuda_graph and self.mixed_precision == "fp16":
             raise ValueError(

@@ -146,7 +146,7 @@ MEMORY = {
 def test_levels_of_memory_train_the_same(base, tmp_path, name, monkeypatch):
     """The loss of the third step, and its gradient, hang on every gradient before it."""
     for part in ("write_report", "write_card"):
-        monkeypatch.setattr(f"a3fta_kernels.train.recipe.{part}", lambda *told: None)
+        monkeypatch.setattr(f"a3fta_kernels.train.closing.{part}", lambda *told: None)
 
     def train(title: str, **changes: Any) -> list[tuple[float, float]]:
         finetune(

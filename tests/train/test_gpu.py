@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from a3fta_kernels.train import records
+from tests.examples import pipelines
 from tests.train import runs_on_disk as runs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
@@ -63,3 +64,18 @@ def test_a_run_on_a_gpu(precision, tmp_path):
     judged = [e["heldout_mean"] for e in records.read(tmp_path / "run", records.EVALUATIONS)]
     assert min(judged[1:]) < judged[0]
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("more", [(), ("--cuda-graph",)], ids=["eager", "graph"])
+def test_a_run_on_a_packed_base(more, tmp_path):
+    """Of 4 bits, packed on the GPU; samples and evaluations multiply by them without gradients."""
+    pytest.importorskip("bitsandbytes")
+    pipelines.write_flux(tmp_path)
+    runs.write_photos(tmp_path, 6, side=32)
+    text = ("--resolution", "32", "--trigger", "a dog", "--lean", "block")
+    packed = ("--mixed-precision", "bf16", "--quantize", "nf4")
+    command(tmp_path, *text, *packed, "--steps", "6", *more)
+    command(tmp_path, *text, *packed, "--steps", "8", "--resume", *more)
+    log = records.read(tmp_path / "run", records.LOG)
+    assert [entry["step"] for entry in log] == list(range(1, 9))
+    assert all(math.isfinite(entry["loss"]) and entry["grad_norm"] > 0 for entry in log)

@@ -17,6 +17,7 @@ from a3fta_kernels.train import (
     Listener,
     TrainingError,
     checkpoints,
+    closing,
     finetune,
     monitor,
     recipe,
@@ -30,8 +31,8 @@ from tests.train import runs_on_disk as runs
 def undrawn(request, monkeypatch):
     """Pictures and reports have tests of their own, and take as long as these small runs."""
     if request.function is not test_a_run_leaves_what_it_says:
-        monkeypatch.setattr(recipe, "write_report", lambda run: None)
-        monkeypatch.setattr(recipe, "write_card", lambda run, adapter: None)
+        monkeypatch.setattr(closing, "write_report", lambda run: None)
+        monkeypatch.setattr(closing, "write_card", lambda run, adapter: None)
 
 
 def setting_out(tmp_path: Path, photos: int, **changes):

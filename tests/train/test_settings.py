@@ -134,6 +134,16 @@ def test_help_says_the_defaults():
             "mixed_precision: expected no beside",
         ),
         (
+            {"quantize": "nf4", "train": "adapter+attention"},
+            ValueError,
+            "quantize: expected no beside train=adapter.attention, .*got nf4",
+        ),
+        (
+            {"quantize": "nf4", "lean": "auto", "budget": "1GiB"},
+            ValueError,
+            "lean: expected a level by name beside quantize=nf4, .*got auto",
+        ),
+        (
             {"cuda_graph": True, "mixed_precision": "fp16"},
             ValueError,
             "mixed_precision: expected no or bf16 beside cuda_graph, .*got fp16",
