@@ -155,7 +155,7 @@ class Beside(NamedTuple):
     banks: Sequence[Bank]  # or these, each sample with its own
     backend: str
 
-    @property
+    # no property: torch.compile of torch 2.10 reads none of a named tuple
     def adapters(self) -> list[nn.Module]:
         return [*(a for a, _ in self.active), *(a for bank in self.banks for a in bank.adapters)]
 

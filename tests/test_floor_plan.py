@@ -77,7 +77,7 @@ LAYERS = [
     ["memory.levels"],
     ["memory.plan"],
     ["memory"],
-    ["train.errors"],
+    ["train.errors", "train.listener"],
     ["train.batches", "train.noise", "train.records", "train.settings"],
     ["train.images", "train.sources", "train.buckets", "train.cache", "train.split"],
     ["train.photos", "train.checkpoints", "train.optimizers", "train.packing", "train.run_files"],

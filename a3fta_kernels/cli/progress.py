@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..memory.account import mib
-from ..train.trainer import Listener
+from ..train.listener import Listener
 
 
 class Bars(Listener):
-    """A bar per run, folds one after the other; only in the main process."""
+    """A bar per run, folds one after the other, and one more for what goes on between steps; only
+    in the main process."""
 
     def __init__(self) -> None:
         self.quiet = int(os.environ.get("RANK", "0")) > 0  # of `accelerate launch`
@@ -23,6 +24,7 @@ class Bars(Listener):
             TextColumn("{task.fields[note]}"), TimeRemainingColumn(), console=self.console,
         )  # fmt: skip
         self.task: Any = None
+        self.between: tuple[str, Any] | None = None
 
     def __enter__(self) -> Bars:
         self.progress.start()
@@ -39,6 +41,17 @@ class Bars(Listener):
         if entry["memory"] is not None:
             note += f"  {mib(entry['memory'])}"
         self.progress.update(self.task, completed=entry["step"], note=note)
+
+    def work(self, what: str, done: int, of: int) -> None:
+        if self.between is not None and self.between[0] != what:  # which was cut off
+            self.progress.remove_task(self.between[1])
+            self.between = None
+        if self.between is None:
+            self.between = what, self.progress.add_task(f"  {what}", total=of, note="")
+        self.progress.update(self.between[1], completed=done)
+        if done == of:
+            self.progress.remove_task(self.between[1])
+            self.between = None
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)

@@ -46,21 +46,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    require(("diffusers", "transformers", "PIL"), "train")
+    require(("diffusers", "transformers", "PIL", "rich"), "train")
     from PIL import Image
 
     from ..train import TrainingError, sample
+    from .progress import Bars
 
     # before minutes of drawing
     if Image.registered_extensions().get(args.out.suffix.lower()) not in Image.SAVE:
         raise CommandError(f"out: expected a picture's name such as samples.png, got {args.out}")
     try:
-        page = sample(
-            args.model, args.adapter, args.prompt, count=args.count, steps=args.steps,
-            guidance=args.guidance, seed=args.seed, resolution=args.resolution,
-            precision=args.precision, quantize=args.quantize, batch=args.batch,
-            allow_other_base=args.allow_other_base,
-        )  # fmt: skip
+        with Bars() as bars:
+            page = sample(
+                args.model, args.adapter, args.prompt, count=args.count, steps=args.steps,
+                guidance=args.guidance, seed=args.seed, resolution=args.resolution,
+                precision=args.precision, quantize=args.quantize, batch=args.batch,
+                allow_other_base=args.allow_other_base, listener=bars,
+            )  # fmt: skip
     except TrainingError as error:
         raise CommandError(str(error)) from error
     except RuntimeError as error:

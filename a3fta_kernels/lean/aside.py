@@ -33,7 +33,7 @@ class Aside:
             found = placements.beside(module)
             if found is not None:
                 self._found.append((module, found, read))
-        self.modules = tuple(a for _, beside, _ in self._found for a in beside.adapters)
+        self.modules = tuple(a for _, beside, _ in self._found for a in beside.adapters())
 
     def __call__(self, state: Tensors, given: Tensors) -> Tensors:
         base = None if self._onto is None else state[self._onto]

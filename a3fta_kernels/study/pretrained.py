@@ -11,8 +11,8 @@ from ..train.closeness import extractor
 from ..train.dataset import encode, gather
 from ..train.errors import TrainingError
 from ..train.families import Family
+from ..train.listener import Listener
 from ..train.settings import Settings
-from ..train.trainer import Listener
 from .subject import Subject, dealt
 
 # shares of the photos that are no pool: the rest is, and has to hold the largest k

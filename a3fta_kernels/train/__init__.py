@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import TrainingError
+    from .listener import Listener
     from .recipe import finetune
     from .sampling import sample
     from .settings import Settings
-    from .trainer import Listener
 
 __all__ = ["Listener", "Settings", "TrainingError", "finetune", "sample"]
 
 _HOMES = {
-    "Listener": "trainer",
+    "Listener": "listener",
     "Settings": "settings",
     "TrainingError": "errors",
     "finetune": "recipe",

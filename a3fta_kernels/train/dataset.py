@@ -18,10 +18,11 @@ from .drawing import Prompt
 from .encoding import Encoder
 from .errors import TrainingError
 from .families import Family, Row
+from .listener import Listener, Share
 from .photos import Photos, find
 from .settings import Settings
 from .split import Split, split
-from .trainer import Listener, Material
+from .trainer import Material
 
 PHOTOS = "photos.json"
 # what a run that goes on must find as it was
@@ -128,9 +129,12 @@ def encode(
     # pixels alone need no encoder
     encoder = Encoder(family, Cache(output / "cache" if family.captions else None))
     photos = data.photos.items
+    told = Share(listener, "photos", len(photos) * (1 + settings.flip)).more
     material = Material(
-        rows=encoder.rows(photos, data.sizes),
-        mirrored=encoder.rows(photos, data.sizes, mirrored=True) if settings.flip else (),
+        rows=encoder.rows(photos, data.sizes, told=told),
+        mirrored=(
+            encoder.rows(photos, data.sizes, mirrored=True, told=told) if settings.flip else ()
+        ),
         digests=[p.digest for p in photos],
         names=[p.name for p in photos],
         prior=(
@@ -151,7 +155,8 @@ def _prior(settings: Settings, family: Family, encoder: Encoder, listener: Liste
     )  # fmt: skip
     listener.say("\n".join([f"{len(found.items)} images for the prior", *_remarks(found)]))
     cut = sizes((p.size for p in found.items), resolution, family.multiple, settings.buckets)
-    return encoder.rows(found.items, cut)
+    told = Share(listener, "images of the prior", len(cut)).more
+    return encoder.rows(found.items, cut, told=told)
 
 
 def _prompts(settings: Settings, family: Family, encoder: Encoder, data: Data) -> list[Prompt]:

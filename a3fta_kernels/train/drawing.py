@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from . import records
 from .closeness import closeness, extractor
 from .families import Family, Row
+from .listener import Listener, Share
 from .settings import Settings
 
 # of the frozen weights, by the precision asked for
@@ -28,14 +29,17 @@ class Prompt:
 def draw(
     family: Family, prompts: Sequence[Prompt], empty: Row, size: tuple[int, int], *,
     steps: int, guidance: float, seed: int, batch: int, device: torch.device,
+    told: Callable[[int], None] = lambda count: None,
 ) -> list[Image.Image]:  # fmt: skip
-    """An image per prompt; the noise of each is fixed by the seed and its place."""
+    """An image per prompt; the noise of each is fixed by the seed and its place. `told` hears how
+    many were drawn just now."""
     images: list[Image.Image] = []
     with family.drawing(device):
         for start in range(0, len(prompts), batch):
             part = [p.row for p in prompts[start : start + batch]]
             seeds = [seed + start + i for i in range(len(part))]
             images += family.draw(part, empty, size, steps, guidance, seeds)
+            told(len(part))
     return images
 
 
@@ -49,7 +53,9 @@ class Sampler:
         self, run: Path, family: Family, settings: Settings, prompts: Sequence[Prompt],
         empty: Row, photos: Sequence[Image.Image], names: Sequence[str],
         others: Sequence[Image.Image], size: tuple[int, int], device: torch.device,
+        listener: Listener,
     ) -> None:  # fmt: skip
+        self.listener = listener
         self.run, self.family, self.settings = run, family, settings
         self.prompts, self.empty, self.names = prompts, empty, names
         self.size, self.device = size, device
@@ -61,13 +67,16 @@ class Sampler:
             turned = [p.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for p in photos]
             self.mirrored = self.features(turned)
 
-    def __call__(self, step: int) -> None:
+    def draw(self, prompts: Sequence[Prompt]) -> list[Image.Image]:
         settings = self.settings
-        images = draw(
-            self.family, self.prompts, self.empty, self.size, steps=settings.sample_steps,
+        return draw(
+            self.family, prompts, self.empty, self.size, steps=settings.sample_steps,
             guidance=settings.guidance, seed=settings.seed, batch=settings.batch,
-            device=self.device,
+            device=self.device, told=Share(self.listener, "samples", len(prompts)).more,
         )  # fmt: skip
+
+    def __call__(self, step: int) -> None:
+        images = self.draw(self.prompts)
         folder = self.run / "samples" / f"step-{step:06d}"
         files = []
         with records.explained(self.run):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,11 +59,16 @@ class Encoder:
         return self.texts[text]
 
     def rows(
-        self, photos: Sequence[Photo], sizes: Sequence[Size], mirrored: bool = False
-    ) -> list[Row]:
-        """What the loop reads for each photo: its pixels, its text, its class."""
+        self, photos: Sequence[Photo], sizes: Sequence[Size], mirrored: bool = False,
+        told: Callable[[], None] = lambda: None,
+    ) -> list[Row]:  # fmt: skip
+        """What the loop reads for each photo: its pixels, its text, its class. `told` hears of
+        every photo that is encoded."""
         # photos first: what encodes them need not be there beside what encodes texts
-        encoded = [self.photo(p, size, mirrored) for p, size in zip(photos, sizes, strict=True)]
+        encoded = []
+        for photo, size in zip(photos, sizes, strict=True):
+            encoded.append(self.photo(photo, size, mirrored))
+            told()
         found = []
         for photo, row in zip(photos, encoded, strict=True):
             row = row | self.text(photo.caption)

@@ -62,9 +62,10 @@ def losses(
     device: torch.device,
     share: tuple[int, int] = (0, 1),
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+    told: Callable[[int], None] = lambda count: None,
 ) -> list[float]:
     """Mean squared error per range, in fp64. `share` is (rank, processes): each takes a part of
-    the questions, and `reduce` adds up over them."""
+    the questions, and `reduce` adds up over them. `told` hears how many were answered just now."""
     sums = torch.zeros(2, bins, dtype=torch.float64)
     by_size: dict[torch.Size, list[Question]] = {}
     for question in asked[share[0] :: share[1]]:
@@ -76,6 +77,7 @@ def losses(
             for question, error in zip(part, errors.tolist(), strict=True):
                 sums[0, question.range] += error
                 sums[1, question.range] += 1
+            told(len(part))
     total, count = reduce(sums.to(device)).cpu()
     return (total / count).tolist()
 

@@ -23,10 +23,11 @@ from .dataset import PHOTOS, Data, encode, gather, keep
 from .drawing import DTYPES, Prompt, Sampler
 from .errors import TrainingError
 from .families import Family, load, stack
+from .listener import Listener
 from .loop import Result, train
 from .report import write_report
 from .settings import Settings, read_yaml
-from .trainer import Listener, Run
+from .trainer import Run
 
 # where they stand in a run's folder
 SETTINGS = "settings.yaml"
@@ -255,8 +256,12 @@ def _train(
     settings, model = base.settings, base.family.denoiser
     last = dataclasses.replace(base, train=data.train, heldout=data.split.heldout, title="training")
     if settings.sample_every and base.accelerator.is_main_process:
-        # before the folds, as what it needs may be missing
-        last.sampler = _sampler(last, data, prompts)
+        last.sampler = sampler = _sampler(last, data, prompts)
+        if data.split.folds:
+            # what drawing needs may not be there, or not fit: better told before the folds
+            model.eval()
+            with base.accelerator.autocast():
+                sampler.draw(prompts[:1])
     start = [p.detach().clone() for p in trainable_parameters(model)]
     # of a fold only its losses are of use later; all of them run to the end, as they are compared
     # at the steps that all have reached
@@ -271,7 +276,7 @@ def _train(
         title = f"fold {number + 1} of {len(folds)}"
         folder = base.folder / "folds" / str(number + 1)
         run = dataclasses.replace(
-            base, settings=short, folder=folder, train=rest, heldout=fold, title=title
+            base, settings=short, folder=folder, train=rest, heldout=fold, title=title, fold=True
         )
         curves.append(train(run).evaluations)
     if curves:
@@ -327,7 +332,7 @@ def _sampler(run: Run, data: Data, prompts: Sequence[Prompt]) -> Sampler:
         run.folder, run.family, run.settings, prompts, run.material.empty,
         data.images(run.train), [run.material.names[i] for i in run.train],
         data.images(run.heldout), (side, side),
-        run.accelerator.device,
+        run.accelerator.device, run.listener,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from . import packing
 from .drawing import DTYPES, Prompt, draw
 from .errors import TrainingError
 from .families import Family, load
+from .listener import Listener, Share
 
 _MARGIN, _TITLE = 8, 22
 
@@ -32,12 +33,14 @@ def sample(
     quantize: str = "no",
     batch: int = 1,
     allow_other_base: bool = False,
+    listener: Listener | None = None,
 ) -> Image.Image:
     """A row of images for the base, one for each adapter (folder, weight), and where there are
     several one for all of them together; `count` columns, with the prompts in turn, or as many
     as there are prompts.
 
-    Prompts of a model with classes are their numbers; one without either takes none. Raises
+    Prompts of a model with classes are their numbers; one without either takes none. `listener`
+    hears how many images are drawn. Raises
     TrainingError for a pipeline, adapter or prompt that does not fit.
     """
     from accelerate import PartialState
@@ -60,24 +63,26 @@ def sample(
         raise TrainingError(str(error)) from error
     with family.encoding(device):
         family.bring("texts")
-        told, empty = _prompts(family, prompts, count), family.encode_text("")
+        prompted, empty = _prompts(family, prompts, count), family.encode_text("")
     family.denoiser.to(device).eval()
+    rows = 1 + len(names) + (len(names) > 1)
+    told = Share(listener or Listener(), "images", rows * len(prompted)).more
 
     def row() -> list[Image.Image]:
         return draw(
-            family, told, empty, (side, side), steps=steps, guidance=guidance, seed=seed,
-            batch=batch, device=device,
+            family, prompted, empty, (side, side), steps=steps, guidance=guidance, seed=seed,
+            batch=batch, device=device, told=told,
         )  # fmt: skip
 
     with disabled(family.denoiser):
-        rows = [("base", row())]
+        drawn = [("base", row())]
     for name, (folder, weight) in zip(names, adapters, strict=True):
         set_adapters(family.denoiser, name, weight)
-        rows.append((f"{Path(folder).name} x {weight:g}", row()))
+        drawn.append((f"{Path(folder).name} x {weight:g}", row()))
     if len(names) > 1:
         set_adapters(family.denoiser, names, [weight for _, weight in adapters])
-        rows.append(("together", row()))
-    return grid(rows, [p.title for p in told])
+        drawn.append(("together", row()))
+    return grid(drawn, [p.title for p in prompted])
 
 
 def _prompts(family: Family, prompts: Sequence[str], count: int) -> list[Prompt]:

@@ -26,6 +26,7 @@ from . import checkpoints, monitor, records
 from .batches import Order, generator
 from .errors import TrainingError, is_out_of_memory
 from .families import Family, Row, stack
+from .listener import Listener, Share
 from .optimizers import build, schedule
 from .settings import Settings
 
@@ -35,16 +36,6 @@ _EVALUATED = 4
 # on the device; what was stacked of rows has names that begin with _ROW
 Batch = Mapping[str, Tensor]
 _ROW = "row "
-
-
-class Listener:
-    """What a run tells while it goes. Does nothing; a progress bar overrides it."""
-
-    def begin(self, title: str, step: int, steps: int) -> None: ...
-
-    def step(self, entry: dict[str, Any]) -> None: ...
-
-    def say(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -75,6 +66,7 @@ class Run:
     listener: Listener = field(default_factory=Listener)
     sampler: Callable[[int], None] | None = None
     stop: int | None = None  # the last step, where it is not the settings'
+    fold: bool = False  # of which the losses of photos left out are all that anybody reads
 
     @property
     def steps(self) -> int:
@@ -322,26 +314,32 @@ class Trainer:
         self.done = step
 
     def evaluate(self) -> dict[str, Any]:
-        """The entry of `evaluations.jsonl`: losses of as many training photos as are held out."""
+        """The entry of `evaluations.jsonl`: losses of as many training photos as are held out, in
+        a fold of none."""
         settings, material, accelerator = self.run.settings, self.run.material, self.accelerator
         order = torch.randperm(len(self.run.train), generator=generator(settings.seed, "watched"))
         count = len(self.run.heldout) or min(len(self.run.train), 8)
         sets = {
-            "train": [self.run.train[i] for i in order[:count].tolist()],
+            "train": [] if self.run.fold else [self.run.train[i] for i in order[:count].tolist()],
             "heldout": list(self.run.heldout),
         }
+        asked = {
+            name: monitor.questions(
+                photos, material.digests, settings.bins, settings.draws, settings.seed
+            )
+            for name, photos in sets.items()
+        }
         entry: dict[str, Any] = {"step": self.done, "bins": monitor.ranges(settings.bins)}
+        told = Share(self.run.listener, "evaluation", sum(map(len, asked.values())))
         with self.shown():
-            for name, photos in sets.items():
-                asked = monitor.questions(
-                    photos, material.digests, settings.bins, settings.draws, settings.seed
-                )
+            for name, questions in asked.items():
                 found = monitor.losses(
-                    self.run.family, material.rows, asked, settings.bins,
+                    self.run.family, material.rows, questions, settings.bins,
                     max(settings.batch, _EVALUATED), self.device,
                     (accelerator.process_index, accelerator.num_processes),
                     lambda sums: accelerator.reduce(sums, "sum"),
-                ) if photos else None  # fmt: skip
+                    lambda count: told.more(count * accelerator.num_processes),
+                ) if questions else None  # fmt: skip
                 entry[name] = found
                 entry[f"{name}_mean"] = None if found is None else monitor.mean(found)
         return entry

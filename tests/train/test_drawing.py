@@ -15,6 +15,7 @@ from a3fta_kernels.train import records
 from a3fta_kernels.train.drawing import Prompt, Sampler, draw
 from a3fta_kernels.train.errors import TrainingError
 from a3fta_kernels.train.families import load
+from a3fta_kernels.train.listener import Listener
 from tests.train import setups
 
 CPU = torch.device("cpu")
@@ -108,8 +109,9 @@ def sampler(run, images, photos, others=(), **changes):
     told = [Prompt(f"number {i}", {"i": torch.tensor(i)}) for i in range(len(images))]
     names = [f"{i}.png" for i in range(len(photos))]
     return Sampler(
-        run, Copying(images), settings(**changes), told, {}, photos, names, others, (16, 16), CPU
-    )
+        run, Copying(images), settings(**changes), told, {}, photos, names, others, (16, 16), CPU,
+        Listener(),
+    )  # fmt: skip
 
 
 def test_a_drawing_is_written_and_compared_with_the_photos(tmp_path):

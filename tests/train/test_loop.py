@@ -9,9 +9,10 @@ import torch
 
 from a3fta_kernels.train import checkpoints, records
 from a3fta_kernels.train.errors import TrainingError
+from a3fta_kernels.train.listener import Listener
 from a3fta_kernels.train.loop import train
 from a3fta_kernels.train.records import EVALUATIONS, LOG
-from a3fta_kernels.train.trainer import Listener, Trainer
+from a3fta_kernels.train.trainer import Trainer
 from tests.train import setups
 
 
