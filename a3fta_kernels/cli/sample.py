@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the first column's noise")
     add("--resolution", type=positive, help="pixels along an edge (the model's own)")
     add("--precision", default="no", choices=("no", "fp16", "bf16"), help="of the weights")
+    add("--variant", default="", help="of the pipeline's files, such as fp16")
     add("--quantize", default="no", choices=QUANTIZE, help="linear layers of the base in 4 bits")
     add("--batch", type=positive, default=1, help="images at a time")
     add("--allow-other-base", action="store_true", help="other weights than it was trained on")
@@ -60,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
             page = sample(
                 args.model, args.adapter, args.prompt, count=args.count, steps=args.steps,
                 guidance=args.guidance, seed=args.seed, resolution=args.resolution,
-                precision=args.precision, quantize=args.quantize, batch=args.batch,
-                allow_other_base=args.allow_other_base, listener=bars,
+                precision=args.precision, quantize=args.quantize, variant=args.variant,
+                batch=args.batch, allow_other_base=args.allow_other_base, listener=bars,
             )  # fmt: skip
     except TrainingError as error:
         raise CommandError(str(error)) from error

@@ -68,7 +68,7 @@ def finetune(settings: Settings, listener: Listener | None = None) -> Path:
         if main:
             checkpoints.tidy(output)
         accelerator.wait_for_everyone()
-        family = load(settings.model, DTYPES[settings.mixed_precision])
+        family = load(settings.model, DTYPES[settings.mixed_precision], settings.variant)
         _check_family(settings, family)
         packing.pack(family.denoiser, settings.quantize, accelerator.device)
         _check_room(family, accelerator.device)

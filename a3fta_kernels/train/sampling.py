@@ -31,6 +31,7 @@ def sample(
     resolution: int | None = None,
     precision: str = "no",
     quantize: str = "no",
+    variant: str = "",
     batch: int = 1,
     allow_other_base: bool = False,
     listener: Listener | None = None,
@@ -47,7 +48,7 @@ def sample(
 
     device = PartialState(cpu=not torch.cuda.is_available()).device
     packing.check(quantize)
-    family = load(model, DTYPES[precision])
+    family = load(model, DTYPES[precision], variant)
     side = resolution or family.resolution
     if side % family.multiple:
         raise TrainingError(

@@ -51,6 +51,9 @@ class Settings:
     and what came."""
 
     model: str = setting("", "base and photos", "the pipeline: a folder, or a name on the hub")
+    variant: str = setting(
+        "", "base and photos", "of the pipeline's files, such as fp16: half of a download"
+    )
     # its photos are compared one by one; the folder may have moved
     data: str = setting(
         "", "base and photos", "folder of photos, or one that `datasets` saved", changeable=True

@@ -25,8 +25,8 @@ FAMILIES: tuple[type[Family], ...] = (
 )
 
 
-def load(model: str, dtype: torch.dtype) -> Family:
-    """The pipeline of that folder, or of that name on the hub, on the CPU.
+def load(model: str, dtype: torch.dtype, variant: str = "") -> Family:
+    """The pipeline of that folder, or of that name on the hub, on the CPU; `variant`: of its files.
 
     Raises TrainingError where it cannot be read, or is of no known family.
     """
@@ -42,7 +42,7 @@ def load(model: str, dtype: torch.dtype) -> Family:
     kind = index.get("_class_name")
     if kind not in kinds:
         raise TrainingError(f"model: expected one of {', '.join(kinds)}, got {kind} ({model})")
-    return kinds[kind](_read(model, index, dtype))
+    return kinds[kind](_read(model, index, dtype, variant))
 
 
 def _index(model: str) -> dict[str, Any]:
@@ -54,13 +54,15 @@ def _index(model: str) -> dict[str, Any]:
         raise _unreadable(model, error) from error
 
 
-def _read(model: str, index: dict[str, Any], dtype: torch.dtype) -> Any:
+def _read(model: str, index: dict[str, Any], dtype: torch.dtype, variant: str) -> Any:
     from diffusers import DiffusionPipeline
 
     # diffusers saves a pipeline without a part, but loads it only when told of that
     absent = {name: None for name, value in index.items() if value == [None, None]}
     try:
-        return DiffusionPipeline.from_pretrained(model, dtype=dtype, **absent)
+        return DiffusionPipeline.from_pretrained(
+            model, dtype=dtype, variant=variant or None, **absent
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _unreadable(model, error) from error
 

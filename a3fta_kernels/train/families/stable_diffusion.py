@@ -68,5 +68,6 @@ class StableDiffusionXL(StableDiffusion):
 
     def inputs(self, noisy: Tensor, time: Tensor, row: Mapping[str, Tensor]) -> dict[str, Any]:
         pooled = row["pooled_prompt_embeds"]
-        added = {"text_embeds": pooled, "time_ids": row["time_ids"].to(pooled)}
+        # bf16 has no 3022, which a photo may measure
+        added = {"text_embeds": pooled, "time_ids": row["time_ids"].float()}
         return super().inputs(noisy, time, row) | {"added_cond_kwargs": added}

@@ -23,6 +23,20 @@ def test_a_pipeline_is_of_its_family(pipeline, name):
     assert found.resolution % found.multiple == 0
 
 
+def test_a_variant_s_files_are_read(pipeline, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    folder = str(tmp_path / "pipeline")
+    stock = DiffusionPipeline.from_pretrained(pipeline("sd"))
+    stock.save_pretrained(folder, variant="fp16")
+    found = load(folder, torch.bfloat16, "fp16")
+    for ours, theirs in zip(found.denoiser.parameters(), stock.unet.parameters(), strict=True):
+        assert torch.equal(ours, theirs.bfloat16())
+    for variant in ("", "fp8"):
+        with pytest.raises(TrainingError, match=r"^model: .* cannot be loaded: "):
+            load(folder, torch.bfloat16, variant)
+
+
 def test_families_do_not_share_names():
     for names in ([f.name for f in FAMILIES], [p for f in FAMILIES for p in f.pipelines]):
         assert len(set(names)) == len(names)

@@ -56,6 +56,18 @@ def test_sdxl_is_told_sizes_and_cuts(load):
     common.assert_told_the_same(told, call)
 
 
+def test_sdxl_is_told_sizes_that_bf16_does_not_have(load):
+    family = load("sdxl")
+    crop = Crop(original=(3022, 4025), size=common.SIZE, top=2, left=1)
+    row = family.encode_photo(common.pixels(), crop) | family.encode_text("a dog")
+    row = {k: v.bfloat16() if v.is_floating_point() else v for k, v in stack([row]).items()}
+    family.denoiser.bfloat16()
+    noisy = row["mean"]
+    told = family.inputs(noisy, torch.zeros(1), row)
+    assert told["added_cond_kwargs"]["time_ids"].tolist() == [[4025, 3022, 2, 1, 24, 32]]
+    assert family.predict(family.denoiser, noisy, torch.zeros(1), row).dtype == torch.bfloat16
+
+
 def test_sdxl_text_of_no_words(load):
     family = load("sdxl")
     assert family.pipe.config.force_zeros_for_empty_prompt
