@@ -63,6 +63,10 @@ ARCHITECTURES = {
         "num_layers": 28, "attention_head_dim": 72, "num_attention_heads": 16,
         "cross_attention_dim": 1152, "caption_channels": 4096, "interpolation_scale": 2,
     }),
+    "z-image": Architecture("Z-Image", "ZImageTransformer2DModel", 1024, {
+        "dim": 3840, "n_layers": 30, "n_refiner_layers": 2, "n_heads": 30, "n_kv_heads": 30,
+        "cap_feat_dim": 2560, "in_channels": 16, "axes_lens": (1536, 512, 512),
+    }),
 }  # fmt: skip
 
 
@@ -158,14 +162,17 @@ def inputs(
     return INPUTS[type(model).__name__](config, resolution // VAE, of)
 
 
+_PACKED = ("FluxTransformer2DModel", "ZImageTransformer2DModel")
+
+
 def multiple_of(model: nn.Module) -> int:
     """The resolution has to be a multiple of this."""
     config: Any = model.config
     if "block_out_channels" in config:
         pixels = 1 if config.get("cross_attention_dim") is None else VAE
         return pixels * 2 ** (len(config["block_out_channels"]) - 1)
-    # Flux packs 2 x 2 latents into a token before the model
-    return VAE * (2 if type(model).__name__.startswith("Flux") else config["patch_size"])
+    # Flux packs 2 x 2 latents into a token before the model, Z-Image names a choice of one
+    return VAE * (config["patch_size"] if type(model).__name__ not in _PACKED else 2)
 
 
 Make = Callable[..., Tensor]  # a tensor (batch, *shape)
@@ -235,10 +242,19 @@ def _pixart(config: Any, size: int, of: Make) -> dict[str, Any]:
     }
 
 
+def _z_image(config: Any, size: int, of: Make) -> dict[str, Any]:
+    return {
+        "x": list(of(config["in_channels"], 1, size, size)),
+        "t": of(),
+        "cap_feats": list(of(512, config["cap_feat_dim"])),
+    }
+
+
 INPUTS: dict[str, Callable[[Any, int, Make], dict[str, Any]]] = {
     "UNet2DConditionModel": _unet,
     "UNet2DModel": _pixels,
     "SD3Transformer2DModel": _sd3,
     "FluxTransformer2DModel": _flux,
     "PixArtTransformer2DModel": _pixart,
+    "ZImageTransformer2DModel": _z_image,
 }

@@ -160,6 +160,11 @@ def _check_graph(settings: Settings, accelerator: Any) -> None:
 def _check_family(settings: Settings, family: Family) -> None:
     """What only the kind of model tells to be wrong, before anything is encoded."""
     family.noise.weight(torch.full((1,), 0.5), settings.snr_gamma)  # raises where there is none
+    if settings.cuda_graph and not family.fixed:
+        raise TrainingError(
+            f"cuda_graph: expected a model whose texts have one length, which a recording is for, "
+            f"got {type(family).__name__}"
+        )
     if family.captions:
         if settings.prior_weight and not settings.prior_prompt:
             raise TrainingError(

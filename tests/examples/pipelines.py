@@ -17,12 +17,17 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2TokenizerFast,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -104,6 +109,26 @@ def write_flux(folder: Path, distilled: bool = True) -> None:
     ).save_pretrained(folder / "pipeline")
 
 
+def write_z_image(folder: Path) -> None:
+    torch.manual_seed(0)
+    ZImagePipeline(
+        vae=_vae(scaling_factor=0.36, shift_factor=0.12),
+        text_encoder=Qwen3Model(
+            Qwen3Config(
+                vocab_size=len(_chat_tokens()), hidden_size=16, intermediate_size=16,
+                num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+            )
+        ),
+        tokenizer=_chat_tokenizer(),
+        # places for the longest text and the sides of an image
+        transformer=ZImageTransformer2DModel(
+            in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+            cap_feat_dim=16, axes_dims=[4, 4, 8], axes_lens=[1024, 32, 32],
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ).save_pretrained(folder / "pipeline")  # fmt: skip
+
+
 def _vae(**options: Any) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(4, 8),
@@ -157,3 +182,25 @@ def _t5_tokens() -> list[str]:
 def _t5_tokenizer() -> T5TokenizerFast:
     """One token for each letter, and the end."""
     return T5TokenizerFast(vocab=[(token, 0.0) for token in _t5_tokens()], extra_ids=0)
+
+
+_CHAT = "<|im_start|>", "<|im_end|>"
+
+
+def _chat_tokens() -> list[str]:
+    return [*string.ascii_lowercase, *string.digits, "Ġ", "Ċ", "<|endoftext|>", *_CHAT]
+
+
+def _chat_tokenizer() -> Qwen2TokenizerFast:
+    """One token for each letter and each mark of a chat."""
+    found = Qwen2TokenizerFast(
+        vocab={token: i for i, token in enumerate(_chat_tokens())}, merges=[],
+        unk_token="<|endoftext|>", pad_token="<|endoftext|>",
+        additional_special_tokens=list(_CHAT),
+    )  # fmt: skip
+    begin, end = _CHAT
+    found.chat_template = (
+        "{% for m in messages %}" f"{begin}" "{{ m['role'] }}\n{{ m['content'] }}" f"{end}\n"
+        "{% endfor %}" f"{begin}assistant\n"
+    )  # fmt: skip
+    return found

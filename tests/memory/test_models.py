@@ -14,7 +14,7 @@ from .. import models as small
 # parameters; of Stable Diffusion and FLUX the counts of the published checkpoints
 SIZES = {
     "sd15": 859520964, "sd21": 865910724, "sdxl": 2567463684, "sd3-medium": 2028328000,
-    "flux-dev": 11901408320, "pixart": 611349152,
+    "flux-dev": 11901408320, "pixart": 611349152, "z-image": 6154908736,
 }  # fmt: skip
 
 
@@ -61,6 +61,7 @@ def test_what_is_no_model_is_refused(tmp_path):
         ("sd15", 500, "a multiple of 64 .*got 500"),
         ("sdxl", 1000, "a multiple of 32"),
         ("flux-dev", 1000, "a multiple of 16"),
+        ("z-image", 1000, "a multiple of 16"),
         ("sd3-medium", 4096, "at most 3072"),
         ("sd15", 0, "a multiple of 64"),
     ],

@@ -34,6 +34,7 @@ ROWS = {
     "sdxl": "stable_diffusion_xl",
     "sd3": "stable_diffusion_3",
     "flux": "flux",
+    "z_image": "z_image",
 }
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 

@@ -13,6 +13,7 @@ from .flux import Flux
 from .sd3 import StableDiffusion3
 from .stable_diffusion import StableDiffusion, StableDiffusionXL
 from .unconditional import Unconditional
+from .z_image import ZImage
 
 __all__ = ["FAMILIES", "Crop", "Family", "Row", "load", "stack"]
 
@@ -22,6 +23,7 @@ FAMILIES: tuple[type[Family], ...] = (
     StableDiffusionXL,
     StableDiffusion3,
     Flux,
+    ZImage,
 )
 
 

@@ -37,11 +37,13 @@ class Family(ABC):
 
     captions: whether photos have captions; classes: how many classes the model has, or None.
     channels: of photos. multiple: of their sides. resolution: the model's own.
+    fixed: whether photos of one size are tensors of one size, whatever their captions.
     """
 
     name: ClassVar[str]
     pipelines: ClassVar[tuple[str, ...]]  # classes in a model_index.json that it serves
     captions: ClassVar[bool] = True
+    fixed: ClassVar[bool] = True
 
     classes: int | None = None
     channels: int = 3

@@ -116,7 +116,7 @@ class LatentFamily(Family):
         return {k: v.to(device) for k, v in stack(texts).items() if k.endswith("embeds")}
 
     def call(
-        self, told: Mapping[str, Tensor], size: tuple[int, int], steps: int, guidance: float,
+        self, told: Mapping[str, Any], size: tuple[int, int], steps: int, guidance: float,
         seeds: Sequence[int],
     ) -> Tensor:  # fmt: skip
         """The latents that the pipeline draws, as it has them at the end."""

@@ -25,10 +25,11 @@ PIPELINES: dict[str, Callable[[Path], None]] = {
     "sd3": pipelines.write_sd3,
     "sd3_without_t5": functools.partial(pipelines.write_sd3, t5=False),
     "flux": pipelines.write_flux,
+    "z_image": pipelines.write_z_image,
     "flux_schnell": functools.partial(pipelines.write_flux, distilled=False),
 }
 
-PROMPTS = ["a photo of a dog", "two cats"]
+PROMPTS = ("a photo of a dog", "two cats")  # Z-Image's pipeline writes into a list
 SIZE = (32, 24)  # (width, height)
 
 
@@ -60,7 +61,7 @@ def denoiser_calls(family: Family, **options: Any) -> list[dict[str, Any]]:
     handle = family.denoiser.register_forward_pre_hook(note, with_kwargs=True)
     try:
         family.pipe(
-            PROMPTS, width=SIZE[0], height=SIZE[1], output_type="latent",
+            list(PROMPTS), width=SIZE[0], height=SIZE[1], output_type="latent",
             generator=generators([0, 1]), **options,
         )  # fmt: skip
     finally:

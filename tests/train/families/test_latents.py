@@ -14,7 +14,7 @@ from a3fta_kernels.train.families import Crop, stack
 from tests.models import randomize
 from tests.train.families import common
 
-NAMES = ["sd", "sdxl", "sd3", "flux"]
+NAMES = ["sd", "sdxl", "sd3", "flux", "z_image"]
 CROP = Crop((32, 24), (32, 24), 0, 0)
 
 
@@ -95,7 +95,7 @@ def test_an_untrained_adapter_draws_what_the_pipeline_does(load, name, guidance,
     family = load(name)
     width, height = common.SIZE
     stock = family.pipe(
-        common.PROMPTS, width=width, height=height, num_inference_steps=3,
+        list(common.PROMPTS), width=width, height=height, num_inference_steps=3,
         guidance_scale=guidance, generator=common.generators([5, 6]), output_type="latent",
     ).images  # fmt: skip
     if stock.ndim == 3:
