@@ -69,7 +69,7 @@ LAYERS = [
     ["memory.peak"],
     ["lean.swapping", "lean.forgetful"],
     ["lean.rebuild", "lean.compiled", "lean.feed_forward", "lean.report"],
-    ["lean.modulated", "lean.aside"],
+    ["lean.modulated", "lean.aside", "lean.silu_gate"],
     ["lean.*"],
     ["lean.rules"],
     ["lean.budget"],

@@ -149,7 +149,7 @@ def _again(root: nn.Module, unit: str, level: str) -> int:
     for name, module in block.named_modules():
         if not isinstance(module, nn.Linear) or "norm" in name:
             continue
-        narrowing = "to_out" in name or "to_add_out" in name
+        narrowing = "to_out" in name or "to_add_out" in name or name.endswith(".w2")
         last = name.endswith("proj_out") or ".net.2" in name
         if not last and (level == "block" or not narrowing):
             total += module.weight.numel()

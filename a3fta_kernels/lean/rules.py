@@ -8,14 +8,28 @@ from typing import Any
 
 from diffusers.models.activations import GEGLU, GELU
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
+from diffusers.models.normalization import RMSNorm
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_flux import (
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
 )
+from diffusers.models.transformers.transformer_z_image import FeedForward, ZImageTransformerBlock
 from torch import nn
 
-from . import conv, flux_block, geglu, gelu, joint_block, norm, resnet, transformer_block
+from . import (
+    conv,
+    flux_block,
+    geglu,
+    gelu,
+    joint_block,
+    norm,
+    resnet,
+    rms_norm,
+    silu_gate,
+    transformer_block,
+    z_image_block,
+)
 from .swapping import LeanModule, Settings, trains
 
 
@@ -80,6 +94,12 @@ RULES = (
         FluxSingleTransformerBlock, flux_block.LeanFluxSingleTransformerBlock, _by_stages,
         flux_block.why_not, is_block=True,
     ),
+    Rule(
+        ZImageTransformerBlock, z_image_block.LeanZImageTransformerBlock, _by_stages,
+        z_image_block.why_not, is_block=True,
+    ),
+    Rule(FeedForward, silu_gate.LeanFeedForward, _always, _fits, in_stages=True),
+    Rule(RMSNorm, rms_norm.LeanRMSNorm, _always, rms_norm.why_not),
     Rule(nn.GroupNorm, norm.LeanGroupNorm, _narrow_norms, _fits),
     Rule(nn.LayerNorm, norm.LeanLayerNorm, _narrow_norms, norm.why_not, in_stages=True),
 )  # fmt: skip

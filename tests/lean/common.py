@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import a3fta_kernels as a3fta
 
 from .. import models
+from ..models import small
 
 LORA = ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj"]
 
@@ -27,10 +28,34 @@ def sd35() -> nn.Module:
     )  # fmt: skip
 
 
+def z_image() -> nn.Module:
+    return small.filled(
+        lambda: diffusers.ZImageTransformer2DModel(
+            in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+            cap_feat_dim=16, axes_dims=[4, 4, 8], axes_lens=[128, 8, 8],
+        )
+    )  # fmt: skip
+
+
+def z_image_inputs(*lengths: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "x": [draw(4, 1, 8, 8) for _ in lengths], "t": draw(len(lengths)).sigmoid(),
+        "cap_feats": [draw(length, 16) for length in lengths],
+    }  # fmt: skip
+
+
 MODELS = {
     **{n: (partial(models.build, n), partial(models.inputs, n)) for n in models.MODELS},
     "sd3": (models.sd3, models.sd3_inputs),
     "sd35": (sd35, models.sd3_inputs),
+    "z_image": (z_image, lambda: z_image_inputs(7, 7)),
+    # texts of two lengths, so that attention has a mask
+    "z_image_masked": (z_image, lambda: z_image_inputs(7, 40)),
 }
 
 
@@ -60,6 +85,8 @@ def batch_for(name: str, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     def cast(x: Any) -> Any:
         if isinstance(x, dict):
             return {k: cast(v) for k, v in x.items()}
+        if isinstance(x, list):
+            return [cast(v) for v in x]
         return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
     return cast(MODELS[name][1]())
@@ -80,7 +107,7 @@ def step(model: nn.Module, batch: dict[str, Any]) -> Step:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        output = model(**batch).sample
+        output = small.output(model(**batch).sample)
     weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
     bytes_kept = sum(s.nbytes() for key, s in kept.items() if key not in weights)
     kept.clear()

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 import a3fta_kernels as a3fta
 
 from .. import models
-from .common import assert_same_step, batch_for, step, trained
+from .common import MODELS, assert_same_step, batch_for, step, trained
 
 LEVELS = pytest.mark.parametrize("level", ["exact", "recompute", "block"])
 
@@ -135,17 +135,21 @@ def test_saved_tensors_moved_elsewhere():
 
 
 @pytest.mark.parametrize(
-    ("name", "placement"), [("sd15", "pre"), ("sd15", "parallel"), ("flux", "parallel")]
+    ("name", "placement"),
+    [("sd15", "pre"), ("sd15", "parallel"), ("flux", "parallel"), ("z_image", "parallel")],
 )
 def test_compiled_in_one_graph(name, placement):
     small: dict[str, Any] = {
         "block_out_channels": (32,), "down_block_types": ("CrossAttnDownBlock2D",),
         "up_block_types": ("CrossAttnUpBlock2D",), "mid_block_type": None,
     }  # fmt: skip
-    model = models.build(name, **(small if name == "sd15" else {})).train()
+    if name == "z_image":
+        model, batch = MODELS[name][0]().train(), MODELS[name][1]()
+    else:
+        model = models.build(name, **(small if name == "sd15" else {})).train()
+        batch = models.inputs(name)
     a3fta.inject(model, a3fta.AdapterConfig(rank=4, placement=placement))
     models.randomize(model)
-    batch = models.inputs(name)
     expected = step(model, batch)
     kept = {}
     for level in ("off", "exact", "block") if placement == "pre" else ("block",):

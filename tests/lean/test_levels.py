@@ -18,8 +18,8 @@ from .common import MODELS, assert_same_step, batch_for, step, trained
 
 EXACT = ("exact", "recompute", "block")
 METHODS = [(name, "a3fta") for name in MODELS]
-METHODS += [(name, "lora") for name in ("sd15", "sdxl", "sd3", "sd35", "flux")]
-METHODS += [(name, "parallel") for name in ("sd15", "sd35", "flux")]
+METHODS += [(name, "lora") for name in ("sd15", "sdxl", "sd3", "sd35", "flux", "z_image")]
+METHODS += [(name, "parallel") for name in ("sd15", "sd35", "flux", "z_image_masked")]
 
 
 @pytest.mark.parametrize("name, method", METHODS)
@@ -27,10 +27,12 @@ def test_same_numbers_and_less_kept(name, method):
     model, batch = trained(name, method), batch_for(name)
     stock = step(model, batch)
     kept = [stock.kept]
+    # a norm that computes in float32 is gone back through twice, for q, k, v and for the adapter
+    tolerance = 1e-6 if method == "parallel" and name.startswith("z_image") else 1e-12
     for level in EXACT:
         a3fta.lean(model, level)
         found = step(model, batch)
-        assert_same_step(found, stock, 1e-12)
+        assert_same_step(found, stock, tolerance)
         kept.append(found.kept)
     assert kept == sorted(kept, reverse=True)
     in_stages = any("TransformerBlock" in type(m).__name__ for m in model.modules())

@@ -79,3 +79,68 @@ def test_no_second_derivative():
     loss = model(**models.inputs("sd15")).sample.square().sum()
     with pytest.raises(RuntimeError, match="create_graph: expected False"):
         torch.autograd.grad(loss, list(a3fta.trainable_parameters(model)), create_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda block: block.attention.set_processor(type("Other", (), {})()),
+            "its attention processor is a Other",
+        ),
+        (lambda block: block.attention.fuse_projections(), "its projections are fused"),
+        (
+            lambda block: setattr(block.attention.processor, "_parallel_config", 1),
+            "its attention is spread over devices",
+        ),
+        (
+            lambda block: setattr(block, "feed_forward", nn.Linear(32, 32, False)),
+            "its feed-forward is a Linear",
+        ),
+        (
+            lambda block: block.ffn_norm2.register_forward_hook(lambda *_: None),
+            "a module inside carries hooks (ffn_norm2)",
+        ),
+    ],
+)
+def test_blocks_of_z_image_that_stay_stock(change, reason):
+    model = trained("z_image")
+    change(model.layers[1])
+    model.requires_grad_(False)
+    assert a3fta.lean(model, "block").left == {"layers.1": reason}
+
+
+@pytest.mark.parametrize("level", ["recompute", "block"])
+def test_tokens_with_noise_of_their_own_are_computed_as_before(level):
+    """Z-Image's omni mode, in which an image to draw is beside images to read."""
+    model = trained("z_image")
+    draw = torch.Generator().manual_seed(0)
+    x, noisy, clean = (
+        torch.randn(*shape, generator=draw, dtype=torch.float64)
+        for shape in ((2, 6, 32), (2, 32), (2, 32))
+    )
+    turns = torch.polar(torch.ones(2, 6, 8), torch.randn(2, 6, 8, generator=draw))
+    chosen = torch.tensor([[0, 1, 1, 0, 1, 0]] * 2)
+
+    def run():
+        y = model.layers[0](x, None, turns, None, chosen, noisy, clean)
+        y.square().mean().backward()
+        found = [p.grad.clone() for p in model.layers[0].parameters() if p.grad is not None]
+        model.zero_grad(set_to_none=True)
+        return [y.detach(), *found]
+
+    stock = run()
+    a3fta.lean(model, level)
+    found = run()
+    assert len(stock) > 3 and len(found) == len(stock)
+    for ours, theirs in zip(found, stock, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_an_rms_norm_over_two_dimensions_stays_stock():
+    from diffusers.models.normalization import RMSNorm
+
+    model = nn.ModuleDict({"norm": RMSNorm((3, 4), eps=1e-6), "one": RMSNorm(4, eps=1e-6)})
+    report = a3fta.lean(model.requires_grad_(False), "exact")
+    assert report.left == {"norm": "it normalises over 2 dimensions"}
+    assert list(report.levels) == ["one"]

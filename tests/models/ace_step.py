@@ -35,6 +35,5 @@ MODELS = {
         "ace_step",
         SHARE,
         {r"layers\.[01]\.(self|cross)_attn\.to_out\.0": 4},
-        lean=None,
     ),
 }

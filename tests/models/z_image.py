@@ -29,5 +29,6 @@ MODELS = {
     "z_image": Small(
         make, inputs, "z_image", SHARE_LEFT,
         {r"(noise_refiner|context_refiner|layers)\.0\.attention\.to_out\.0": 3},
+        lean={"ZImageTransformerBlock": 3},
     ),
 }  # fmt: skip

@@ -143,7 +143,7 @@ MEMORY = {
 }
 
 
-@pytest.mark.parametrize("name", ["unconditional", "sd", "sd3", "flux"])
+@pytest.mark.parametrize("name", ["unconditional", "sd", "sd3", "flux", "z_image"])
 def test_levels_of_memory_train_the_same(base, tmp_path, name, monkeypatch):
     """The loss of the third step, and its gradient, hang on every gradient before it."""
     for part in ("write_report", "write_card"):
