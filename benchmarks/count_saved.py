@@ -26,6 +26,7 @@ MODELS = {
     "SDXL 1024x1024": "sdxl",
     "SD3-medium 1024x1024": "sd3-medium",
     "Flux-dev 1024x1024": "flux-dev",
+    "Z-Image 1024x1024": "z-image",
 }
 LORA = "PEFT LoRA r16 on q, k, v, out in bf16"
 NATIVE = "A3FTA r64, backend native"

@@ -79,7 +79,8 @@ def finetune(settings: Settings, listener: Listener | None = None) -> Path:
         if family.captions:
             listener.say("Photos and texts are encoded, but for what is in the cache")
         # the main process fills the cache, the others read it
-        with accelerator.main_process_first(), family.encoding(accelerator.device):
+        encoding = family.encoding(accelerator.device, listener.say)
+        with accelerator.main_process_first(), encoding:
             material, prompts = encode(settings, family, data, output, listener)
         family.denoiser.to(accelerator.device)
         warnings = _prepare(settings, family, listener)

@@ -62,12 +62,13 @@ def sample(
             load_adapter(family.denoiser, folder, names[-1], allow_other_base=allow_other_base)
     except (AdapterFileError, ValueError, TypeError) as error:
         raise TrainingError(str(error)) from error
-    with family.encoding(device):
+    listener = listener or Listener()
+    with family.encoding(device, listener.say):
         family.bring("texts")
         prompted, empty = _prompts(family, prompts, count), family.encode_text("")
     family.denoiser.to(device).eval()
     rows = 1 + len(names) + (len(names) > 1)
-    told = Share(listener or Listener(), "images", rows * len(prompted)).more
+    told = Share(listener, "images", rows * len(prompted)).more
 
     def row() -> list[Image.Image]:
         return draw(

@@ -9,7 +9,7 @@ import a3fta_kernels as a3fta
 from a3fta_kernels.memory import step_peak
 
 from .. import models
-from .common import step, trained
+from .common import assert_same_step, batch_for, step, trained
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
 LEVELS = [("exact", "input"), ("recompute", "input"), ("block", "input"), ("block", "int8"),
@@ -61,3 +61,20 @@ def test_the_peak_is_the_counted_one(level, norms):
     model(**inputs).sample.float().square().mean().backward()
     found = torch.cuda.max_memory_allocated() - before
     assert found <= 1.1 * counted
+
+
+@pytest.mark.parametrize("level", ["exact", "recompute", "block"])
+@pytest.mark.parametrize("method", ["a3fta", "parallel"])
+@pytest.mark.parametrize("name", ["z_image", "z_image_masked"])
+def test_gradients_of_z_image(name, method, level):
+    """Its rotation is complex, its masks are made of lengths."""
+    model = trained(name, method, dtype=torch.float32).cuda()
+    batch = {
+        key: [x.cuda() for x in value] if isinstance(value, list) else value.cuda()
+        for key, value in batch_for(name, torch.float32).items()
+    }
+    stock = step(model, batch)
+    a3fta.lean(model, level)
+    found = step(model, batch)
+    assert_same_step(found, stock, 1e-3)
+    assert found.kept < stock.kept

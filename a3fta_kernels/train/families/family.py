@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -64,9 +64,11 @@ class Family(ABC):
         """Empty where the model takes no text."""
 
     @contextlib.contextmanager
-    def encoding(self, device: torch.device) -> Iterator[None]:
+    def encoding(
+        self, device: torch.device, say: Callable[[str], None] = lambda text: None
+    ) -> Iterator[None]:
         """While `encode_photo` and `encode_text` are called, each after `bring`; lets go of what
-        nothing needs after them."""
+        nothing needs after them. `say` is told what a person should know."""
         yield
 
     def bring(self, what: str) -> None:  # noqa: B027 - most have nothing to bring

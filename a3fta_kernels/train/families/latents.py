@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +19,9 @@ from .family import Crop, Family, Row, stack, to_images
 TRANSFORMER_PARTS = (
     "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer", "scheduler",
 )  # fmt: skip
+
+
+_TEXTS = 512 << 20  # bytes beside the weights for a text on its way through
 
 
 class LatentFamily(Family):
@@ -72,9 +75,11 @@ class LatentFamily(Family):
             return [to_images(self.pipe.vae.decode(one).sample)[0] for one in raw.split(1)]
 
     @contextlib.contextmanager
-    def encoding(self, device: torch.device) -> Iterator[None]:
+    def encoding(
+        self, device: torch.device, say: Callable[[str], None] = lambda text: None
+    ) -> Iterator[None]:
         """The denoiser need not be there yet: text encoders may be as large as it is."""
-        self._encodes_on, self._encodes = device, ""
+        self._encodes_on, self._encodes, self._say = device, "", say
         yield
         self._encodes_on = None
         for part in self.text_parts:
@@ -84,13 +89,24 @@ class LatentFamily(Family):
 
     def bring(self, what: str) -> None:
         """The encoders of `photos` or of `texts` to the device, the others from it: together they
-        may not fit."""
+        may not fit. Nor may those of texts alone, which then stay on the CPU."""
         if self._encodes_on is None or what == self._encodes:
             return
-        for part in ("vae", *self.text_parts):
-            if (module := getattr(self.pipe, part, None)) is not None:
-                needed = (part == "vae") == (what == "photos")
-                module.to(self._encodes_on if needed else "cpu")
+        parts: list[Any] = [getattr(self.pipe, part, None) for part in self.text_parts]
+        texts = [module for module in parts if module is not None]
+        here, away = ([self.pipe.vae], texts) if what == "photos" else (texts, [self.pipe.vae])
+        for module in away:
+            module.to("cpu")
+        device, room = self._encodes_on, _room(self._encodes_on)
+        needed = sum(p.nbytes for module in here for p in module.parameters())
+        if what == "texts" and room is not None and needed + _TEXTS > room:
+            device = torch.device("cpu")
+            self._say(
+                f"Texts are encoded on the CPU: their encoders take {needed >> 20:,} MiB, of which "
+                f"the GPU has {room >> 20:,} left"
+            )
+        for module in here:
+            module.to(device)
         self._encodes = what
 
     @contextlib.contextmanager
@@ -125,6 +141,14 @@ class LatentFamily(Family):
             guidance_scale=guidance, output_type="latent",
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         ).images  # fmt: skip
+
+
+def _room(device: torch.device) -> int | None:
+    """Bytes that could be allocated on a GPU; None: of another device."""
+    if device.type != "cuda":
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def flow(scheduler: Any, scale: float) -> Flow:

@@ -10,7 +10,7 @@ import torch
 
 import a3fta_kernels as a3fta
 from a3fta_kernels.train import TrainingError, families
-from a3fta_kernels.train.families import Crop, stack
+from a3fta_kernels.train.families import Crop, latents, stack
 from tests.models import randomize
 from tests.train.families import common
 
@@ -69,6 +69,7 @@ def test_latents_are_decoded_one_by_one(load, monkeypatch):
 def test_encoders_of_photos_and_of_texts_are_not_there_together(load, name, monkeypatch):
     """On a card of 12 GiB SD3's do not fit together."""
     family = load(name)
+    monkeypatch.setattr(latents, "_room", lambda device: 1 << 40)
     texts = {p for p in family.text_parts if getattr(family.pipe, p, None) is not None}
     places = {}
     for part in ("vae", *texts):
@@ -89,6 +90,27 @@ def test_encoders_of_photos_and_of_texts_are_not_there_together(load, name, monk
     assert not there()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_encoders_of_texts_that_do_not_fit_stay_on_the_cpu(load, name, monkeypatch):
+    family, said = load(name), []
+    expected = family.encode_text("a dog")
+    monkeypatch.setattr(latents, "_room", lambda device: 100 << 20)
+    moved = []
+    for part in ("vae", *family.text_parts):
+        if (module := getattr(family.pipe, part, None)) is not None:
+            monkeypatch.setattr(module, "to", lambda to, part=part: moved.append((part, str(to))))
+    with family.encoding(torch.device("cuda:0"), said.append):
+        family.bring("photos")
+        assert ("vae", "cuda:0") in moved and not said
+        family.bring("texts")
+        found = family.encode_text("a dog")
+    assert not any(place == "cuda:0" for part, place in moved if part != "vae")
+    assert said == [
+        "Texts are encoded on the CPU: their encoders take 0 MiB, of which the GPU has 100 left"
+    ]
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 @pytest.mark.parametrize("name", [*NAMES, "sd3_without_t5", "flux_schnell"])
 def test_an_untrained_adapter_draws_what_the_pipeline_does(load, name, guidance, monkeypatch):
@@ -105,10 +127,10 @@ def test_an_untrained_adapter_draws_what_the_pipeline_does(load, name, guidance,
     left = [name for name, part in family.pipe.components.items() if part is not None]
     assert not any(name.startswith("text_encoder") for name in left)
     a3fta.inject(family.denoiser, a3fta.AdapterConfig(rank=4))
-    decode, latents = family.decode, []
+    decode, drawn = family.decode, []
 
     def noted(found):
-        latents.append(found)
+        drawn.append(found)
         return decode(found)
 
     monkeypatch.setattr(family, "decode", noted)
@@ -117,7 +139,7 @@ def test_an_untrained_adapter_draws_what_the_pipeline_does(load, name, guidance,
         with family.drawing(torch.device("cpu")):
             images = family.draw(texts, empty, common.SIZE, 3, guidance, seeds)
         assert [image.size for image in images] == [common.SIZE] * len(texts)
-        return latents[-1]
+        return drawn[-1]
 
     torch.testing.assert_close(draw(texts, [5, 6]), stock, rtol=1e-4, atol=1e-4)
     # each image is its own text's and its own seed's
