@@ -94,7 +94,7 @@ def settings(folder: Path, output: Path, **changes) -> Settings:
 @pytest.mark.parametrize(
     ("name", "precision", "lean"),
     [("sdxl", "no", "exact"), ("sd", "bf16", "block"), ("sd3", "no", "recompute"),
-     ("flux", "bf16", "block")],
+     ("flux", "bf16", "block"), ("z_image", "bf16", "block")],
 )  # fmt: skip
 def test_a_run_on_a_packed_base(base, tmp_path, name, precision, lean):
     asked = settings(base(name), tmp_path / "run", mixed_precision=precision, lean=lean)
