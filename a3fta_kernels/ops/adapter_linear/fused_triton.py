@@ -70,6 +70,27 @@ def adapted_span(
     return acc, acc_a
 
 
+@triton.jit
+def add_adapter(
+    acc, acc_a, v_ptr, b_down_ptr, gamma_ptr, beta_ptr, a_ptr, pid_n,
+    rows, offs_m, mask_m, offs_n, mask_n, offs_r, mask_r, rows_per_sample, R, ACT: tl.constexpr,
+):  # fmt: skip
+    """acc + z @ v.T for a = acc_a + b_down, which the first column of tiles stores."""
+    if b_down_ptr is not None:
+        acc_a += tl.load(b_down_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)[None, :]
+    if pid_n == 0:
+        a_ptrs = a_ptr + rows * R + offs_r[None, :]
+        tl.store(a_ptrs, acc_a.to(a_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
+    z = modulated(
+        acc_a, gamma_ptr, beta_ptr, offs_m, mask_m, offs_r, mask_r, rows_per_sample, R, ACT
+    )
+    # an infinite h times the zeros beyond the rank is NaN there
+    z = tl.where(mask_r[None, :], z, 0.0)
+    v_ptrs = v_ptr + offs_n.to(tl.int64)[None, :] * R + offs_r[:, None]
+    v = tl.load(v_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
+    return dot(z.to(v.dtype), v, acc)
+
+
 @triton.jit(do_not_specialize=["M", "rows_per_sample"])
 def linear_forward_kernel(
     h_ptr, weight_ptr, bias_ptr, w_down_ptr, v_ptr, b_down_ptr, gamma_ptr, beta_ptr, residual_ptr,
@@ -81,7 +102,7 @@ def linear_forward_kernel(
     """y (M, N) and a (M, R) for h (M, K), weight (N, K), w_down (R, C), v (N, R).
 
     WHOLE says that the adapter reads all columns of h, RAGGED that its slice begins or ends inside
-    a step of K. `a` is written by the first column of tiles.
+    a step of K.
     """
     pid_m, pid_n = grouped_tile(M, N, BLOCK_M, BLOCK_N)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -113,19 +134,10 @@ def linear_forward_kernel(
         )  # fmt: skip
         acc = plain_span(acc, h_ptrs, weight_ptrs, mask_m, mask_n, offs_k, last, K, K, BLOCK_K)
 
-    if b_down_ptr is not None:
-        acc_a += tl.load(b_down_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)[None, :]
-    if pid_n == 0:
-        a_ptrs = a_ptr + rows * R + offs_r[None, :]
-        tl.store(a_ptrs, acc_a.to(a_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
-    z = modulated(
-        acc_a, gamma_ptr, beta_ptr, offs_m, mask_m, offs_r, mask_r, rows_per_sample, R, ACT
-    )
-    # an infinite h times the zeros beyond the rank is NaN there
-    z = tl.where(mask_r[None, :], z, 0.0)
-    v_ptrs = v_ptr + offs_n.to(tl.int64)[None, :] * R + offs_r[:, None]
-    v = tl.load(v_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
-    acc = dot(z.to(v.dtype), v, acc)
+    acc = add_adapter(
+        acc, acc_a, v_ptr, b_down_ptr, gamma_ptr, beta_ptr, a_ptr, pid_n,
+        rows, offs_m, mask_m, offs_n, mask_n, offs_r, mask_r, rows_per_sample, R, ACT,
+    )  # fmt: skip
 
     mask = mask_m[:, None] & mask_n[None, :]
     if bias_ptr is not None:
@@ -177,19 +189,10 @@ def linear_forward_tma_kernel(
             w = weight_desc.load([first_n, k])
             acc = dot(h_desc.load([first_m, k]), tl.trans(w), acc)
 
-    if b_down_ptr is not None:
-        acc_a += tl.load(b_down_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)[None, :]
-    if pid_n == 0:
-        a_ptrs = a_ptr + rows * R + offs_r[None, :]
-        tl.store(a_ptrs, acc_a.to(a_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
-    z = modulated(
-        acc_a, gamma_ptr, beta_ptr, offs_m, mask_m, offs_r, mask_r, rows_per_sample, R, ACT
-    )
-    # an infinite h times the zeros beyond the rank is NaN there
-    z = tl.where(mask_r[None, :], z, 0.0)
-    v_ptrs = v_ptr + offs_n.to(tl.int64)[None, :] * R + offs_r[:, None]
-    v = tl.load(v_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
-    acc = dot(z.to(v.dtype), v, acc)
+    acc = add_adapter(
+        acc, acc_a, v_ptr, b_down_ptr, gamma_ptr, beta_ptr, a_ptr, pid_n,
+        rows, offs_m, mask_m, offs_n, mask_n, offs_r, mask_r, rows_per_sample, R, ACT,
+    )  # fmt: skip
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if residual_desc is not None:
