@@ -38,7 +38,8 @@ from .tiles_triton import (
     KEY_BLOCK,
     SHAPES,
     append,
-    cast,
+    dot_nn,
+    dot_nt,
     head_constants,
     head_meta,
     key_meta,
@@ -46,15 +47,14 @@ from .tiles_triton import (
     load_rows,
     mask_arguments,
     masked_scores,
-    outer,
     softmax,
     store_rows,
     tall_blocks,
     tall_warps,
     text_arguments,
-    times,
+    tiles_to,
     variants,
-    zeros,
+    zero_tiles,
 )
 
 
@@ -101,13 +101,13 @@ def query_grad_kernel(
     # dh and its products come first: their tiles are gone when the scores' come
     dh = load_rows(dh_ptr + c, offs_m, mask_m, C, D, BLOCK_D, COUNT_D, TAIL_D)
     down = load_rows(w_down_ptr + c, offs_r, mask_r, C, D, BLOCK_D, COUNT_D, TAIL_D)
-    dh = cast(times(da, down, cast(dh, tl.float32)), dtype)
+    dh = tiles_to(dot_nn(da, down, tiles_to(dh, tl.float32)), dtype)
     dp = ()
     for i in tl.static_range(COUNT_N + (TAIL_N > 0)):
         v = load_keys(
             v_ptr + c, N, stride_kn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, COUNT_D, TAIL_D
         )
-        dp = append(dp, outer(dh, v, tl.zeros((BLOCK_M, v[0].shape[0]), dtype=tl.float32)))
+        dp = append(dp, dot_nt(dh, v, tl.zeros((BLOCK_M, v[0].shape[0]), dtype=tl.float32)))
 
     q = load_rows(q_ptr + c, offs_m, mask_m, stride_qm, D, BLOCK_D, COUNT_D, TAIL_D)
     s = ()
@@ -122,19 +122,19 @@ def query_grad_kernel(
         )  # fmt: skip
         s = append(s, one)
     p, top, norm = softmax(s)
-    p = cast(p, tl.float32, norm[:, None])
+    p = tiles_to(p, tl.float32, norm[:, None])
     delta = tl.zeros_like(top)
     for i in tl.static_range(len(p)):
         delta += tl.sum(p[i] * dp[i], axis=1)
-    dq = zeros(BLOCK_M, BLOCK_D, COUNT_D, TAIL_D)
+    dq = zero_tiles(BLOCK_M, BLOCK_D, COUNT_D, TAIL_D)
     for i in tl.static_range(len(p)):
         ds = (p[i] * (dp[i] - delta[:, None])).to(dtype)
         if len(p) > 1:  # else the only block is still at hand
             k = load_keys(
                 k_ptr + c, N, stride_kn, i, BLOCK_N, COUNT_N, TAIL_N, D, BLOCK_D, COUNT_D, TAIL_D
             )
-        dq = times(ds, k, dq)
-    dq = cast(dq, dtype, SCALE)
+        dq = dot_nn(ds, k, dq)
+    dq = tiles_to(dq, dtype, SCALE)
     store_rows(dq_ptr + c, dq, offs_m, mask_m, C, D, BLOCK_D)
     if stats_ptr is not None:
         stats = stats_ptr + offs_m
@@ -180,8 +180,8 @@ def key_grad_kernel(
     k = load_rows(k_ptr, offs_n, mask_n, stride_kn, D, BLOCK_D, COUNT_D, TAIL_D)
     v = load_rows(v_ptr, offs_n, mask_n, stride_kn, D, BLOCK_D, COUNT_D, TAIL_D)
     down = load_rows(w_down_ptr + c, offs_r, mask_r, C, D, BLOCK_D, COUNT_D, TAIL_D)
-    dk = zeros(BLOCK_N, BLOCK_D, COUNT_D, TAIL_D)
-    dv = zeros(BLOCK_N, BLOCK_D, COUNT_D, TAIL_D)
+    dk = zero_tiles(BLOCK_N, BLOCK_D, COUNT_D, TAIL_D)
+    dv = zero_tiles(BLOCK_N, BLOCK_D, COUNT_D, TAIL_D)
     offs_m = tl.arange(0, BLOCK_M)
     last = tl.minimum((split + 1) * rows_per_split, M)
     for first in range(split * rows_per_split, last, BLOCK_M):
@@ -192,7 +192,7 @@ def key_grad_kernel(
         dh = load_rows(dh_ptr + first * C, offs_m, mask_m, C, D, BLOCK_D, COUNT_D, TAIL_D)
         da_ptrs = da_ptr + first * R + offs_m[:, None] * R + offs_r[None, :]
         da = tl.load(da_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-        dh = cast(times(da, down, cast(dh, tl.float32)), dtype)
+        dh = tiles_to(dot_nn(da, down, tiles_to(dh, tl.float32)), dtype)
         stats = stats_ptr + first + offs_m
         # a row that is not there has p = 0, whatever a mask adds to its scores
         top = tl.load(stats, mask=mask_m, other=float("inf"))
@@ -207,13 +207,13 @@ def key_grad_kernel(
             PER_QUERY,
         )  # fmt: skip
         p = tl.exp(s - top[:, None]) * norm[:, None]
-        dp = outer(dh, v, tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32))
+        dp = dot_nt(dh, v, tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32))
         ds = p * (dp - delta[:, None])
-        dv = times(tl.trans(p.to(dtype)), dh, dv)
-        dk = times(tl.trans(ds.to(dtype)), q, dk)
+        dv = dot_nn(tl.trans(p.to(dtype)), dh, dv)
+        dk = dot_nn(tl.trans(ds.to(dtype)), q, dk)
 
     out = (split * batch + sample) * N * C + c
-    dk = cast(dk, tl.float32, SCALE)
+    dk = tiles_to(dk, tl.float32, SCALE)
     store_rows(dk_ptr + out, dk, offs_n, mask_n, C, D, BLOCK_D)
     store_rows(dv_ptr + out, dv, offs_n, mask_n, C, D, BLOCK_D)
 

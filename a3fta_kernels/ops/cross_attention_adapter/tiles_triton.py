@@ -180,7 +180,9 @@ def load_keys(
 
 
 @triton.jit
-def zeros(BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, COUNT_D: tl.constexpr, TAIL_D: tl.constexpr):
+def zero_tiles(
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, COUNT_D: tl.constexpr, TAIL_D: tl.constexpr
+):
     """Accumulators (BLOCK, BLOCK_D), (BLOCK, TAIL_D)."""
     x = ()
     for _ in tl.static_range(COUNT_D):
@@ -191,8 +193,8 @@ def zeros(BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, COUNT_D: tl.constexpr, TAI
 
 
 @triton.jit
-def cast(x, dtype: tl.constexpr, factor=1.0):
-    """x * factor in dtype."""
+def tiles_to(x, dtype: tl.constexpr, factor=1.0):
+    """Each tile times factor, in dtype."""
     y = ()
     for i in tl.static_range(len(x)):
         y = append(y, (x[i].to(tl.float32) * factor).to(dtype))
@@ -200,7 +202,7 @@ def cast(x, dtype: tl.constexpr, factor=1.0):
 
 
 @triton.jit
-def outer(x, y, acc):
+def dot_nt(x, y, acc):
     """acc + x @ y.T for x (rows, D), y (columns, D), acc (rows, columns)."""
     for i in tl.static_range(len(x)):
         acc = dot(x[i], tl.trans(y[i]), acc)
@@ -208,7 +210,7 @@ def outer(x, y, acc):
 
 
 @triton.jit
-def times(p, x, acc):
+def dot_nn(p, x, acc):
     """acc + p @ x for one tile p (rows, columns), x (columns, D), acc (rows, D)."""
     y = ()
     for i in tl.static_range(len(x)):
@@ -222,7 +224,7 @@ def masked_scores(
     SCALE: tl.constexpr, PER_QUERY: tl.constexpr,
 ):  # fmt: skip
     """q @ k.T * SCALE + mask, -inf past the last key. mask_ptr, at the head, may be None."""
-    s = outer(q, k, tl.zeros((q[0].shape[0], k[0].shape[0]), dtype=tl.float32)) * SCALE
+    s = dot_nt(q, k, tl.zeros((q[0].shape[0], k[0].shape[0]), dtype=tl.float32)) * SCALE
     mask_n = offs_n < N
     if mask_ptr is not None:
         if PER_QUERY:
