@@ -193,9 +193,12 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def rank_block(rank: int, limit: int) -> int:
-    """The rank padded to a power of two that tensor cores take."""
-    return min(limit, max(16, power_of_2(rank)))
+MAX_BLOCK_R = 128  # a larger rank is cut into blocks by the grid
+
+
+def rank_block(rank: int, largest: int = MAX_BLOCK_R) -> int:
+    """BLOCK_R: the rank padded to a power of two that tensor cores take."""
+    return min(largest, max(16, power_of_2(rank)))
 
 
 def descriptors_fit(device: torch.device, *matrices: Tensor | None) -> bool:

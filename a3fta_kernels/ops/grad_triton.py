@@ -26,9 +26,6 @@ from .rule import AdapterGrads
 from .skinny_triton import Up
 from .sum_triton import totals
 
-# a larger rank is cut into blocks by the grid
-RANK_LIMIT = 128
-
 
 @triton.jit(do_not_specialize=["M", "rows_per_split"])
 def weight_grad_kernel(
@@ -122,7 +119,7 @@ def weight_grad(
         if need_sum:
             partial["x_sum"] = x.new_empty((splits, n), dtype=torch.float32)
 
-    block_r = rank_block(rank, RANK_LIMIT)
+    block_r = rank_block(rank)
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
         blocks = cdiv(n, meta["BLOCK_N"]) * cdiv(rank, meta["BLOCK_R"])

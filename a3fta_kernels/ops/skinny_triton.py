@@ -5,7 +5,7 @@
     rows_backward  da = (dy @ V) * (1 + gamma) * act'(a), dh = dy + da @ w_down, sums of da and dz
 
 `adapter` is the case V = w_up, residual = h, whose second read comes out of the cache, or a base
-apart. A rank above `RANK_LIMIT` is cut into blocks by the grid; then y and dh take a second kernel
+apart. A rank above MAX_BLOCK_R is cut into blocks by the grid; then y and dh take a second kernel
 (gemm_triton).
 """
 
@@ -36,8 +36,6 @@ from ..triton_support import (
     shared_limit,
 )
 from .activations import activation_code
-
-RANK_LIMIT = 128
 
 
 @triton.jit
@@ -219,7 +217,7 @@ def rows_forward(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(a, z); with v (N, R), of rank at most RANK_LIMIT, (a, residual + bias + z @ v.T)."""
+    """(a, z); with v (N, R), of rank at most MAX_BLOCK_R, (a, residual + bias + z @ v.T)."""
     m, c = x.shape
     rank = w_down.shape[0]
     n = 0 if v is None else v.shape[0]
@@ -227,7 +225,7 @@ def rows_forward(
     out = x.new_empty(m, rank if v is None else n)
     if m == 0:
         return a, out
-    block_r = rank_block(rank, RANK_LIMIT)
+    block_r = rank_block(rank)
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
         grid = (cdiv(m, meta["BLOCK_M"]), cdiv(rank, block_r))
@@ -271,7 +269,7 @@ def rows_backward(
     w_down: Tensor | None = None,
 ) -> Up:
     """da; with `need_sums` z, made anew from a, and sums over rows, in parts; with w_down (R, N),
-    of rank at most RANK_LIMIT, dh.
+    of rank at most MAX_BLOCK_R, dh.
     """
     m, n = dy.shape
     rank = a.shape[1]
@@ -291,7 +289,7 @@ def rows_backward(
         for name, asked in need.items():
             partial[name] = dy.new_empty(shape, dtype=torch.float32) if asked else None
 
-    block_r = rank_block(rank, RANK_LIMIT)
+    block_r = rank_block(rank)
     length = m // samples if m else 0
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:

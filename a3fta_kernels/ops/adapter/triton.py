@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...triton_support import MAX_BLOCK_R
 from ..gemm_triton import concat_gemm
 from ..grad_triton import weight_grads
 from ..rule import AdapterGrads
-from ..skinny_triton import RANK_LIMIT, rows_backward, rows_forward
+from ..skinny_triton import rows_backward, rows_forward
 
 
 def forward(
@@ -22,9 +23,9 @@ def forward(
     base: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """(y, a) by the protocol of contract.py. A rank above RANK_LIMIT takes two kernels."""
+    """(y, a) by the protocol of contract.py. A rank above MAX_BLOCK_R takes two kernels."""
     base = h if base is None else base
-    if w_down.shape[0] <= RANK_LIMIT:
+    if w_down.shape[0] <= MAX_BLOCK_R:
         a, y = rows_forward(
             h, w_down, b_down, gamma, beta, activation, v=w_up, bias=b_up, residual=base
         )
@@ -47,7 +48,7 @@ def backward(
     need_dw: bool,
 ) -> AdapterGrads:
     """By the protocol of contract.py."""
-    whole = w_down.shape[0] <= RANK_LIMIT and not apart
+    whole = w_down.shape[0] <= MAX_BLOCK_R and not apart
     up = rows_backward(
         dy, a, w_up, gamma, beta, activation,
         need_sums=need_dw,

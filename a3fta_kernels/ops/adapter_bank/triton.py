@@ -10,9 +10,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_support import AotKernel, Launcher, activate, cdiv, dot, rank_block, rows_bucket
+from ...triton_support import (
+    MAX_BLOCK_R,
+    AotKernel,
+    Launcher,
+    activate,
+    cdiv,
+    dot,
+    rank_block,
+    rows_bucket,
+)
 from ..activations import activation_code
-from ..skinny_triton import RANK_LIMIT, rows_configs, up_tile
+from ..skinny_triton import rows_configs, up_tile
+
+RANK_LIMIT = MAX_BLOCK_R  # a program holds all ranks of its rows
 
 
 @triton.jit
@@ -115,7 +126,7 @@ def forward(
     y = torch.empty_like(h, memory_format=torch.contiguous_format)
     if m == 0:
         return y
-    block_r = rank_block(rank, RANK_LIMIT)
+    block_r = rank_block(rank)
     length = m // len(index)
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...triton_support import MAX_BLOCK_R
 from ..gemm_triton import concat_gemm
 from ..grad_triton import weight_grads
 from ..rule import AdapterGrads
-from ..skinny_triton import RANK_LIMIT, rows_backward, rows_forward
+from ..skinny_triton import rows_backward, rows_forward
 from .fused_triton import FUSED_RANK_LIMIT, fused_forward
 from .up_triton import merged, up_grads
 
@@ -54,7 +55,7 @@ def forward(
             h, weight, bias, w_down, v, b_down, gamma, beta, residual, start, activation
         )
     inside = h[:, start : start + length]
-    if path == "skinny" and rank <= RANK_LIMIT:
+    if path == "skinny" and rank <= MAX_BLOCK_R:
         a, r = rows_forward(
             inside, w_down, b_down, gamma, beta, activation, v=v, bias=bias, residual=residual
         )

@@ -32,7 +32,6 @@ from ...triton_support import (
 )
 from . import up
 
-RANK_LIMIT = 128  # a larger rank is cut into blocks by the grid
 DTYPES = (torch.float16, torch.bfloat16)  # in fp32 there is nothing to cast
 CAST_BLOCK: tl.constexpr = tl.constexpr(2048)
 
@@ -194,7 +193,7 @@ def merged(
         v_bias_ptr=None if b_up is None else v_bias, narrow_ptr=narrow, N=n, C=c, R=rank,
         scale=scale, stride_wn=part.stride(0),
     )  # fmt: skip
-    block_r = rank_block(rank, RANK_LIMIT)
+    block_r = rank_block(rank)
     copies = 0 if narrow is None else cdiv(narrow.numel(), CAST_BLOCK.value)
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
@@ -228,7 +227,7 @@ def up_grads(
         weight_ptr=weight_slice, p_ptr=p, dy_sum_ptr=dy_sum, dw_up_ptr=dw_up, db_up_ptr=db_up,
         N=n, C=c, R=rank, scale=scale, stride_wn=weight_slice.stride(0),
     )  # fmt: skip
-    block_r = rank_block(rank, RANK_LIMIT)
+    block_r = rank_block(rank)
 
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
         return (cdiv(c, meta["BLOCK_M"]), cdiv(rank, block_r)), arguments
