@@ -1,9 +1,10 @@
 # mypy: allow-untyped-defs
 """What the Triton kernels share: device functions, tile configurations, and the launch.
 
-Imported by `triton.py` modules only. A kernel's configurations are a function of dtype, rank
-block and compute capability, so that one list serves three uses: the launch picks the fastest of
-it on a GPU, the interpreter takes its first, and `benchmarks/aot.py` compiles all of it.
+Imported by `triton.py` modules only. A kernel's configurations are a function of dtype, compute
+capability and the block size that the problem fixes (BLOCK_R for the rank, a norm's row), so that
+one list serves three uses: the launch picks the fastest of it on a GPU, the interpreter takes its
+first, and `benchmarks/aot.py` compiles all of it.
 """
 
 from __future__ import annotations
@@ -238,15 +239,16 @@ class AotKernel:
     of each number that is no integer.
     `variants` are the sets of pointers that are None and of constants beside the tile sizes; an
     argument named `_desc` is given the names of its block's sizes. `targets` and `dtypes` are
-    those that it is launched on; `suits` says which configurations a variant may take, and
-    `launchers` are those of variants whose configurations are not `launcher`'s. `products`: whether
-    it multiplies matrices, for which it is held to tensor cores in half precision.
+    those that it is launched on, `fixed_blocks` some of the sizes that problems fix; `suits` says
+    which configurations a variant may take, and `launchers` are those of variants whose
+    configurations are not `launcher`'s. `products`: whether it multiplies matrices, for which it is
+    held to tensor cores in half precision.
     """
 
     launcher: Launcher
     pointers: dict[str, str]
     variants: dict[str, dict[str, Any]] = field(default_factory=lambda: {"all": {}})
-    ranks: tuple[int, ...] = (16, 64, 128)
+    fixed_blocks: tuple[int, ...] = (16, 64, 128)
     targets: tuple[int, ...] = TARGETS
     dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")
     suits: Callable[[str, Config], bool] = lambda variant, choice: True
@@ -267,7 +269,7 @@ _KEPT = 1024  # compiled kernels of a launcher, by the traits of their arguments
 class Launcher:
     """A kernel with its configurations: picks one and launches.
 
-    `configs(bytes per element, rank block, capability)` lists them, the default first. The first
+    `configs(bytes per element, fixed block, capability)` lists them, the default first. The first
     call for a key compiles all of them on a GPU, side by side, and times them; a capturing stream,
     the interpreter and `torch.use_deterministic_algorithms` take the default.
     """
@@ -278,23 +280,24 @@ class Launcher:
         self._chosen: dict[tuple, Config] = {}
         self._compiled: dict[tuple, CompiledKernel] = {}
 
-    def __call__(self, plan: Plan, like: Tensor, rank: int, *key: Any) -> None:
+    def __call__(self, plan: Plan, like: Tensor, fixed_block: int, *key: Any) -> None:
         """Launches on `like`'s device what `plan(tile sizes)` returns: a grid and the arguments.
 
-        `rank` is the rank block, `key` what else the best tiles depend on. The last plan asked for
-        is the one whose results stand; a kernel overwrites its outputs, as it may run often.
+        `fixed_block` is the block size that the problem fixes, 0 where it fixes none; `key` what
+        else the best tiles depend on. The last plan asked for is the one whose results stand; a
+        kernel overwrites its outputs, as it may run often.
         """
         device = like.device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                self._launch(plan, like, rank, key)
+                self._launch(plan, like, fixed_block, key)
         else:
-            self._launch(plan, like, rank, key)
+            self._launch(plan, like, fixed_block, key)
 
-    def candidates(self, like: Tensor, rank: int) -> list[Config]:
-        return self.configs(like.element_size(), rank, chip(like.device).capability)
+    def candidates(self, like: Tensor, fixed_block: int) -> list[Config]:
+        return self.configs(like.element_size(), fixed_block, chip(like.device).capability)
 
-    def _launch(self, plan: Plan, like: Tensor, rank: int, key: tuple) -> None:
+    def _launch(self, plan: Plan, like: Tensor, fixed_block: int, key: tuple) -> None:
         def call(choice: Config) -> tuple[tuple[int, ...], dict[str, Any]]:
             grid, arguments = plan(choice.meta)
             return grid, arguments | choice.meta | choice.options
@@ -303,17 +306,17 @@ class Launcher:
             grid, arguments = call(choice)
             return functools.partial(self.kernel[grid], **arguments)
 
-        full = (like.device, like.dtype, rank, *key)
+        full_key = (like.device, like.dtype, fixed_block, *key)
         # tiles set the order of sums, and a clock does not always choose the same
         by_clock = not torch.are_deterministic_algorithms_enabled()
-        choice = self._chosen.get(full) if by_clock else None
+        choice = self._chosen.get(full_key) if by_clock else None
         if choice is None:
-            candidates = self.candidates(like, rank)
+            candidates = self.candidates(like, fixed_block)
             choice = candidates[0]
             if by_clock and like.is_cuda and not torch.cuda.is_current_stream_capturing():
                 if len(candidates) > 1:
                     compile_together(self.kernel, [call(candidate) for candidate in candidates])
-                choice = self._chosen[full] = fastest(prepared, candidates)
+                choice = self._chosen[full_key] = fastest(prepared, candidates)
         grid, arguments = plan(choice.meta)
         self._start(grid, arguments | choice.meta, choice.options, like.device)
 
@@ -372,13 +375,14 @@ def fastest(prepared: Callable[[Config], Callable[[], Any]], candidates: list[Co
     """
     if len(candidates) == 1:
         return candidates[0]
-    times = {}
+    milliseconds = {}
     for candidate in candidates:
         try:
-            times[candidate] = triton.testing.do_bench(prepared(candidate), warmup=5, rep=20)
+            run = prepared(candidate)
+            milliseconds[candidate] = triton.testing.do_bench(run, warmup=5, rep=20)
         except (OutOfResources, torch.OutOfMemoryError):
             continue
-    return min(times, key=times.__getitem__, default=candidates[0])
+    return min(milliseconds, key=milliseconds.__getitem__, default=candidates[0])
 
 
 def rows_bucket(m: int) -> int:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.aot [--jobs N] [--all]
 
-builds every configuration the launchers may choose, for every dtype, rank block and target, and
+builds every configuration the launchers may choose, for every dtype, fixed block and target, and
 writes benchmarks/results/aot_triton.json: registers a thread, bytes of stack (spilled registers)
 and bytes of shared memory. Each kernel's rows stand beside a hash of its source and of how it is
 built, and a test holds the table to the sources. Rows whose hash, build and Triton version are
@@ -80,16 +80,16 @@ def modules() -> list[ModuleType]:
 
 
 def builds(defaults_only: bool = False) -> Iterator[Build]:
-    """All builds, or each kernel's default: bf16, rank 64, first variant, first configuration."""
+    """All builds, or each kernel's default: bf16, a fixed block of 64, the first of the rest."""
     for module in modules():
         for index, entry in enumerate(getattr(module, "AOT_KERNELS", ())):
             dtypes = ("bf16",) if defaults_only else entry.dtypes
-            ranks = (64,) if defaults_only else entry.ranks
+            fixed_blocks = (64,) if defaults_only else entry.fixed_blocks
             variants = list(entry.variants)[: 1 if defaults_only else None]
-            options = itertools.product(entry.targets, variants, dtypes, ranks)
-            for capability, variant, dtype, rank in options:
+            options = itertools.product(entry.targets, variants, dtypes, fixed_blocks)
+            for capability, variant, dtype, fixed_block in options:
                 launcher = entry.launcher_of(variant)
-                choices = launcher.configs(DTYPES[dtype], rank, capability)
+                choices = launcher.configs(DTYPES[dtype], fixed_block, capability)
                 choices = [choice for choice in choices if entry.suits(variant, choice)]
                 for choice in choices[: 1 if defaults_only else None]:
                     yield Build(module.__name__, index, variant, dtype, capability, choice)

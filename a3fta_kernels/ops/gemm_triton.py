@@ -209,7 +209,7 @@ AOT_KERNELS = (
             "backward": {"stride_wn": 1, "stride_tn": 1, "bias_ptr": None, "residual_ptr": None},
             "second only": {"x_ptr": None, "w_ptr": None, "stride_tr": 1},
         },
-        ranks=(16, 64),
+        fixed_blocks=(16, 64),
     ),
     AotKernel(
         launch_concat_gemm_tma,
@@ -226,7 +226,7 @@ AOT_KERNELS = (
                 "residual_desc": None, "bias_ptr": None, **_TMA_ROWS,
             },
         },
-        ranks=(16, 64),
+        fixed_blocks=(16, 64),
         targets=(90, 100, 120),
         dtypes=("bf16", "fp16"),
     ),

@@ -227,9 +227,9 @@ def _suits(variant: str, choice: Config) -> bool:
 def _entry(launcher: Launcher, variants: dict[str, dict[str, Any]]) -> AotKernel:
     names = launcher.kernel.arg_names
     pointers = {name: kind for name, kind in _SUMS.items() if name in names}
-    ranks = (64,) if "all" in variants else tuple(_LANES.values())
+    lanes = (64,) if "all" in variants else tuple(_LANES.values())
     return AotKernel(
-        launcher, pointers, variants, ranks=ranks, products=False, suits=_suits,
+        launcher, pointers, variants, fixed_blocks=lanes, products=False, suits=_suits,
     )  # fmt: skip
 
 

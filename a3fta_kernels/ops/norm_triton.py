@@ -130,14 +130,14 @@ AOT_KERNELS = (
         launch_rows_forward,
         pointers=_STATISTICS | {"eps": "fp32"},
         variants=_VARIANTS,
-        ranks=(64, 512, 4096, 8192, 16384),
+        fixed_blocks=(64, 512, 4096, 8192, 16384),
         products=False,
     ),
     AotKernel(
         launch_rows_backward,
         pointers=_STATISTICS,
         variants=_VARIANTS,
-        ranks=(64, 512, 4096, 8192, 16384),
+        fixed_blocks=(64, 512, 4096, 8192, 16384),
         products=False,
     ),
 )

@@ -56,7 +56,7 @@ def sum_kernel(
     sum_parts(pid, x3_ptr, y3_ptr, samples3, parts3, size3, BLOCK_P, BLOCK_S)
 
 
-def sum_configs(itemsize: int, rank: int, capability: int) -> list[Config]:
+def sum_configs(itemsize: int, fixed_block: int, capability: int) -> list[Config]:
     return [config(4, 3, BLOCK_P=64, BLOCK_S=32)]
 
 
@@ -75,7 +75,7 @@ AOT_KERNELS = (
             },
         },
         dtypes=("fp32",),
-        ranks=(16,),
+        fixed_blocks=(0,),
         products=False,
     ),
 )
@@ -127,5 +127,5 @@ def _launch(partial: list[Any], axis: int) -> list[Tensor]:
         blocks = sum(b * cdiv(size, block) for b, size in zip(samples, sizes, strict=True))
         return (blocks,), arguments
 
-    launch_sum(plan, partial[0], 16)
+    launch_sum(plan, partial[0], 0)
     return made

@@ -168,13 +168,14 @@ def test_no_listed_configuration_spills_or_overflows():
 
 
 def test_every_list_has_a_default():
-    """For every dtype, rank and chip, those that are not in the table included."""
+    """For every dtype, fixed block and chip, those that are not in the table included."""
     for entry in ENTRIES:
+        fixed_blocks = (16, 32, 64, 128) if any(entry.fixed_blocks) else (0,)
         for size in {aot.DTYPES[dtype] for dtype in entry.dtypes}:
-            for rank in (16, 32, 64, 128):
+            for fixed_block in fixed_blocks:
                 for capability in (*triton_support.TARGETS, 86, 87, 103, 121):
-                    if rank <= max(entry.ranks) and capability >= min(entry.targets):
-                        assert entry.launcher.configs(size, rank, capability)
+                    if fixed_block <= max(entry.fixed_blocks) and capability >= min(entry.targets):
+                        assert entry.launcher.configs(size, fixed_block, capability)
 
 
 def test_activation_codes_agree():

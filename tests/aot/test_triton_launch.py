@@ -195,10 +195,11 @@ def launched(monkeypatch):
     """Of each launch the kernel's name, the key of its choice, its candidates and its arguments."""
     found = []
 
-    def note(self, plan, like, rank, *key):
-        candidates = self.candidates(like, rank)
+    def note(self, plan, like, fixed_block, *key):
+        candidates = self.candidates(like, fixed_block)
         _, arguments = plan(candidates[0].meta)
-        found.append((self.kernel.__name__, (self, rank, *key), tuple(candidates), arguments))
+        full_key = (self, fixed_block, *key)
+        found.append((self.kernel.__name__, full_key, tuple(candidates), arguments))
 
     monkeypatch.setattr(triton_support.Launcher, "__call__", note)
     return found

@@ -255,10 +255,10 @@ def launches(run) -> tuple[int, int]:
 
     count = 0
 
-    def counted(self, plan, like, rank, key):
+    def counted(self, plan, like, fixed_block, key):
         nonlocal count
         count += 1
-        plan(self.candidates(like, rank)[0].meta)
+        plan(self.candidates(like, fixed_block)[0].meta)
 
     with pytest.MonkeyPatch.context() as patch, torch.profiler.profile() as profile:
         patch.setattr(Launcher, "_launch", counted)

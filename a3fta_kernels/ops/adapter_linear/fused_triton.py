@@ -268,7 +268,7 @@ AOT_KERNELS = (
             "slice": {"ACT": 2, "WHOLE": False, "RAGGED": False},
             "ragged slice": {"ACT": 2, "WHOLE": False, "RAGGED": True},
         },
-        ranks=(16, 64),
+        fixed_blocks=(16, 64),
     ),
     AotKernel(
         launch_linear_forward_tma,
@@ -282,7 +282,7 @@ AOT_KERNELS = (
             }
             for name in ("whole", "slice", "ragged slice")
         },
-        ranks=(16, 64),
+        fixed_blocks=(16, 64),
         targets=(90, 100, 120),
         dtypes=("bf16", "fp16"),
     ),

@@ -276,7 +276,7 @@ AOT_KERNELS = (
             name: dict(head_constants(d, mask), **key_meta(n))
             for name, (d, n, mask) in variants().items()
         },
-        ranks=(64,),
+        fixed_blocks=(64,),
         dtypes=("bf16", "fp16"),
         launchers={
             name: launch_query_grad(d, n > KEY_BLOCK, mask == "query")
@@ -287,7 +287,7 @@ AOT_KERNELS = (
         launch_key_grad(_HEADS[0]),
         pointers={"stats_ptr": "fp32", "dk_ptr": "fp32", "dv_ptr": "fp32"},
         variants={f"D{d}": head_constants(d) for d in _HEADS},
-        ranks=(64,),
+        fixed_blocks=(64,),
         dtypes=("bf16", "fp16"),
         launchers={f"D{d}": launch_key_grad(d) for d in _HEADS},
     ),

@@ -64,7 +64,7 @@ def geglu_backward_kernel(
     tl.store(dp_ptrs + F, dgate.to(dp_ptr.dtype.element_ty), mask=mask)
 
 
-def configs(itemsize: int, rank: int, capability: int) -> list[Config]:
+def configs(itemsize: int, fixed_block: int, capability: int) -> list[Config]:
     """256 columns divide the widths of most models; 8 elements a thread, 16 bytes of a half."""
     return [
         config(warps, 1, BLOCK_M=block_m, BLOCK_N=block_n)
@@ -76,7 +76,9 @@ launch_forward = Launcher(geglu_forward_kernel, configs)
 launch_backward = Launcher(geglu_backward_kernel, configs)
 
 AOT_KERNELS = tuple(
-    AotKernel(launcher, pointers={}, variants={"gelu": {"ACT": 2}}, ranks=(16,), products=False)
+    AotKernel(
+        launcher, pointers={}, variants={"gelu": {"ACT": 2}}, fixed_blocks=(0,), products=False
+    )
     for launcher in (launch_forward, launch_backward)
 )
 

@@ -91,7 +91,7 @@ def dequantize_kernel(codes_ptr, ranges_ptr, x_ptr, n, BLOCK_B: tl.constexpr):
     tl.store(x_ptr + offs, x.to(x_ptr.dtype.element_ty), mask=mask)
 
 
-def configs(itemsize: int, rank: int, capability: int) -> list[Config]:
+def configs(itemsize: int, fixed_block: int, capability: int) -> list[Config]:
     """Sixteen codes a thread, a vector of 16 bytes, or eight."""
     return [config(warps, 1, BLOCK_B=blocks) for blocks, warps in ((16, 4), (8, 4), (32, 8))]
 
@@ -103,7 +103,7 @@ AOT_KERNELS = tuple(
     AotKernel(
         launcher,
         pointers={"codes_ptr": "i8", "ranges_ptr": "bf16"},
-        ranks=(16,),
+        fixed_blocks=(0,),
         products=False,
     )
     for launcher in (launch_quantize, launch_dequantize)
