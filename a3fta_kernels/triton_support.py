@@ -390,9 +390,5 @@ def rows_bucket(m: int) -> int:
     return power_of_2(m)
 
 
-def dense(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
 def rows_per_sample(m: int, gamma: Tensor | None, beta: Tensor | None) -> int:
     return next((m // x.shape[0] for x in (gamma, beta) if x is not None), m)

@@ -20,7 +20,6 @@ from ..triton_support import (
     Launcher,
     cdiv,
     config,
-    dense,
     descriptor,
     descriptors_fit,
     dot,
@@ -29,6 +28,7 @@ from ..triton_support import (
     rows_bucket,
     shared_limit,
 )
+from .rule import contiguous
 
 RANK_STEP = 64  # the second K loop takes the rank in steps of at most this
 
@@ -266,7 +266,7 @@ def concat_gemm(
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
         grid = (cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]),)
         return grid, dict(
-            x_ptr=x, w_ptr=w, s_ptr=s, t_ptr=t, bias_ptr=dense(bias), residual_ptr=residual,
+            x_ptr=x, w_ptr=w, s_ptr=s, t_ptr=t, bias_ptr=contiguous(bias), residual_ptr=residual,
             out_ptr=out, M=m, N=n, K=k, R=rank, start=start, length=length,
             stride_xm=0 if x is None else x.stride(0), stride_wk=0 if w is None else w.stride(0),
             stride_wn=0 if w is None else w.stride(1), stride_tr=t.stride(0),
@@ -304,7 +304,7 @@ def _concat_gemm_tma(
             x_desc=descriptor(x, block_m, block_k), s_desc=descriptor(s, block_m, block_r),
             w_desc=descriptor(w, *(wide[::-1] if transposed else wide)),
             t_desc=descriptor(t, *(narrow[::-1] if transposed else narrow)),
-            bias_ptr=dense(bias), residual_desc=descriptor(residual, block_m, block_n),
+            bias_ptr=contiguous(bias), residual_desc=descriptor(residual, block_m, block_n),
             out_desc=descriptor(out, block_m, block_n), M=m, N=n, K=k, R=rank, start=start,
             length=t.shape[0 if transposed else 1], TRANSPOSED=transposed,
         )  # fmt: skip

@@ -85,6 +85,10 @@ def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return x if x is None or x.dtype == dtype else x.to(dtype)
 
 
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def cast_together(tensors: Sequence[Any], dtype: torch.dtype) -> list[Any]:
     """Each tensor in `dtype`, None as it is; on a GPU two kernels cast all that need it.
 

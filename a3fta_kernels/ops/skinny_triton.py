@@ -26,7 +26,6 @@ from ..triton_support import (
     activate_slope,
     cdiv,
     config,
-    dense,
     dot,
     load_modulation,
     modulated,
@@ -36,6 +35,7 @@ from ..triton_support import (
     shared_limit,
 )
 from .activations import activation_code
+from .rule import contiguous
 
 
 @triton.jit
@@ -230,12 +230,12 @@ def rows_forward(
     def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
         grid = (cdiv(m, meta["BLOCK_M"]), cdiv(rank, block_r))
         return grid, dict(
-            x_ptr=x, w_down_ptr=w_down, v_ptr=v, b_down_ptr=dense(b_down), bias_ptr=dense(bias),
-            gamma_ptr=dense(gamma), beta_ptr=dense(beta), a_ptr=a,
-            residual_ptr=residual,
+            x_ptr=x, w_down_ptr=w_down, v_ptr=v, b_down_ptr=contiguous(b_down),
+            bias_ptr=contiguous(bias), gamma_ptr=contiguous(gamma), beta_ptr=contiguous(beta),
+            residual_ptr=residual, a_ptr=a,
             z_ptr=out if v is None else None, y_ptr=None if v is None else out,
-            M=m, C=c, N=n, R=rank,
-            rows_per_sample=rows_per_sample(m, gamma, beta), stride_xm=x.stride(0),
+            M=m, C=c, N=n, R=rank, rows_per_sample=rows_per_sample(m, gamma, beta),
+            stride_xm=x.stride(0),
             stride_residual_m=0 if residual is None else residual.stride(0), stride_ym=n,
             ACT=activation_code(activation),
         )  # fmt: skip
@@ -297,8 +297,8 @@ def rows_backward(
         allot(tiles)
         grid = (samples * tiles, cdiv(rank, block_r))
         return grid, dict(
-            dy_ptr=dy, v_ptr=v, a_ptr=a, w_down_ptr=w_down, gamma_ptr=dense(gamma),
-            beta_ptr=dense(beta) if need_sums else None, da_ptr=da, z_ptr=z,
+            dy_ptr=dy, v_ptr=v, a_ptr=a, w_down_ptr=w_down, gamma_ptr=contiguous(gamma),
+            beta_ptr=contiguous(beta) if need_sums else None, da_ptr=da, z_ptr=z,
             da_sum_ptr=partial["da_sum"], dgamma_ptr=partial["dgamma"],
             dbeta_ptr=partial["dbeta"], dh_ptr=dh, rows_per_sample=length, tiles_per_sample=tiles,
             N=n, R=rank, stride_dym=dy.stride(0), stride_dhm=n, ACT=activation_code(activation),

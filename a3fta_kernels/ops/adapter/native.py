@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...backends import BackendUnavailableError, native_status
 from ..activations import activation_code
-from ..rule import AdapterGrads, acc_dtype, cast
+from ..rule import AdapterGrads, acc_dtype, cast, contiguous
 
 # loads the library: its operators exist from here on
 if not native_status().available:
@@ -29,7 +29,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y (M, N) and a (M, R)."""
     code = activation_code(activation)
-    b_down, b_up, gamma, beta = (dense(x) for x in (b_down, b_up, gamma, beta))
+    b_down, b_up, gamma, beta = (contiguous(x) for x in (b_down, b_up, gamma, beta))
     if base is None:
         return _native.adapter_forward.default(h, w_down, w_up, b_down, b_up, gamma, beta, code)
     a, z = _native.adapter_down.default(h, w_down, b_down, gamma, beta, code)
@@ -49,7 +49,7 @@ def backward(
     need_dh: bool,
     need_dw: bool,
 ) -> AdapterGrads:
-    gamma, beta, code = dense(gamma), dense(beta), activation_code(activation)
+    gamma, beta, code = contiguous(gamma), contiguous(beta), activation_code(activation)
     if apart:
         da, g_up, dy_sum, dgamma, dbeta = _native.adapter_dz.default(
             dy, a, w_up, gamma, beta, code, need_dw
@@ -69,7 +69,3 @@ def backward(
         dgamma if need_dw and gamma is not None else None,
         dbeta if need_dw and beta is not None else None,
     )
-
-
-def dense(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()

@@ -93,10 +93,10 @@ def forward(
         y = module.forward(
             h,
             y,
-            _dense(w_down[:, part], dtype),
-            _dense(w_up[:, :, part], dtype),
-            None if b_down is None else _dense(b_down[:, part], dtype),
-            None if b_up is None or start > 0 else _dense(b_up, dtype),
+            cast(w_down[:, part], dtype).contiguous(),
+            cast(w_up[:, :, part], dtype).contiguous(),
+            None if b_down is None else cast(b_down[:, part], dtype).contiguous(),
+            None if b_up is None or start > 0 else cast(b_up, dtype).contiguous(),
             factors,
             places,
             activation,
@@ -112,10 +112,6 @@ def _factors(scale: Tensor | None, w_down: Tensor, dtype: torch.dtype) -> Tensor
     if scale is None:
         return w_down.new_ones(len(w_down), dtype=dtype)
     return scale.to(dtype).contiguous()
-
-
-def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return cast(x, dtype).contiguous()
 
 
 def backward(

@@ -19,7 +19,6 @@ from ...triton_support import (
     Launcher,
     cdiv,
     config,
-    dense,
     descriptor,
     descriptors_fit,
     dot,
@@ -31,6 +30,7 @@ from ...triton_support import (
     shared_limit,
 )
 from ..activations import activation_code
+from ..rule import contiguous
 
 FUSED_RANK_LIMIT = 64
 
@@ -312,8 +312,9 @@ def fused_forward(
     whole = length == k
     by_descriptors = start % 8 == 0 and descriptors_fit(h.device, h, weight, w_down, residual, y)
     shared = dict(
-        bias_ptr=dense(bias), v_ptr=v, b_down_ptr=dense(b_down), gamma_ptr=dense(gamma),
-        beta_ptr=dense(beta), a_ptr=a, M=m, N=n, K=k, C=length, R=rank, start=start,
+        bias_ptr=contiguous(bias), v_ptr=v, b_down_ptr=contiguous(b_down),
+        gamma_ptr=contiguous(gamma), beta_ptr=contiguous(beta), a_ptr=a,
+        M=m, N=n, K=k, C=length, R=rank, start=start,
         rows_per_sample=rows_per_sample(m, gamma, beta), WHOLE=whole,
         ACT=activation_code(activation),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...backends import BackendUnavailableError, native_status
 from ..activations import activation_code
-from ..rule import AdapterGrads, cast
+from ..rule import AdapterGrads, cast, contiguous
 from .up import merged, up_grads
 
 # loads the library: its operators exist from here on
@@ -49,8 +49,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y (M, N) and a (M, R)."""
     code = activation_code(activation)
-    v, bias = v.contiguous(), _dense(bias)
-    b_down, gamma, beta = _dense(cast(b_down, h.dtype)), _dense(gamma), _dense(beta)
+    v, bias = v.contiguous(), contiguous(bias)
+    b_down, gamma, beta = contiguous(cast(b_down, h.dtype)), contiguous(gamma), contiguous(beta)
     if path == "fused":
         y, a = _native.adapter_linear_forward.default(
             h, weight, bias, w_down, v, b_down, gamma, beta, residual, start, code
@@ -80,7 +80,7 @@ def backward(
     need_dw: bool,
 ) -> AdapterGrads:
     """Gradients; g_up is P = dy.T @ z (N, R)."""
-    gamma, beta = _dense(gamma), _dense(beta)
+    gamma, beta = contiguous(gamma), contiguous(beta)
     da, p, dy_sum, dgamma, dbeta = _native.adapter_dz.default(
         dy, a, v.contiguous(), gamma, beta, activation_code(activation), need_dw
     )
@@ -102,7 +102,3 @@ def backward(
         None if gamma is None else dgamma,
         None if beta is None else dbeta,
     )
-
-
-def _dense(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()

@@ -24,12 +24,12 @@ from ...triton_support import (
     Launcher,
     cdiv,
     config,
-    dense,
     dot,
     narrowed,
     rank_block,
     shared_limit,
 )
+from ..rule import contiguous
 from . import up
 
 DTYPES = (torch.float16, torch.bfloat16)  # in fp32 there is nothing to cast
@@ -188,8 +188,8 @@ def merged(
     w_down = w_down.contiguous()
     narrow = None if w_down.dtype == weight.dtype else w_down.new_empty(rank, c, dtype=weight.dtype)
     arguments = dict(
-        weight_ptr=part, bias_ptr=dense(bias), w_down_ptr=None if narrow is None else w_down,
-        w_up_ptr=w_up.contiguous(), b_up_ptr=dense(b_up), v_ptr=v,
+        weight_ptr=part, bias_ptr=contiguous(bias), w_down_ptr=None if narrow is None else w_down,
+        w_up_ptr=w_up.contiguous(), b_up_ptr=contiguous(b_up), v_ptr=v,
         v_bias_ptr=None if b_up is None else v_bias, narrow_ptr=narrow, N=n, C=c, R=rank,
         scale=scale, stride_wn=part.stride(0),
     )  # fmt: skip
