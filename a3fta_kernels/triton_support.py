@@ -227,8 +227,8 @@ def descriptor(x: Tensor | None, *block: int) -> TensorDescriptor | None:
     return None if x is None else TensorDescriptor(x, x.shape, x.stride(), block)
 
 
-# tile sizes -> grid and arguments
-Plan = Callable[[dict[str, int]], tuple[tuple[int, ...], dict[str, Any]]]
+Call = tuple[tuple[int, ...], dict[str, Any]]  # a grid, and a kernel's arguments
+Plan = Callable[[dict[str, int]], Call]  # tile sizes -> the call
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ class Launcher:
         return self.configs(like.element_size(), fixed_block, chip(like.device).capability)
 
     def _launch(self, plan: Plan, like: Tensor, fixed_block: int, key: tuple) -> None:
-        def call(choice: Config) -> tuple[tuple[int, ...], dict[str, Any]]:
+        def call(choice: Config) -> Call:
             grid, arguments = plan(choice.meta)
             return grid, arguments | choice.meta | choice.options
 
@@ -352,7 +352,7 @@ def _trait(value: Any) -> Any:
     return kind, value
 
 
-def compile_together(kernel: Any, calls: Sequence[tuple[tuple[int, ...], dict[str, Any]]]) -> None:
+def compile_together(kernel: Any, calls: Sequence[Call]) -> None:
     """Compiles what `kernel[grid](**arguments)` of these calls needs, each in a thread of its own.
 
     The compiler holds no lock of Python's: all take as long as the slowest, given processors.

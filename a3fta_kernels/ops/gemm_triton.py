@@ -8,14 +8,13 @@ what 128 x 256 tiles need. Elsewhere pointers.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..triton_support import (
     AotKernel,
+    Call,
     Config,
     Launcher,
     cdiv,
@@ -263,7 +262,7 @@ def concat_gemm(
             return out
     k = 0 if x is None else x.shape[1]
 
-    def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
+    def plan(meta: dict[str, int]) -> Call:
         grid = (cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]),)
         return grid, dict(
             x_ptr=x, w_ptr=w, s_ptr=s, t_ptr=t, bias_ptr=contiguous(bias), residual_ptr=residual,
@@ -296,7 +295,7 @@ def _concat_gemm_tma(
     k = x.shape[1]
     rank = s.shape[1]
 
-    def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
+    def plan(meta: dict[str, int]) -> Call:
         block_m, block_n, block_k, block_r = (meta[f"BLOCK_{axis}"] for axis in "MNKR")
         grid = (cdiv(m, block_m) * cdiv(n, block_n),)
         wide, narrow = (block_k, block_n), (block_r, block_n)

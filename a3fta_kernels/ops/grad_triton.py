@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from ..triton_support import (
     AotKernel,
+    Call,
     Config,
     Launcher,
     cdiv,
@@ -121,7 +120,7 @@ def weight_grad(
 
     block_r = rank_block(rank)
 
-    def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
+    def plan(meta: dict[str, int]) -> Call:
         blocks = cdiv(n, meta["BLOCK_N"]) * cdiv(rank, meta["BLOCK_R"])
         # two programs a processor, each with at least four steps of its loop
         wanted = max(1, 2 * chip(x.device).processors // blocks)

@@ -18,7 +18,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_support import AotKernel, Config, Launcher, activate, activate_slope, cdiv, config
+from ..triton_support import (
+    AotKernel,
+    Call,
+    Config,
+    Launcher,
+    activate,
+    activate_slope,
+    cdiv,
+    config,
+)
 from .activations import activation_code
 from .norm_triton import load_parameter
 
@@ -266,7 +275,7 @@ class Tiles:
         )
         sizes |= {"G": self.groups} if "G" in names else {}
 
-        def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
+        def plan(meta: dict[str, int]) -> Call:
             return (b * self.parts * cdiv(c, meta["BLOCK_C"]),), arguments | sizes
 
         launcher(plan, self.x, self.lanes)
@@ -275,7 +284,7 @@ class Tiles:
         b, c, s = self.x.shape
         sizes = dict(B=b, C=c, S=s, P=self.parts, G=self.groups)
 
-        def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
+        def plan(meta: dict[str, int]) -> Call:
             return (b * self.groups,), arguments | sizes
 
         launcher(plan, self.x, self.lanes)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..triton_support import (
     AotKernel,
+    Call,
     Config,
     Launcher,
     activate,
@@ -200,7 +201,7 @@ def _launch(
     code = activation_code(activation)
     grouped = groups > 1 or positions > 1
 
-    def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
+    def plan(meta: dict[str, int]) -> Call:
         sizes = dict(M=m, N=n, G=groups, S=positions, ACT=code, GROUPED=grouped)
         return (cdiv(m, meta["BLOCK_M"]),), arguments | sizes
 

@@ -11,7 +11,7 @@ apart. A rank above MAX_BLOCK_R is cut into blocks by the grid; then y and dh ta
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..triton_support import (
     AotKernel,
+    Call,
     Config,
     Launcher,
     activate,
@@ -227,7 +228,7 @@ def rows_forward(
         return a, out
     block_r = rank_block(rank)
 
-    def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
+    def plan(meta: dict[str, int]) -> Call:
         grid = (cdiv(m, meta["BLOCK_M"]), cdiv(rank, block_r))
         return grid, dict(
             x_ptr=x, w_down_ptr=w_down, v_ptr=v, b_down_ptr=contiguous(b_down),
@@ -292,7 +293,7 @@ def rows_backward(
     block_r = rank_block(rank)
     length = m // samples if m else 0
 
-    def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
+    def plan(meta: dict[str, int]) -> Call:
         tiles = cdiv(length, meta["BLOCK_M"])
         allot(tiles)
         grid = (samples * tiles, cdiv(rank, block_r))

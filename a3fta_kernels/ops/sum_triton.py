@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_support import AotKernel, Config, Launcher, cdiv, config
+from ..triton_support import AotKernel, Call, Config, Launcher, cdiv, config
 
 AT_ONCE = 4  # tensors of one launch
 
@@ -122,7 +122,7 @@ def _launch(partial: list[Any], axis: int) -> list[Tensor]:
     values = [x for group in (partial, made, samples, parts, sizes) for x in (*group, *unused)]
     arguments = dict(zip(_ARGUMENTS, values, strict=True))
 
-    def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
+    def plan(meta: dict[str, int]) -> Call:
         block = meta["BLOCK_S"]
         blocks = sum(b * cdiv(size, block) for b, size in zip(samples, sizes, strict=True))
         return (blocks,), arguments

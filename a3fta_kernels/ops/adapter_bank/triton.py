@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +11,7 @@ from torch import Tensor
 from ...triton_support import (
     MAX_BLOCK_R,
     AotKernel,
+    Call,
     Launcher,
     activate,
     cdiv,
@@ -129,7 +128,7 @@ def forward(
     block_r = rank_block(rank)
     length = m // len(index)
 
-    def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
+    def plan(meta: dict[str, int]) -> Call:
         tiles = cdiv(length, meta["BLOCK_M"])
         return (len(index) * tiles,), dict(
             h_ptr=h, residual_ptr=residual, w_down_ptr=w_down, w_up_ptr=w_up, b_down_ptr=b_down,

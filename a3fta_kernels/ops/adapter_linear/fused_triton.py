@@ -7,14 +7,13 @@ pointers.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...triton_support import (
     AotKernel,
+    Call,
     Config,
     Launcher,
     cdiv,
@@ -319,7 +318,7 @@ def fused_forward(
         ACT=activation_code(activation),
     )  # fmt: skip
 
-    def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
+    def plan(meta: dict[str, int]) -> Call:
         block_m, block_n, block_k = (meta[f"BLOCK_{axis}"] for axis in "MNK")
         grid = (cdiv(m, block_m) * cdiv(n, block_n),)
         ragged = not whole and (start % block_k != 0 or (start + length) % block_k != 0)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...triton_support import (
     AotKernel,
+    Call,
     Config,
     Launcher,
     cdiv,
@@ -196,7 +197,7 @@ def merged(
     block_r = rank_block(rank)
     copies = 0 if narrow is None else cdiv(narrow.numel(), CAST_BLOCK.value)
 
-    def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
+    def plan(meta: dict[str, int]) -> Call:
         products = cdiv(n, meta["BLOCK_M"]) * cdiv(rank, block_r)
         return (products + copies,), arguments
 
@@ -229,7 +230,7 @@ def up_grads(
     )  # fmt: skip
     block_r = rank_block(rank)
 
-    def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
+    def plan(meta: dict[str, int]) -> Call:
         return (cdiv(c, meta["BLOCK_M"]), cdiv(rank, block_r)), arguments
 
     launch_up_grads(plan, weight_slice, block_r, n, c, b_up is None)

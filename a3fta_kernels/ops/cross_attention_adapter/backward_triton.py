@@ -14,7 +14,6 @@ fixed order.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from ...triton_support import (
     AotKernel,
+    Call,
     Config,
     Launcher,
     cdiv,
@@ -329,7 +329,7 @@ def attention_grads(
         D=head_dim, SCALE=attention_scale, **head_meta(head_dim),
     )  # fmt: skip
 
-    def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
+    def plan(meta: dict[str, int]) -> Call:
         grid = (cdiv(length, meta["BLOCK_M"]) * batch, heads)
         return grid, dict(shared, dq_ptr=dq, **key_meta(keys))
 
@@ -340,7 +340,7 @@ def attention_grads(
         return dq, None, None
     partial: dict[str, Tensor] = {}
 
-    def plan_keys(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
+    def plan_keys(meta: dict[str, int]) -> Call:
         programs = cdiv(keys, meta["BLOCK_N"]) * heads * batch
         # two programs a processor, each with at least four steps of its loop
         wanted = max(1, 2 * chip(q.device).processors // programs)

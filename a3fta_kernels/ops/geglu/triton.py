@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...triton_support import (
     AotKernel,
+    Call,
     Config,
     Launcher,
     activate,
@@ -107,7 +108,7 @@ def backward(dy: Tensor, p: Tensor, activation: str) -> Tensor:
 def _launch(launcher: Launcher, m: int, f: int, activation: str, **arguments: Any) -> None:
     code = activation_code(activation)
 
-    def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
+    def plan(meta: dict[str, int]) -> Call:
         grid = (cdiv(m, meta["BLOCK_M"]) * cdiv(f, meta["BLOCK_N"]),)
         return grid, dict(arguments, M=m, F=f, ACT=code)
 

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_support import AotKernel, Config, Launcher, cdiv, config, rows_bucket
+from ...triton_support import AotKernel, Call, Config, Launcher, cdiv, config, rows_bucket
 from . import layout
 from .layout import range_count
 
@@ -131,7 +129,7 @@ def _launch(launcher: Launcher, like: Tensor, n: int, **arguments: Tensor) -> No
     if n == 0:
         return
 
-    def plan(meta: dict[str, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
+    def plan(meta: dict[str, int]) -> Call:
         return (cdiv(range_count(n), meta["BLOCK_B"]),), dict(arguments, n=n)
 
     launcher(plan, like, 0, rows_bucket(n))
