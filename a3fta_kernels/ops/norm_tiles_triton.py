@@ -290,7 +290,7 @@ class Tiles:
         launcher(plan, self.x, self.lanes)
 
 
-def tiles_forward(
+def norm_tiles_forward(
     x: Tensor,
     groups: int,
     weight: Tensor | None,
@@ -315,7 +315,7 @@ def tiles_forward(
     return y, mean, rstd
 
 
-def tiles_backward(
+def norm_tiles_backward(
     dy: Tensor,
     x: Tensor,
     mean: Tensor,

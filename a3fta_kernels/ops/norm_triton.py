@@ -109,7 +109,7 @@ def norm_rows_backward_kernel(
     tl.store(dx_ptr + rows * N + offs_n[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def row_configs(itemsize: int, block_n: int, capability: int) -> list[Config]:
+def norm_rows_configs(itemsize: int, block_n: int, capability: int) -> list[Config]:
     """A program takes 2048 elements, or one row; a thread 16 of them, 32 of the widest."""
     if block_n * itemsize > ROW_BYTES:
         return []
@@ -118,8 +118,8 @@ def row_configs(itemsize: int, block_n: int, capability: int) -> list[Config]:
     return [config(warps, 1, BLOCK_M=block_m, BLOCK_N=block_n)]
 
 
-launch_rows_forward = Launcher(norm_rows_forward_kernel, row_configs)
-launch_rows_backward = Launcher(norm_rows_backward_kernel, row_configs)
+launch_norm_rows_forward = Launcher(norm_rows_forward_kernel, norm_rows_configs)
+launch_norm_rows_backward = Launcher(norm_rows_backward_kernel, norm_rows_configs)
 
 _STATISTICS = {"mean_ptr": "fp32", "rstd_ptr": "fp32"}
 _VARIANTS = {
@@ -128,14 +128,14 @@ _VARIANTS = {
 }
 AOT_KERNELS = (
     AotKernel(
-        launch_rows_forward,
+        launch_norm_rows_forward,
         pointers=_STATISTICS | {"eps": "fp32"},
         variants=_VARIANTS,
         fixed_blocks=(64, 512, 4096, 8192, 16384),
         products=False,
     ),
     AotKernel(
-        launch_rows_backward,
+        launch_norm_rows_backward,
         pointers=_STATISTICS,
         variants=_VARIANTS,
         fixed_blocks=(64, 512, 4096, 8192, 16384),
@@ -149,7 +149,7 @@ def fits_a_row(n: int, x: Tensor) -> bool:
     return power_of_2(n) * x.element_size() <= ROW_BYTES
 
 
-def rows_forward(
+def norm_rows_forward(
     x: Tensor,
     groups: int,
     positions: int,
@@ -164,14 +164,14 @@ def rows_forward(
     mean, rstd = (x.new_empty(m, dtype=torch.float32) for _ in range(2))
     if m > 0:
         _launch(
-            launch_rows_forward, x, groups, positions, activation,
+            launch_norm_rows_forward, x, groups, positions, activation,
             x_ptr=x, weight_ptr=weight, bias_ptr=bias, y_ptr=y, mean_ptr=mean, rstd_ptr=rstd,
             stride_xm=x.stride(0), eps=eps,
         )  # fmt: skip
     return y, mean, rstd
 
 
-def rows_backward(
+def norm_rows_backward(
     dy: Tensor,
     x: Tensor,
     mean: Tensor,
@@ -187,7 +187,7 @@ def rows_backward(
     dx = x.new_empty(m, n)
     if m > 0:
         _launch(
-            launch_rows_backward, x, groups, positions, activation,
+            launch_norm_rows_backward, x, groups, positions, activation,
             dy_ptr=dy, x_ptr=x, mean_ptr=mean, rstd_ptr=rstd, weight_ptr=weight, bias_ptr=bias,
             dx_ptr=dx, stride_dym=dy.stride(0), stride_xm=x.stride(0),
         )  # fmt: skip

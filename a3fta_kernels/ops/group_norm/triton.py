@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..norm_tiles_triton import tiles_backward, tiles_forward
-from ..norm_triton import fits_a_row, rows_backward, rows_forward
+from ..norm_tiles_triton import norm_tiles_backward, norm_tiles_forward
+from ..norm_triton import fits_a_row, norm_rows_backward, norm_rows_forward
 
 
 def forward(
@@ -27,9 +27,9 @@ def forward(
         # of nothing, as PyTorch says it
         return torch.empty_like(x), mean.zero_(), rstd.fill_(torch.nan)
     if not in_rows(x, groups):
-        return tiles_forward(x, groups, weight, bias, eps, activation)
+        return norm_tiles_forward(x, groups, weight, bias, eps, activation)
     flat = x.reshape(b * groups, -1)
-    y, mean, rstd = rows_forward(flat, groups, s, weight, bias, eps, activation)
+    y, mean, rstd = norm_rows_forward(flat, groups, s, weight, bias, eps, activation)
     return y.view(x.shape), mean.view(b, groups), rstd.view(b, groups)
 
 
@@ -47,9 +47,9 @@ def backward(
         return torch.empty_like(x)
     b, groups = mean.shape
     if not in_rows(x, groups):
-        return tiles_backward(dy, x, mean, rstd, weight, bias, activation)
+        return norm_tiles_backward(dy, x, mean, rstd, weight, bias, activation)
     flat = (b * groups, x.numel() // (b * groups))
-    dx = rows_backward(
+    dx = norm_rows_backward(
         dy.reshape(flat), x.reshape(flat), mean, rstd, groups, x.shape[2], weight, bias, activation
     )
     return dx.view(x.shape)
