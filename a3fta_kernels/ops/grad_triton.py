@@ -22,7 +22,7 @@ from ..triton_support import (
     shared_limit,
 )
 from .rule import AdapterGrads
-from .skinny_triton import Up
+from .skinny_triton import RowGrads
 from .sum_triton import totals
 
 
@@ -93,13 +93,13 @@ AOT_KERNELS = (
 )  # fmt: skip
 
 
-def weight_grads(dh: Tensor | None, h: Tensor, dy: Tensor, up: Up) -> AdapterGrads:
-    """All gradients, from those of the rows: dh, and `up` with z and its sums."""
-    assert up.z is not None
-    down, _ = weight_grad(h, up.da, transposed=True)
-    g_up, dy_sum = weight_grad(dy, up.z, need_sum=True)
-    sums = totals(down, g_up, up.da_sum, dy_sum, axis=0)
-    return AdapterGrads(dh, *sums, *totals(up.dgamma, up.dbeta, axis=1))
+def weight_grads(dh: Tensor | None, h: Tensor, dy: Tensor, row_grads: RowGrads) -> AdapterGrads:
+    """All gradients, from those of the rows: dh, and `row_grads` with z and its sums."""
+    assert row_grads.z is not None
+    down, _ = weight_grad(h, row_grads.da, transposed=True)
+    g_up, dy_sum = weight_grad(dy, row_grads.z, need_sum=True)
+    sums = totals(down, g_up, row_grads.da_sum, dy_sum, axis=0)
+    return AdapterGrads(dh, *sums, *totals(row_grads.dgamma, row_grads.dbeta, axis=1))
 
 
 def weight_grad(

@@ -245,7 +245,7 @@ def rows_forward(
     return a, out
 
 
-class Up(NamedTuple):
+class RowGrads(NamedTuple):
     """What rows_backward makes, all but da where asked for. Sums over rows are in fp32, and in
     parts that sum_triton adds.
     """
@@ -268,7 +268,7 @@ def rows_backward(
     *,
     need_sums: bool,
     w_down: Tensor | None = None,
-) -> Up:
+) -> RowGrads:
     """da; with `need_sums` z, made anew from a, and sums over rows, in parts; with w_down (R, N),
     of rank at most MAX_BLOCK_R, dh.
     """
@@ -310,4 +310,4 @@ def rows_backward(
     else:
         launch_rows_backward(plan, dy, block_r, rows_bucket(m), n, samples, dh is None, need_sums)
     da_sum, dgamma, dbeta = (partial[name] for name in need)
-    return Up(da, dh, z, None if da_sum is None else da_sum.view(-1, rank), dgamma, dbeta)
+    return RowGrads(da, dh, z, None if da_sum is None else da_sum.view(-1, rank), dgamma, dbeta)

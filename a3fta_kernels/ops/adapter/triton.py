@@ -49,16 +49,16 @@ def backward(
 ) -> AdapterGrads:
     """By the protocol of contract.py."""
     whole = w_down.shape[0] <= MAX_BLOCK_R and not apart
-    up = rows_backward(
+    row_grads = rows_backward(
         dy, a, w_up, gamma, beta, activation,
         need_sums=need_dw,
         w_down=w_down if need_dh and whole else None,
     )  # fmt: skip
-    dh = up.dh
+    dh = row_grads.dh
     if need_dh and apart:
-        dh = up.da @ w_down
+        dh = row_grads.da @ w_down
     elif need_dh and not whole:
-        dh = concat_gemm(None, None, up.da, w_down, residual=dy)
+        dh = concat_gemm(None, None, row_grads.da, w_down, residual=dy)
     if not need_dw:
         return AdapterGrads(dh, None, None, None, None, None, None)
-    return weight_grads(dh, h, dy, up)
+    return weight_grads(dh, h, dy, row_grads)

@@ -83,13 +83,13 @@ def backward(
     need_dw: bool,
 ) -> AdapterGrads:
     """By the protocol of contract.py."""
-    up = rows_backward(dy, a, v.contiguous(), gamma, beta, activation, need_sums=need_dw)
+    row_grads = rows_backward(dy, a, v.contiguous(), gamma, beta, activation, need_sums=need_dw)
     dh = None
     if need_dh and path == "skinny":
         dh = dy @ weight
-        dh[:, start : start + w_down.shape[1]].addmm_(up.da, w_down)
+        dh[:, start : start + w_down.shape[1]].addmm_(row_grads.da, w_down)
     elif need_dh:
-        dh = concat_gemm(dy, weight, up.da, w_down, start=start)
+        dh = concat_gemm(dy, weight, row_grads.da, w_down, start=start)
     if not need_dw:
         return AdapterGrads(dh, None, None, None, None, None, None)
-    return weight_grads(dh, hs, dy, up)
+    return weight_grads(dh, hs, dy, row_grads)

@@ -71,12 +71,12 @@ def backward(
     need_dw: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, AdapterGrads]:
     """By the protocol of contract.py."""
-    up = rows_backward(dy, a, v_up.contiguous(), gamma, beta, activation, need_sums=need_dw)
+    row_grads = rows_backward(dy, a, v_up.contiguous(), gamma, beta, activation, need_sums=need_dw)
     dq = dk = dv = None
     if need_q or need_kv:
         dq, dk, dv = attention_grads(
-            dy @ weight, up.da, w_down, q, k, v, mask, heads, attention_scale, need_kv
+            dy @ weight, row_grads.da, w_down, q, k, v, mask, heads, attention_scale, need_kv
         )
     if not need_dw:
         return dq, dk, dv, AdapterGrads(None, None, None, None, None, None, None)
-    return dq, dk, dv, weight_grads(None, h, dy, up)
+    return dq, dk, dv, weight_grads(None, h, dy, row_grads)
