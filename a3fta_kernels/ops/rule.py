@@ -23,12 +23,12 @@ class AdapterGrads(NamedTuple):
     """
 
     dh: Tensor | None  # (M, K), dtype of h
-    dw_down: Tensor | None  # (R, C)
-    g_up: Tensor | None  # (N, R): dy.T @ z
-    da_sum: Tensor | None  # (R,)
-    dy_sum: Tensor | None  # (N,)
-    dgamma: Tensor | None  # (B, R)
-    dbeta: Tensor | None  # (B, R)
+    dw_down: Tensor | None = None  # (R, C)
+    g_up: Tensor | None = None  # (N, R): dy.T @ z
+    da_sum: Tensor | None = None  # (R,)
+    dy_sum: Tensor | None = None  # (N,)
+    dgamma: Tensor | None = None  # (B, R)
+    dbeta: Tensor | None = None  # (B, R)
 
 
 def loader(package: str | None) -> Callable[[str], ModuleType]:

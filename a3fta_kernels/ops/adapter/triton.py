@@ -60,5 +60,5 @@ def backward(
     elif need_dh and not whole:
         dh = concat_gemm(None, None, row_grads.da, w_down, residual=dy)
     if not need_dw:
-        return AdapterGrads(dh, None, None, None, None, None, None)
+        return AdapterGrads(dh)
     return weight_grads(dh, h, dy, row_grads)

@@ -91,7 +91,7 @@ def backward(
         dh = torch.mm(dy, weight)
         _native.adapter_dh_.default(dh.narrow(1, start, w_down.shape[1]), da, w_down)
     if not need_dw:
-        return AdapterGrads(dh, None, None, None, None, None, None)
+        return AdapterGrads(dh)
     dw_down, da_sum = _native.adapter_dw_down.default(da, hs)
     return AdapterGrads(
         dh,

@@ -91,5 +91,5 @@ def backward(
     elif need_dh:
         dh = concat_gemm(dy, weight, row_grads.da, w_down, start=start)
     if not need_dw:
-        return AdapterGrads(dh, None, None, None, None, None, None)
+        return AdapterGrads(dh)
     return weight_grads(dh, hs, dy, row_grads)

@@ -78,5 +78,5 @@ def backward(
             dy @ weight, row_grads.da, w_down, q, k, v, mask, heads, attention_scale, need_kv
         )
     if not need_dw:
-        return dq, dk, dv, AdapterGrads(None, None, None, None, None, None, None)
+        return dq, dk, dv, AdapterGrads(None)
     return dq, dk, dv, weight_grads(None, h, dy, row_grads)
