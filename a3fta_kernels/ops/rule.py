@@ -135,6 +135,27 @@ def without_autocast(h: Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+def op_grads(
+    grads: Sequence[Tensor | None], inputs: Sequence[Any], needs: Sequence[bool]
+) -> list[Tensor]:
+    """What the op of a backward returns: each gradient in its input's dtype; an empty tensor where
+    none is needed, as an op's list holds no None."""
+    return [
+        cast(g, x.dtype) if need and g is not None and x is not None else inputs[0].new_empty(0)
+        for g, x, need in zip(grads, inputs, needs, strict=True)
+    ]
+
+
+def fake_op_grads(inputs: Sequence[Any], needs: Sequence[bool]) -> list[Tensor]:
+    """`op_grads` where only shapes are asked for."""
+    return [
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        if need
+        else inputs[0].new_empty(0)
+        for x, need in zip(inputs, needs, strict=True)
+    ]
+
+
 def refuse_second_derivative() -> None:
     """Called in a backward: raises where autograd was asked for a graph of it."""
     if torch.is_grad_enabled():

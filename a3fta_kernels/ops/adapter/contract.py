@@ -35,8 +35,10 @@ from ..rule import (
     autocast_dtype,
     cast,
     cast_together,
+    fake_op_grads,
     is_plain,
     loader,
+    op_grads,
     refuse_second_derivative,
     rows,
     scaled,
@@ -125,25 +127,19 @@ def backward(
         dscale = (grads.g_up * w_up.to(wide)).sum()
         if b_up is not None:
             dscale = dscale + grads.dy_sum @ b_up.to(wide)
-        dscale = (dscale * scale).to(scale_tensor.dtype).view(scale_tensor.shape)
+        dscale = (dscale * scale).view(scale_tensor.shape)
     found = (
         grads.dh,
-        _like(grads.dw_down, w_down),
-        _like(times(grads.g_up, factor), w_up) if needs[2] else None,
-        _like(grads.da_sum, b_down),
-        _like(times(grads.dy_sum, factor), b_up) if needs[4] else None,
-        _like(grads.dgamma, gamma),
-        _like(grads.dbeta, beta),
+        grads.dw_down,
+        times(grads.g_up, factor) if needs[2] else None,
+        grads.da_sum,
+        times(grads.dy_sum, factor) if needs[4] else None,
+        grads.dgamma,
+        grads.dbeta,
         dscale,
     )
-    return [
-        g if need and g is not None else h.new_empty(0)
-        for g, need in zip(found, needs, strict=True)
-    ]
-
-
-def _like(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    return None if grad is None or parameter is None else grad.to(parameter.dtype)
+    inputs = (h, w_down, w_up, b_down, b_up, gamma, beta, scale_tensor)
+    return op_grads(found, inputs, needs)
 
 
 def save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -212,11 +208,7 @@ def _(h: Tensor, w_down: Tensor, w_up: Tensor, *_: Any) -> tuple[Tensor, Tensor]
 
 @torch.library.register_fake("a3fta::adapter_backward", lib=_library)
 def _(dy: Tensor, h: Tensor, a: Tensor, *rest: Any) -> list[Tensor]:
-    tensors, needs = (h, *rest[: _TENSORS - 1]), rest[-1]
-    return [
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else h.new_empty(0)
-        for t, need in zip(tensors, needs, strict=True)
-    ]
+    return fake_op_grads((h, *rest[: _TENSORS - 1]), rest[-1])
 
 
 def _autocast(h: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

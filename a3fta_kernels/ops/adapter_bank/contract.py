@@ -46,8 +46,10 @@ from ..rule import (
     acc_dtype,
     autocast_dtype,
     cast,
+    fake_op_grads,
     is_plain,
     loader,
+    op_grads,
     refuse_second_derivative,
     rows,
 )
@@ -166,11 +168,7 @@ def backward(
         if b_up is not None:
             ds = ds + (dy_sum * b_up.to(wide)[k][:, None]).sum(2, keepdim=True)
         found[6] = summed(ds, scale)
-    tensors = (h, w_down, w_up, index, b_down, b_up, scale)
-    return [
-        g.to(t.dtype) if need and g is not None and t is not None else h.new_empty(0)
-        for g, t, need in zip(found, tensors, needs, strict=True)
-    ]
+    return op_grads(found, (h, w_down, w_up, index, b_down, b_up, scale), needs)
 
 
 def save(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -233,11 +231,7 @@ def _(h: Tensor, w_down: Tensor, w_up: Tensor, *_: Any) -> Tensor:
 
 @torch.library.register_fake("a3fta::adapter_bank_backward", lib=_library)
 def _(dy: Tensor, *rest: Any) -> list[Tensor]:
-    h, needs = rest[0], rest[-1]
-    return [
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else h.new_empty(0)
-        for t, need in zip(rest[: len(SAVED)], needs, strict=True)
-    ]
+    return fake_op_grads(rest[: len(SAVED)], rest[-1])
 
 
 def _autocast(h: Tensor, *rest: Any) -> Tensor:

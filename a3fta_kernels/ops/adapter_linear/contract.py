@@ -46,8 +46,10 @@ from ..rule import (
     AdapterGrads,
     autocast_dtype,
     cast,
+    fake_op_grads,
     is_plain,
     loader,
+    op_grads,
     refuse_second_derivative,
     rows,
 )
@@ -214,15 +216,8 @@ def backward(
     weight_slice = weight[:, start : start + w_up.shape[0]]
     found = parameter_grads(module, grads, weight_slice, w_up, b_up, scale_tensor, scale, need)
     found["h"] = grads.dh
-    results = []
-    like = (hs, w_down, w_up, b_down, b_up, gamma, beta, scale_tensor)
-    for name, tensor in zip(names, like, strict=True):
-        grad = found.get(name)
-        if need[name] and grad is not None and tensor is not None:
-            results.append(cast(grad, tensor.dtype))
-        else:
-            results.append(hs.new_empty(0))
-    return results
+    inputs = (hs, w_down, w_up, b_down, b_up, gamma, beta, scale_tensor)
+    return op_grads([found.get(name) for name in names], inputs, needs)
 
 
 def parameter_grads(
@@ -334,12 +329,8 @@ def _(h: Tensor, weight: Tensor, w_down: Tensor, *_: Any) -> tuple[Tensor, Tenso
 
 @torch.library.register_fake("a3fta::adapter_linear_backward", lib=_library)
 def _(dy: Tensor, a: Tensor, v: Tensor, hs: Tensor, weight: Tensor, *rest: Any) -> list[Tensor]:
-    *adapter, needs = (*rest[:7], rest[-1])
-    like = (hs.new_empty(hs.shape[0], weight.shape[1]), *adapter)
-    return [
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else hs.new_empty(0)
-        for t, need in zip(like, needs, strict=True)
-    ]
+    h = hs.new_empty(hs.shape[0], weight.shape[1])
+    return fake_op_grads((h, *rest[:7]), rest[-1])
 
 
 def _autocast(h: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

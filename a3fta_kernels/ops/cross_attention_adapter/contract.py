@@ -35,7 +35,15 @@ import torch
 from torch import Tensor
 
 from ..adapter_linear.contract import parameter_grads
-from ..rule import autocast_dtype, cast, is_plain, refuse_second_derivative, rows
+from ..rule import (
+    autocast_dtype,
+    cast,
+    fake_op_grads,
+    is_plain,
+    op_grads,
+    refuse_second_derivative,
+    rows,
+)
 
 _SIGNATURE = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor weight, Tensor w_down, Tensor w_up, "
@@ -153,15 +161,8 @@ def backward(
     )
     found = parameter_grads(kernels(), grads, weight, w_up, b_up, scale_tensor, scale, need)
     found |= {"q": dq, "k": dk, "v": dv}
-    results = []
-    like = (q, k, v, w_down, w_up, b_down, b_up, gamma, beta, scale_tensor)
-    for name, tensor in zip(_WANTED, like, strict=True):
-        grad = found.get(name)
-        if need[name] and grad is not None and tensor is not None:
-            results.append(cast(grad, tensor.dtype))
-        else:
-            results.append(q.new_empty(0))
-    return results
+    inputs = (q, k, v, w_down, w_up, b_down, b_up, gamma, beta, scale_tensor)
+    return op_grads([found.get(name) for name in _WANTED], inputs, needs)
 
 
 def channels_dense(x: Tensor) -> Tensor:
@@ -262,11 +263,7 @@ def _(
     dy: Tensor, h: Tensor, a: Tensor, v_up: Tensor, q: Tensor, k: Tensor, v: Tensor,
     mask: Tensor | None, weight: Tensor, *rest: Any,
 ) -> list[Tensor]:  # fmt: skip
-    tensors, needs = (q, k, v, *rest[:7]), rest[-1]
-    return [
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else q.new_empty(0)
-        for t, need in zip(tensors, needs, strict=True)
-    ]
+    return fake_op_grads((q, k, v, *rest[:7]), rest[-1])
 
 
 _CAST = ("q", "k", "v", "residual")
