@@ -77,6 +77,13 @@ def native_status() -> BackendStatus:
     return BackendStatus(True, ("cpu", "cuda"), "compiled library with CUDA kernels")
 
 
+def load_native() -> None:
+    """Makes the compiled library's operators exist, or raises the reason why there are none."""
+    status = native_status()
+    if not status.available:
+        raise BackendUnavailableError(f"backend 'native': {status.reason}")
+
+
 @functools.cache
 def triton_status() -> BackendStatus:
     if importlib.util.find_spec("triton") is None:

@@ -11,17 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...backends import BackendUnavailableError, native_status
+from ...backends import load_native
 from ..activations import activation_code
 from ..rule import AdapterGrads, cast, contiguous
 from .up import merged, up_grads
 
-# loads the library: its operators exist from here on
-if not native_status().available:
-    raise BackendUnavailableError(f"backend 'native': {native_status().reason}")
+load_native()
 
 _native = torch.ops.a3fta_native
-
 
 __all__ = ["RANK_LIMITS", "backward", "forward", "merged", "paths", "up_grads"]
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...backends import BackendUnavailableError, native_status
+from ...backends import load_native
 from ..activations import activation_code
 
-# loads the library: its operators exist from here on
-if not native_status().available:
-    raise BackendUnavailableError(f"backend 'native': {native_status().reason}")
+load_native()
 
 _forward = torch.ops.a3fta_native.geglu_forward.default
 _backward = torch.ops.a3fta_native.geglu_backward.default

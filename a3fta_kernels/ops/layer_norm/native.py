@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ...backends import BackendUnavailableError, native_status
+from ...backends import load_native
 
-# loads the library: its operators exist from here on
-if not native_status().available:
-    raise BackendUnavailableError(f"backend 'native': {native_status().reason}")
+load_native()
 
 # (x, weight, bias, eps) -> (y (M, C), mean (M,), rstd (M,))
 forward = torch.ops.a3fta_native.layer_norm_forward.default

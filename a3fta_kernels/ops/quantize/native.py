@@ -8,11 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...backends import BackendUnavailableError, native_status
+from ...backends import load_native
 
-# loads the library: its operators exist from here on
-if not native_status().available:
-    raise BackendUnavailableError(f"backend 'native': {native_status().reason}")
+load_native()
 
 _quantize = torch.ops.a3fta_native.quantize.default
 _dequantize = torch.ops.a3fta_native.dequantize.default
