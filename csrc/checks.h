@@ -18,6 +18,7 @@ namespace a3fta {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 inline std::string shape_text(const Tensor& x) {
   std::ostringstream text;
@@ -77,7 +78,7 @@ inline void check_dense(
 }
 
 inline void check_dense(
-    const char* name, const std::optional<Tensor>& x, std::initializer_list<int64_t> shape,
+    const char* name, const OptionalTensor& x, std::initializer_list<int64_t> shape,
     const Tensor& like) {
   if (x.has_value()) check_dense(name, *x, shape, like);
 }
@@ -90,8 +91,8 @@ inline void check_activation(int64_t activation) {
 
 // gamma and beta (B, R), where B divides the rows
 inline void check_modulation(
-    const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta, int64_t rows,
-    int64_t rank, const Tensor& like) {
+    const OptionalTensor& gamma, const OptionalTensor& beta, int64_t rows, int64_t rank,
+    const Tensor& like) {
   for (const auto* x : {&gamma, &beta}) {
     if (!x->has_value()) continue;
     const char* name = x == &gamma ? "gamma" : "beta";
@@ -130,7 +131,7 @@ inline ScalarType wide(const Tensor& x) {
 
 // a parameter (C,) of a normalisation, in x's dtype or wide
 inline void check_parameter(
-    const char* name, const std::optional<Tensor>& p, int64_t channels, const Tensor& x) {
+    const char* name, const OptionalTensor& p, int64_t channels, const Tensor& x) {
   if (!p.has_value()) return;
   check_shape(name, *p, {channels});
   check_contiguous(name, *p);
@@ -176,8 +177,8 @@ inline bool channels_last(const char* name, const Tensor& x) {
   const bool last = (c == 1 || x.stride(1) == 1) && (s == 1 || x.stride(2) == c);
   const bool first = (c == 1 || x.stride(1) == s) && (s == 1 || x.stride(2) == 1);
   STD_TORCH_CHECK(
-      samples && (last || first), name, ": expected a contiguous tensor or one with channels last, ",
-      "got shape ", shape_text(x));
+      samples && (last || first), name,
+      ": expected a contiguous tensor or one with channels last, got shape ", shape_text(x));
   return last && !(first && s > 1);
 }
 

@@ -10,11 +10,9 @@
 namespace a3fta::cpu {
 namespace {
 
-using Maybe = std::optional<Tensor>;
-
 std::tuple<Tensor, Tensor> adapter_forward(
-    Tensor h, Tensor w_down, Tensor w_up, Maybe b_down, Maybe b_up, Maybe gamma, Maybe beta,
-    int64_t activation) {
+    Tensor h, Tensor w_down, Tensor w_up, OptionalTensor b_down, OptionalTensor b_up,
+    OptionalTensor gamma, OptionalTensor beta, int64_t activation) {
   check_rows("h", h);
   check_matrix("w_down", w_down);
   const int64_t rows = h.size(0), channels = h.size(1), rank = w_down.size(0);
@@ -37,8 +35,8 @@ std::tuple<Tensor, Tensor> adapter_forward(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
-    Tensor dy, Tensor h, Tensor a, Tensor w_down, Tensor w_up, Maybe gamma, Maybe beta,
-    int64_t activation, bool need_dh, bool need_dw) {
+    Tensor dy, Tensor h, Tensor a, Tensor w_down, Tensor w_up, OptionalTensor gamma,
+    OptionalTensor beta, int64_t activation, bool need_dh, bool need_dw) {
   check_rows("dy", dy);
   check_rows("h", h);
   check_matrix("w_down", w_down);

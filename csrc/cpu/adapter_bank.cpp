@@ -8,15 +8,14 @@
 namespace a3fta::cpu {
 namespace {
 
-using Maybe = std::optional<Tensor>;
-
 // (B,) int32, each -1 or an adapter of the bank; returns B
 int64_t check_index(const Tensor& index, int64_t rows, int64_t adapters) {
   const int64_t samples = index.numel();
   check_shape("index", index, {samples});
   check_contiguous("index", index);
   STD_TORCH_CHECK(
-      index.scalar_type() == ScalarType::Int && !index.is_cuda(), "index: expected int32 on the CPU");
+      index.scalar_type() == ScalarType::Int && !index.is_cuda(),
+      "index: expected int32 on the CPU");
   STD_TORCH_CHECK(
       samples > 0 ? rows % samples == 0 : rows == 0, "index: expected a number of samples that ",
       "divides the ", rows, " rows, got ", samples);
@@ -29,8 +28,8 @@ int64_t check_index(const Tensor& index, int64_t rows, int64_t adapters) {
 }
 
 Tensor adapter_bank_forward(
-    Tensor h, Tensor residual, Tensor w_down, Tensor w_up, Maybe b_down, Maybe b_up, Tensor scale,
-    Tensor index, int64_t activation) {
+    Tensor h, Tensor residual, Tensor w_down, Tensor w_up, OptionalTensor b_down,
+    OptionalTensor b_up, Tensor scale, Tensor index, int64_t activation) {
   check_rows("h", h);
   STD_TORCH_CHECK(
       w_down.dim() == 3, "w_down: expected shape (K, R, C), got ", shape_text(w_down));
@@ -52,7 +51,8 @@ Tensor adapter_bank_forward(
   check_activation(activation);
   Tensor y = empty(h, {rows, channels});
 
-  BankArgs args{rows, channels, rank, samples, adapters, int(activation), matrix(h), matrix(residual)};
+  BankArgs args{rows,     channels,        rank,      samples,
+                adapters, int(activation), matrix(h), matrix(residual)};
   args.w_down = w_down.data_ptr();
   args.w_up = w_up.data_ptr();
   args.b_down = data_or_null(b_down);

@@ -9,10 +9,9 @@
 namespace a3fta::cpu {
 namespace {
 
-using Maybe = std::optional<Tensor>;
-
 std::tuple<Tensor, Tensor> adapter_down(
-    Tensor h, Tensor w_down, Maybe b_down, Maybe gamma, Maybe beta, int64_t activation) {
+    Tensor h, Tensor w_down, OptionalTensor b_down, OptionalTensor gamma, OptionalTensor beta,
+    int64_t activation) {
   check_rows("h", h);
   check_matrix("w_down", w_down);
   const int64_t rows = h.size(0), channels = h.size(1), rank = w_down.size(0);
@@ -31,7 +30,7 @@ std::tuple<Tensor, Tensor> adapter_down(
   return {a, z};
 }
 
-Tensor adapter_up(Tensor z, Tensor v, Maybe bias, Maybe residual) {
+Tensor adapter_up(Tensor z, Tensor v, OptionalTensor bias, OptionalTensor residual) {
   check_rows("z", z);
   check_matrix("v", v);
   const int64_t rows = z.size(0), rank = z.size(1), columns = v.size(0);
@@ -60,7 +59,8 @@ Tensor adapter_up(Tensor z, Tensor v, Maybe bias, Maybe residual) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_dz(
-    Tensor dy, Tensor a, Tensor v, Maybe gamma, Maybe beta, int64_t activation, bool need_dw) {
+    Tensor dy, Tensor a, Tensor v, OptionalTensor gamma, OptionalTensor beta, int64_t activation,
+    bool need_dw) {
   check_rows("dy", dy);
   check_matrix("v", v);
   const int64_t rows = dy.size(0), columns = dy.size(1), rank = v.size(1);

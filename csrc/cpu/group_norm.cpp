@@ -9,10 +9,9 @@
 namespace a3fta::cpu {
 namespace {
 
-using Maybe = std::optional<Tensor>;
-
 GroupNormArgs arguments(
-    const Tensor& x, int64_t groups, const Maybe& weight, const Maybe& bias, int64_t activation) {
+    const Tensor& x, int64_t groups, const OptionalTensor& weight, const OptionalTensor& bias,
+    int64_t activation) {
   check_groups(x, groups, activation);
   GroupNormArgs args{x.size(0), x.size(1), x.size(2), groups};
   args.last = channels_last("x", x);
@@ -23,10 +22,12 @@ GroupNormArgs arguments(
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_forward(
-    Tensor x, int64_t groups, Maybe weight, Maybe bias, double eps, int64_t activation) {
+    Tensor x, int64_t groups, OptionalTensor weight, OptionalTensor bias, double eps,
+    int64_t activation) {
   GroupNormArgs args = arguments(x, groups, weight, bias, activation);
   Tensor y = torch::stable::empty_like(x);
-  Tensor mean = empty(x, {x.size(0), groups}, wide(x)), rstd = empty(x, {x.size(0), groups}, wide(x));
+  Tensor mean = empty(x, {x.size(0), groups}, wide(x));
+  Tensor rstd = empty(x, {x.size(0), groups}, wide(x));
   args.eps = eps;
   args.mean = mean.data_ptr();
   args.rstd = rstd.data_ptr();
@@ -36,7 +37,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_forward(
 }
 
 Tensor group_norm_backward(
-    Tensor dy, Tensor x, Tensor mean, Tensor rstd, Maybe weight, Maybe bias, int64_t activation) {
+    Tensor dy, Tensor x, Tensor mean, Tensor rstd, OptionalTensor weight, OptionalTensor bias,
+    int64_t activation) {
   STD_TORCH_CHECK(mean.dim() == 2, "mean: expected shape (B, G), got ", shape_text(mean));
   const int64_t groups = mean.size(1);
   GroupNormArgs args = arguments(x, groups, weight, bias, activation);

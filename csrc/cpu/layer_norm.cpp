@@ -9,9 +9,7 @@
 namespace a3fta::cpu {
 namespace {
 
-using Maybe = std::optional<Tensor>;
-
-LayerNormArgs arguments(const Tensor& x, const Maybe& weight, const Maybe& bias) {
+LayerNormArgs arguments(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias) {
   check_rows("x", x);
   STD_TORCH_CHECK(x.size(1) > 0, "x: expected at least one channel, got shape ", shape_text(x));
   LayerNormArgs args{x.size(0), x.size(1)};
@@ -21,7 +19,7 @@ LayerNormArgs arguments(const Tensor& x, const Maybe& weight, const Maybe& bias)
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(
-    Tensor x, Maybe weight, Maybe bias, double eps) {
+    Tensor x, OptionalTensor weight, OptionalTensor bias, double eps) {
   LayerNormArgs args = arguments(x, weight, bias);
   Tensor y = empty(x, {args.rows, args.channels});
   Tensor mean = empty(x, {args.rows}, wide(x)), rstd = empty(x, {args.rows}, wide(x));
@@ -33,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(
   return {y, mean, rstd};
 }
 
-Tensor layer_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Maybe weight) {
+Tensor layer_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, OptionalTensor weight) {
   LayerNormArgs args = arguments(x, weight, std::nullopt);
   check_rows("dy", dy);
   check_shape("dy", dy, {args.rows, args.channels});

@@ -50,8 +50,8 @@ struct LayerNorm : Norm<T> {
           const Sums s = N::sums_of(xhat, g, x.channels);
           const double n = double(x.channels);
           N::finish(
-              row(x.x, i), g, x.channels, mean, rstd, Same<Acc>{Acc(s.g / n)}, Same<Acc>{Acc(s.gx / n)},
-              static_cast<T*>(x.out) + i * x.channels);
+              row(x.x, i), g, x.channels, mean, rstd, Same<Acc>{Acc(s.g / n)},
+              Same<Acc>{Acc(s.gx / n)}, static_cast<T*>(x.out) + i * x.channels);
         }
       }
     });

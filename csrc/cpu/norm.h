@@ -217,7 +217,8 @@ struct Norm {
         if (from == nullptr)
           to[j] = absent;
         else
-          to[j] = is_wide ? static_cast<const Acc*>(from)[j] : widen(static_cast<const T*>(from)[j]);
+          to[j] = is_wide ? static_cast<const Acc*>(from)[j]
+                          : widen(static_cast<const T*>(from)[j]);
       }
     }
   };

@@ -4,8 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <optional>
-
 #include "../checks.h"
 #include "kernels.h"
 
@@ -31,22 +29,20 @@ inline DType dtype_of(const Tensor& x) {
 
 inline Matrix matrix(const Tensor& x) { return {x.data_ptr(), row_stride(x)}; }
 
-inline const void* data_or_null(const std::optional<Tensor>& x) {
+inline const void* data_or_null(const OptionalTensor& x) {
   return x.has_value() ? x->data_ptr() : nullptr;
 }
 
-inline Modulation modulation(
-    const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta) {
+inline Modulation modulation(const OptionalTensor& gamma, const OptionalTensor& beta) {
   const int64_t samples = gamma ? gamma->size(0) : beta ? beta->size(0) : 1;
   return {data_or_null(gamma), data_or_null(beta), samples};
 }
 
 inline Affine affine(
-    const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, int64_t channels,
-    const Tensor& x) {
+    const OptionalTensor& weight, const OptionalTensor& bias, int64_t channels, const Tensor& x) {
   check_parameter("weight", weight, channels, x);
   check_parameter("bias", bias, channels, x);
-  const auto is_wide = [&](const std::optional<Tensor>& p) {
+  const auto is_wide = [&](const OptionalTensor& p) {
     return p.has_value() && p->scalar_type() == wide(x);
   };
   return {data_or_null(weight), data_or_null(bias), is_wide(weight), is_wide(bias)};

@@ -26,7 +26,8 @@ Tensor forward(Tensor h, Tensor residual, Tensor w_down, Tensor w_up, OptionalTe
                   " is too large for one turn");
   STD_TORCH_CHECK(activation >= 0 && activation < kActivations, "activation: expected 0 to ",
                   kActivations - 1, ", got ", activation);
-  const auto of_bank = [&](const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
+  const auto of_bank = [&](const char* name, const Tensor& t,
+                           std::initializer_list<int64_t> shape) {
     call.same(name, t);
     return call.dense(name, t, shape);
   };

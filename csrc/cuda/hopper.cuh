@@ -76,7 +76,8 @@ enum class Swizzle : uint64_t { bytes128 = 1, bytes64 = 2 };
 __device__ __forceinline__ uint64_t matrix_descriptor(const void* start, uint32_t leading,
                                                       uint32_t stride,
                                                       Swizzle swizzle = Swizzle::bytes128) {
-  return static_cast<uint64_t>(swizzle) << 62 | static_cast<uint64_t>((stride & 0x3ffff) >> 4) << 32 |
+  return static_cast<uint64_t>(swizzle) << 62 |
+         static_cast<uint64_t>((stride & 0x3ffff) >> 4) << 32 |
          static_cast<uint64_t>((leading & 0x3ffff) >> 4) << 16 |
          ((shared_address(start) & 0x3ffff) >> 4);
 }

@@ -4,7 +4,8 @@
 //     code = round((x - mid) / half * 127);  x~ = mid + half * code / 127
 //
 // Sixteen threads hold a block, eight neighbours each: a warp two blocks, of which it finds the
-// ends by exchanging values between its lanes. A block that is not finite gets NaN for mid and half.
+// ends by exchanging values between its lanes. A block that is not finite gets NaN for mid and
+// half.
 
 #include "quantize.h"
 
