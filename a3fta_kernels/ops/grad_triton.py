@@ -93,7 +93,7 @@ AOT_KERNELS = (
 )  # fmt: skip
 
 
-def weight_grads(dh: Tensor | None, h: Tensor, dy: Tensor, row_grads: RowGrads) -> AdapterGrads:
+def adapter_grads(dh: Tensor | None, h: Tensor, dy: Tensor, row_grads: RowGrads) -> AdapterGrads:
     """All gradients, from those of the rows: dh, and `row_grads` with z and its sums."""
     assert row_grads.z is not None
     down, _ = weight_grad(h, row_grads.da, transposed=True)

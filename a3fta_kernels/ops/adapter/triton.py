@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...triton_support import MAX_BLOCK_R
 from ..gemm_triton import concat_gemm
-from ..grad_triton import weight_grads
+from ..grad_triton import adapter_grads
 from ..rule import AdapterGrads
 from ..skinny_triton import rows_backward, rows_forward
 
@@ -61,4 +61,4 @@ def backward(
         dh = concat_gemm(None, None, row_grads.da, w_down, residual=dy)
     if not need_dw:
         return AdapterGrads(dh)
-    return weight_grads(dh, h, dy, row_grads)
+    return adapter_grads(dh, h, dy, row_grads)

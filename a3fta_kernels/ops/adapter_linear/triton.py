@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...triton_support import MAX_BLOCK_R
 from ..gemm_triton import concat_gemm
-from ..grad_triton import weight_grads
+from ..grad_triton import adapter_grads
 from ..rule import AdapterGrads
 from ..skinny_triton import rows_backward, rows_forward
 from .fused_triton import FUSED_RANK_LIMIT, fused_forward
@@ -92,4 +92,4 @@ def backward(
         dh = concat_gemm(dy, weight, row_grads.da, w_down, start=start)
     if not need_dw:
         return AdapterGrads(dh)
-    return weight_grads(dh, hs, dy, row_grads)
+    return adapter_grads(dh, hs, dy, row_grads)

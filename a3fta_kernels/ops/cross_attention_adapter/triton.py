@@ -14,7 +14,7 @@ from torch import Tensor
 from ..adapter_linear import triton as adapter_linear
 from ..adapter_linear.contract import take_path
 from ..adapter_linear.up_triton import merged, up_grads
-from ..grad_triton import weight_grads
+from ..grad_triton import adapter_grads
 from ..rule import AdapterGrads, rows
 from ..skinny_triton import rows_backward
 from .attention import attention
@@ -79,4 +79,4 @@ def backward(
         )
     if not need_dw:
         return dq, dk, dv, AdapterGrads(None)
-    return dq, dk, dv, weight_grads(None, h, dy, row_grads)
+    return dq, dk, dv, adapter_grads(None, h, dy, row_grads)
