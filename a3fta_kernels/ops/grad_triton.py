@@ -14,7 +14,6 @@ from ..triton_support import (
     Config,
     Launcher,
     cdiv,
-    chip,
     config,
     dot,
     rank_block,
@@ -23,7 +22,7 @@ from ..triton_support import (
 )
 from .rule import AdapterGrads
 from .skinny_triton import RowGrads
-from .sum_triton import totals
+from .sum_triton import split_rows, totals
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_split"])
@@ -121,15 +120,11 @@ def weight_grad(
     block_r = rank_block(rank)
 
     def plan(meta: dict[str, int]) -> Call:
-        blocks = cdiv(n, meta["BLOCK_N"]) * cdiv(rank, meta["BLOCK_R"])
-        # two programs a processor, each with at least four steps of its loop
-        wanted = max(1, 2 * chip(x.device).processors // blocks)
-        rows = cdiv(cdiv(m, wanted), meta["BLOCK_M"]) * meta["BLOCK_M"]
-        rows = max(rows, min(4 * meta["BLOCK_M"], m))
+        tiles_n, tiles_r = cdiv(n, meta["BLOCK_N"]), cdiv(rank, meta["BLOCK_R"])
+        rows = split_rows(m, meta["BLOCK_M"], tiles_n * tiles_r, x.device)
         splits = cdiv(m, rows)
         allot(splits)
-        grid = (cdiv(n, meta["BLOCK_N"]), cdiv(rank, meta["BLOCK_R"]), splits)
-        return grid, dict(
+        return (tiles_n, tiles_r, splits), dict(
             x_ptr=x, s_ptr=s, out_ptr=partial["out"], x_sum_ptr=partial.get("x_sum"),
             M=m, N=n, R=rank, rows_per_split=rows, stride_xm=x.stride(0),
             stride_on=1 if transposed else rank, stride_or=n if transposed else 1,

@@ -1,16 +1,18 @@
 # mypy: allow-untyped-defs
-"""The Triton kernel that adds partial sums, of several tensors in one launch and a fixed order."""
+"""Sums over rows in parts: how rows are split, and the Triton kernel that adds the parts, of
+several tensors in one launch and a fixed order."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_support import AotKernel, Call, Config, Launcher, cdiv, config
+from ..triton_support import AotKernel, Call, Config, Launcher, cdiv, chip, config
 
 AT_ONCE = 4  # tensors of one launch
 
@@ -100,6 +102,15 @@ def totals(*partial: Tensor | None, axis: int) -> list[Tensor | None]:
         for i, y in zip(chosen, _launch([partial[i] for i in chosen], axis), strict=True):
             found[i] = y
     return found
+
+
+def split_rows(m: int, block_m: int, programs: int, device: torch.device) -> int:
+    """How many of m rows a program adds up, where `programs` share each split of them.
+
+    Two programs a processor, each with at least four steps of its loop over block_m rows.
+    """
+    wanted = max(1, 2 * chip(device).processors // programs)
+    return max(cdiv(cdiv(m, wanted), block_m), 4) * block_m
 
 
 # of sum_kernel's arguments, in its order

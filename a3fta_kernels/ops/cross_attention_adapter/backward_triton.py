@@ -26,12 +26,11 @@ from ...triton_support import (
     Config,
     Launcher,
     cdiv,
-    chip,
     config,
     rank_block,
     rows_bucket,
 )
-from ..sum_triton import totals
+from ..sum_triton import split_rows, totals
 from .limits import RANK_LIMIT
 from .tiles_triton import (
     HEAD_BLOCK,
@@ -341,15 +340,12 @@ def attention_grads(
     partial: dict[str, Tensor] = {}
 
     def plan_keys(meta: dict[str, int]) -> Call:
-        programs = cdiv(keys, meta["BLOCK_N"]) * heads * batch
-        # two programs a processor, each with at least four steps of its loop
-        wanted = max(1, 2 * chip(q.device).processors // programs)
-        rows = cdiv(cdiv(length, wanted), meta["BLOCK_M"]) * meta["BLOCK_M"]
-        rows = max(rows, 4 * meta["BLOCK_M"])
+        tiles_n = cdiv(keys, meta["BLOCK_N"])
+        rows = split_rows(length, meta["BLOCK_M"], tiles_n * heads * batch, q.device)
         splits = cdiv(length, rows)
         for name in ("dk_ptr", "dv_ptr"):
             partial[name] = q.new_empty(splits, *k.shape, dtype=torch.float32)
-        grid = (cdiv(keys, meta["BLOCK_N"]), heads, batch * splits)
+        grid = (tiles_n, heads, batch * splits)
         return grid, dict(shared, **partial, rows_per_split=rows, splits=splits)
 
     launch_key_grad(head_dim)(plan_keys, q, block_r, *key)
