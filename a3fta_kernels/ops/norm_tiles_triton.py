@@ -123,6 +123,7 @@ def tile_apply_kernel(
     x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, y_ptr, B, C, S, P, G, stride_c, stride_s,
     ACT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
+    """y = act(weight * xhat + bias)."""
     sample, _, offs_c, offsets, mask = tile_of(C, S, P, stride_c, stride_s, BLOCK_C, BLOCK_S)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     mean = load_of_group(mean_ptr, sample, offs_c, C, G)
@@ -225,8 +226,9 @@ launch_tile_dx = Launcher(tile_dx_kernel, tile_configs)
 _SUMS = {
     f"{name}_ptr": "fp32" for name in ("part", "mean", "rstd", "mean_g", "mean_gx")
 } | {"eps": "fp32"}  # fmt: skip
-_LAST = {"last": {"stride_c": 1}, "first": {"stride_s": 1}}
-_SILU = {name: layout | {"ACT": 4} for name, layout in _LAST.items()}
+_LAYOUTS = {"last": {"stride_c": 1}, "first": {"stride_s": 1}}
+_SILU = {name: layout | {"ACT": 4} for name, layout in _LAYOUTS.items()}
+_LANES = {"last": 64, "first": 8}
 
 
 def _suits(variant: str, choice: Config) -> bool:
@@ -242,9 +244,8 @@ def _entry(launcher: Launcher, variants: dict[str, dict[str, Any]]) -> AotKernel
     )  # fmt: skip
 
 
-_LANES = {"last": 64, "first": 8}
 AOT_KERNELS = (
-    _entry(launch_tile_moments, _LAST),
+    _entry(launch_tile_moments, _LAYOUTS),
     _entry(launch_group_moments, {"all": {}}),
     _entry(launch_tile_apply, _SILU),
     _entry(launch_tile_sums, _SILU),
@@ -269,11 +270,10 @@ class Tiles:
 
     def over_tiles(self, launcher: Launcher, **arguments: Any) -> None:
         b, c, s = self.x.shape
-        names = launcher.kernel.arg_names
         sizes = dict(
             B=b, C=c, S=s, P=self.parts, stride_c=self.x.stride(1), stride_s=self.x.stride(2)
         )
-        sizes |= {"G": self.groups} if "G" in names else {}
+        sizes |= {"G": self.groups} if "G" in launcher.kernel.arg_names else {}
 
         def plan(meta: dict[str, int]) -> Call:
             return (b * self.parts * cdiv(c, meta["BLOCK_C"]),), arguments | sizes
