@@ -135,6 +135,18 @@ def concat_gemm_tma_kernel(
     out_desc.store([first_m, first_n], acc.to(out_desc.dtype))
 
 
+# BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages
+_HALF = (
+    (128, 128, 32, 8, 3),
+    (128, 128, 64, 8, 3),
+    (128, 64, 64, 4, 3),
+    (64, 64, 64, 4, 3),
+    (64, 128, 32, 4, 3),
+)
+_HALF_ODD = (_HALF[0], _HALF[3])
+_FP32 = ((64, 32, 16, 8, 2), (32, 32, 16, 4, 2))
+
+
 def concat_gemm_configs(itemsize: int, block_r: int, capability: int) -> list[Config]:
     found = []
     # where descriptors serve, pointers are left with the odd sizes
@@ -152,17 +164,17 @@ def concat_gemm_configs(itemsize: int, block_r: int, capability: int) -> list[Co
     return found
 
 
-_HALF = (
-    (128, 128, 32, 8, 3),
-    (128, 128, 64, 8, 3),
-    (128, 64, 64, 4, 3),
-    (64, 64, 64, 4, 3),
-    (64, 128, 32, 4, 3),
-)
-_HALF_ODD = (_HALF[0], _HALF[3])
-_FP32 = ((64, 32, 16, 8, 2), (32, 32, 16, 4, 2))
-
 launch_concat_gemm = Launcher(concat_gemm_kernel, concat_gemm_configs)
+
+# BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages
+_TMA = (
+    (128, 128, 64, 4, 3),
+    (128, 128, 64, 8, 3),
+    (128, 256, 64, 8, 3),
+    (128, 64, 64, 4, 4),
+    (64, 128, 64, 4, 4),
+    (64, 64, 64, 4, 4),
+)
 
 
 def concat_gemm_tma_configs(itemsize: int, block_r: int, capability: int) -> list[Config]:
@@ -181,15 +193,6 @@ def concat_gemm_tma_configs(itemsize: int, block_r: int, capability: int) -> lis
             )  # fmt: skip
     return found
 
-
-_TMA = (
-    (128, 128, 64, 4, 3),
-    (128, 128, 64, 8, 3),
-    (128, 256, 64, 8, 3),
-    (128, 64, 64, 4, 4),
-    (64, 128, 64, 4, 4),
-    (64, 64, 64, 4, 4),
-)
 
 launch_concat_gemm_tma = Launcher(concat_gemm_tma_kernel, concat_gemm_tma_configs)
 

@@ -64,6 +64,11 @@ def weight_grad_kernel(
         tl.store(x_sum_ptr + split.to(tl.int64) * N + offs_n, x_sum, mask=mask_n)
 
 
+# BLOCK_M, BLOCK_N, num_warps, num_stages
+_GRAD = ((64, 64, 4, 4), (64, 128, 8, 3), (32, 64, 4, 4), (64, 64, 8, 3))
+_GRAD_FP32 = ((16, 64, 8, 2), (16, 32, 4, 2))
+
+
 def weight_grad_configs(itemsize: int, block_r: int, capability: int) -> list[Config]:
     found = []
     if itemsize == 4:
@@ -77,9 +82,6 @@ def weight_grad_configs(itemsize: int, block_r: int, capability: int) -> list[Co
             )
     return found
 
-
-_GRAD = ((64, 64, 4, 4), (64, 128, 8, 3), (32, 64, 4, 4), (64, 64, 8, 3))
-_GRAD_FP32 = ((16, 64, 8, 2), (16, 32, 4, 2))
 
 launch_weight_grad = Launcher(weight_grad_kernel, weight_grad_configs)
 

@@ -165,6 +165,11 @@ def rows_backward_kernel(
             tl.store(dh_ptrs, dh.to(dh_ptr.dtype.element_ty), mask=mask_dh)
 
 
+# BLOCK_M, BLOCK_C, num_warps, num_stages
+_ROWS = ((64, 128, 8, 3), (32, 128, 4, 3), (32, 64, 4, 4))
+_ROWS_FP32 = ((32, 32, 8, 2), (16, 32, 4, 2))
+
+
 def rows_configs(itemsize: int, block_r: int, capability: int) -> list[Config]:
     found = []
     for block_m, block_c, num_warps, num_stages in _ROWS_FP32 if itemsize == 4 else _ROWS:
@@ -179,9 +184,6 @@ def rows_configs(itemsize: int, block_r: int, capability: int) -> list[Config]:
             )
     return found
 
-
-_ROWS = ((64, 128, 8, 3), (32, 128, 4, 3), (32, 64, 4, 4))
-_ROWS_FP32 = ((32, 32, 8, 2), (16, 32, 4, 2))
 
 launch_rows_forward = Launcher(rows_forward_kernel, rows_configs)
 launch_rows_backward = Launcher(rows_backward_kernel, rows_configs)

@@ -199,6 +199,18 @@ def linear_forward_tma_kernel(
     y_desc.store([first_m, first_n], acc.to(y_desc.dtype))
 
 
+# BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages
+_HALF = (
+    (128, 128, 32, 8, 3),
+    (128, 128, 64, 8, 3),
+    (128, 64, 64, 8, 3),
+    (64, 64, 32, 4, 4),
+    (64, 128, 32, 8, 3),
+)
+_HALF_ODD = (_HALF[0], _HALF[3])
+_FP32 = ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2))
+
+
 def linear_forward_configs(itemsize: int, block_r: int, capability: int) -> list[Config]:
     found = []
     # where descriptors serve, pointers are left with the odd sizes
@@ -218,17 +230,17 @@ def linear_forward_configs(itemsize: int, block_r: int, capability: int) -> list
     return found
 
 
-_HALF = (
-    (128, 128, 32, 8, 3),
-    (128, 128, 64, 8, 3),
-    (128, 64, 64, 8, 3),
-    (64, 64, 32, 4, 4),
-    (64, 128, 32, 8, 3),
-)
-_HALF_ODD = (_HALF[0], _HALF[3])
-_FP32 = ((64, 64, 16, 8, 2), (32, 32, 16, 4, 2))
-
 launch_linear_forward = Launcher(linear_forward_kernel, linear_forward_configs)
+
+# BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages
+_TMA = (
+    (128, 128, 64, 8, 3),
+    (128, 128, 64, 8, 2),
+    (128, 256, 64, 8, 3),
+    (128, 64, 64, 8, 3),
+    (64, 128, 64, 4, 3),
+    (64, 64, 64, 4, 4),
+)
 
 
 def linear_forward_tma_configs(itemsize: int, block_r: int, capability: int) -> list[Config]:
@@ -246,15 +258,6 @@ def linear_forward_tma_configs(itemsize: int, block_r: int, capability: int) -> 
             )  # fmt: skip
     return found
 
-
-_TMA = (
-    (128, 128, 64, 8, 3),
-    (128, 128, 64, 8, 2),
-    (128, 256, 64, 8, 3),
-    (128, 64, 64, 8, 3),
-    (64, 128, 64, 4, 3),
-    (64, 64, 64, 4, 4),
-)
 
 launch_linear_forward_tma = Launcher(linear_forward_tma_kernel, linear_forward_tma_configs)
 

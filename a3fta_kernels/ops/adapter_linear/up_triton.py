@@ -124,6 +124,11 @@ def up_grads_kernel(
         tl.store(db_up_ptr + offs_c, db_up, mask=mask_c)
 
 
+# BLOCK_M, BLOCK_K, num_warps, num_stages; few outputs a program, as there are few: a weight of
+# 1280 gives 20 programs of 64
+_TILES = ((64, 64, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3), (16, 128, 4, 2), (16, 64, 4, 3))
+
+
 def up_configs(itemsize: int, block_r: int, capability: int) -> list[Config]:
     found = []
     for block_m, block_k, num_warps, num_stages in _TILES:
@@ -136,9 +141,6 @@ def up_configs(itemsize: int, block_r: int, capability: int) -> list[Config]:
             )
     return found
 
-
-# few outputs a program, as there are few: a weight of 1280 gives 20 programs of 64
-_TILES = ((64, 64, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3), (16, 128, 4, 2), (16, 64, 4, 3))
 
 launch_merged = Launcher(merged_kernel, up_configs)
 launch_up_grads = Launcher(up_grads_kernel, up_configs)
