@@ -299,7 +299,7 @@ def _concat_gemm_tma(
     rank = s.shape[1]
 
     def plan(meta: dict[str, int]) -> Call:
-        block_m, block_n, block_k, block_r = (meta[f"BLOCK_{axis}"] for axis in "MNKR")
+        block_m, block_n, block_k = (meta[f"BLOCK_{axis}"] for axis in "MNK")
         grid = (cdiv(m, block_m) * cdiv(n, block_n),)
         wide, narrow = (block_k, block_n), (block_r, block_n)
         return grid, dict(
