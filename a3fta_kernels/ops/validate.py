@@ -87,19 +87,21 @@ def check_adapter(
         check_shape(name, tensor, shape, meaning)
     tensors: dict[str, Tensor | None] = {"w_down": w_down, "w_up": w_up}
     tensors |= {k: v[0] for k, v in optional.items()}
+    _check_scale(scale)
     if isinstance(scale, Tensor):
-        if scale.numel() != 1:
-            raise ValueError(
-                f"scale: expected a number or a tensor of one element, got {describe(scale)}"
-            )
         tensors["scale"] = scale
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(
-            f"scale: expected a number or a tensor of one element, got {describe(scale)}"
-        )
     for name, tensor in tensors.items():
         check_dtype(name, tensor, FLOATS)
         check_device(name, tensor, h.device, like)
+
+
+def _check_scale(scale: float | Tensor) -> None:
+    expected = "scale: expected a number or a tensor of one element, got"
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1:
+            raise ValueError(f"{expected} {describe(scale)}")
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"{expected} {describe(scale)}")
 
 
 def _fits(
