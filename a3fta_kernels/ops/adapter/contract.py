@@ -50,9 +50,9 @@ _SIGNATURE = (
     "Tensor? beta, Tensor? scale_tensor"
 )
 _OPTIONS = "float scale, str activation, str backend"
-_TENSORS = 8  # of _SIGNATURE; base comes after them
-# what `save` keeps, in order
-SAVED = ("a", *(part.split()[1] for part in _SIGNATURE.split(", ")))
+_NAMES = tuple(part.split()[1] for part in _SIGNATURE.split(", "))  # base comes after them
+_TENSORS = len(_NAMES)
+SAVED = ("a", *_NAMES)  # what `save` keeps, in order
 
 backend_module = loader(__package__)
 
@@ -107,6 +107,7 @@ def backward(
 ) -> list[Tensor]:
     """Gradients for all tensors of the forward but base; an empty tensor where none is needed."""
     dtype = h.dtype
+    need = dict(zip(_NAMES, needs, strict=True))
     grads = backend_module(backend).backward(
         rows(dy),
         rows(h),
@@ -117,13 +118,13 @@ def backward(
         cast(beta, dtype),
         activation,
         apart,
-        needs[0],
+        need["h"],
         any(needs[1:]),
     )
     wide = acc_dtype(dtype)
     factor = scale if scale_tensor is None else scale_tensor.to(wide) * scale
     dscale = None
-    if scale_tensor is not None and needs[7]:
+    if scale_tensor is not None and need["scale_tensor"]:
         dscale = (grads.g_up * w_up.to(wide)).sum()
         if b_up is not None:
             dscale = dscale + grads.dy_sum @ b_up.to(wide)
@@ -131,9 +132,9 @@ def backward(
     found = (
         grads.dh,
         grads.dw_down,
-        times(grads.g_up, factor) if needs[2] else None,
+        times(grads.g_up, factor) if need["w_up"] else None,
         grads.da_sum,
-        times(grads.dy_sum, factor) if needs[4] else None,
+        times(grads.dy_sum, factor) if need["b_up"] else None,
         grads.dgamma,
         grads.dbeta,
         dscale,

@@ -149,26 +149,28 @@ def backward(
         kept = torch.where(has, per_sample.to(wide), 0).view(-1, *like.shape[1:])
         return torch.zeros(like.shape, dtype=wide, device=h.device).index_add_(0, k, kept)
 
-    found: list[Tensor | None] = [None] * 7
-    if needs[0]:
-        found[0] = (da @ down if apart else torch.baddbmm(dy, da, down)).view(h.shape)
-    if needs[1]:
-        found[1] = summed(da.mT @ x, w_down)
-    if needs[4] and b_down is not None:
-        found[4] = summed(da.sum(1, keepdim=True, dtype=wide), b_down)
-    if needs[2] or needs[6]:
+    need = dict(zip(SAVED, needs, strict=True))
+    found: dict[str, Tensor] = {}
+    if need["h"]:
+        found["h"] = (da @ down if apart else torch.baddbmm(dy, da, down)).view(h.shape)
+    if need["w_down"]:
+        found["w_down"] = summed(da.mT @ x, w_down)
+    if need["b_down"] and b_down is not None:
+        found["b_down"] = summed(da.sum(1, keepdim=True, dtype=wide), b_down)
+    if need["w_up"] or need["scale"]:
         g_up = (dy.mT @ activate(a, activation)).to(wide)
-        found[2] = summed(g_up * s, w_up)
-    if needs[5] or needs[6]:
+        found["w_up"] = summed(g_up * s, w_up)
+    if need["b_up"] or need["scale"]:
         dy_sum = dy.sum(1, keepdim=True, dtype=wide)
-    if needs[5] and b_up is not None:
-        found[5] = summed(dy_sum * s, b_up)
-    if needs[6] and scale is not None:
+    if need["b_up"] and b_up is not None:
+        found["b_up"] = summed(dy_sum * s, b_up)
+    if need["scale"] and scale is not None:
         ds = (g_up * up).sum((1, 2), keepdim=True)
         if b_up is not None:
             ds = ds + (dy_sum * b_up.to(wide)[k][:, None]).sum(2, keepdim=True)
-        found[6] = summed(ds, scale)
-    return op_grads(found, (h, w_down, w_up, index, b_down, b_up, scale), needs)
+        found["scale"] = summed(ds, scale)
+    inputs = (h, w_down, w_up, index, b_down, b_up, scale)
+    return op_grads([found.get(name) for name in SAVED], inputs, needs)
 
 
 def save(ctx: Any, inputs: tuple, output: Tensor) -> None:
