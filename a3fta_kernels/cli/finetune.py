@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from ..train.errors import is_out_of_memory
@@ -41,6 +42,9 @@ def run(args: argparse.Namespace) -> int:
             folder = finetune(settings, bars)
     except TrainingError as error:
         raise CommandError(str(error)) from error
+    except KeyboardInterrupt:
+        print("a3fta finetune: interrupted; the same with --resume goes on", file=sys.stderr)
+        return 130
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

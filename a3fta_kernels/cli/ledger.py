@@ -12,7 +12,7 @@ import torch
 from ..memory.account import Ledger, mib
 from ..memory.levels import LEVELS
 from . import subject
-from .errors import CommandError, require
+from .errors import CommandError, check_writable, require
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -33,6 +33,9 @@ def run(args: argparse.Namespace) -> int:
     subject.check(args)
     if args.out is not None:
         require(["matplotlib"], "demo")
+        if args.out.suffix.lower() not in (".png", ".pdf", ".svg"):
+            raise CommandError(f"out: expected a picture's name such as ledger.png, got {args.out}")
+        check_writable("out", args.out)
     from ..memory import ledger, methods, models
 
     dtype = DTYPES[args.dtype]
@@ -56,7 +59,6 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         from .ledger_picture import draw
 
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         draw(args.out, found, title, ", ".join(setup))
     if args.json:
         print(json.dumps({"model": args.model, "setup": setup, **json.loads(found.to_json())}))
@@ -69,7 +71,7 @@ def _print(found: Ledger, title: str, depth: int, rows: int) -> None:
     from rich.console import Console
 
     console = Console()
-    console.print(f"[bold]{title}[/bold]", highlight=False)
+    console.print(title, style="bold", markup=False, highlight=False)
     console.print(_table("held in a training step", totals(found), 0, ("", "")))
     console.print(_table("saved, by operator", found.by_operator(), rows, ("operator", "saved")))
     console.print(_table("saved, by module", found.by_module(depth), rows, ("module", "saved")))

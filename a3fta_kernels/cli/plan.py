@@ -86,8 +86,10 @@ def _print(plan: Plan, batch: int | None) -> None:
     rank = f", rank {plan.rank}" if plan.rank else ""
     packed = f", linear layers in {plan.quantize}" if plan.quantize != "no" else ""
     console.print(
-        f"[bold]{plan.model} {plan.resolution} x {plan.resolution}, {plan.method}{rank}{packed}, "
-        f"in {mib(plan.memory)}[/bold]",
+        f"{plan.model} {plan.resolution} x {plan.resolution}, {plan.method}{rank}{packed}, "
+        f"in {mib(plan.memory)}",
+        style="bold",
+        markup=False,
         highlight=False,
     )
     table = Table(title="MiB", title_justify="left")

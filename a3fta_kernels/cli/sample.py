@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..memory.packed import QUANTIZE
 from ..train.errors import is_out_of_memory
-from .errors import CommandError, require
-from .subject import positive
+from .errors import CommandError, check_writable, require
+from .subject import finite, positive, seed
 
 
 def _adapter(text: str) -> tuple[str, float]:
@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("samples.png"), help="the grid")
     add("--count", type=positive, default=4, help="columns, and one for each prompt at least")
     add("--steps", type=positive, default=30, help="denoising steps")
-    add("--guidance", type=float, default=5.0, help="classifier-free guidance")
-    add("--seed", type=int, default=0, help="of the first column's noise")
+    add("--guidance", type=finite, default=5.0, help="classifier-free guidance")
+    add("--seed", type=seed, default=0, help="of the first column's noise")
     add("--resolution", type=positive, help="pixels along an edge (the model's own)")
     add("--precision", default="no", choices=("no", "fp16", "bf16"), help="of the weights")
     add("--variant", default="", help="of the pipeline's files, such as fp16")
@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     # before minutes of drawing
     if Image.registered_extensions().get(args.out.suffix.lower()) not in Image.SAVE:
         raise CommandError(f"out: expected a picture's name such as samples.png, got {args.out}")
+    check_writable("out", args.out)
     try:
         with Bars() as bars:
             page = sample(
@@ -65,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
                 batch=args.batch, allow_other_base=args.allow_other_base, listener=bars,
             )  # fmt: skip
     except TrainingError as error:
-        raise CommandError(str(error)) from error
+        told = str(error).replace("allow_other_base=True", "--allow-other-base")
+        raise CommandError(told) from error
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -73,7 +75,6 @@ def run(args: argparse.Namespace) -> int:
             f"out of memory; --precision bf16, --quantize nf4 or a smaller --batch take less "
             f"({str(error).splitlines()[0]})"
         ) from error
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     page.save(args.out)
     print(f"{args.out}: {page.width} x {page.height}")
     return 0

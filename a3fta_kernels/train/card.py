@@ -27,6 +27,7 @@ TOLD = (
     "noise_offset", "caption_dropout", "ema", "prior_weight", "prior_prompt", "heldout", "quantize",
     "lean",
 )  # fmt: skip
+RESOLVED = ("placement", "resolution", "learning_rate")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -182,8 +183,8 @@ def _data(run: Run) -> str:
 
 
 def _settings(run: Run) -> str:
-    # which one it was, also where the settings left it open
-    settings = {**run.settings, "placement": run.summary.get("placement")}
+    # which they were, also where the settings left them open
+    settings = {**run.settings, **{k: run.summary[k] for k in RESOLVED if k in run.summary}}
     rows = [
         f"| {name} | {_code(told(value))} |"
         for name in TOLD

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..inject import trainable_parameters
-from . import checkpoints, records
+from . import checkpoints, optimizers, records
 from .card import write_card
 from .dataset import Data
 from .errors import TrainingError
@@ -46,6 +46,8 @@ def summary(
         "fold_curves": folds,
         "parameters": sum(p.numel() for p in trainable_parameters(family.denoiser)),
         "placement": settings.adapter().placement,
+        "resolution": settings.resolution or family.resolution,
+        "learning_rate": optimizers.rate(settings),
         "base": settings.model,
         "family": family.name,
         "versions": versions,

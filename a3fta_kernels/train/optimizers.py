@@ -46,12 +46,17 @@ def check(name: str) -> Any:
         ) from error
 
 
+def rate(settings: Settings) -> float:
+    """The top of the learning rate, told or the optimizer's own."""
+    told = settings.learning_rate
+    return OPTIMIZERS[settings.optimizer].learning_rate if told is None else told
+
+
 def build(settings: Settings, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     kind = OPTIMIZERS[settings.optimizer]
-    rate = settings.learning_rate
     return check(settings.optimizer)(
         parameters,
-        lr=kind.learning_rate if rate is None else rate,
+        lr=rate(settings),
         weight_decay=settings.weight_decay,
         **kind.options,
     )

@@ -86,6 +86,10 @@ def finetune(settings: Settings, listener: Listener | None = None) -> Path:
         warnings = _prepare(settings, family, listener)
         base = Run(settings, family, accelerator, material, output, (), (), "", listener)
         _lean(base, data)
+        sampler = None
+        if settings.sample_every and main:
+            # what it needs may be missing
+            sampler = _sampler(base, data, prompts)
         if accelerator.device.type == "cuda":
             listener.say("The first step of each size compiles its kernels, if no earlier run did")
         if main:
@@ -94,7 +98,7 @@ def finetune(settings: Settings, listener: Listener | None = None) -> Path:
         if settings.log_with:
             accelerator.init_trackers("a3fta", config=_plain(settings))
         try:
-            result, chosen, folds = _train(base, data, prompts)
+            result, chosen, folds = _train(base, data, sampler)
         except Exception:
             if main:  # how far it came, where that can be written
                 with contextlib.suppress(Exception):  # the failure itself is what matters
@@ -238,6 +242,12 @@ def _check_folder(output: Path, settings: Settings) -> None:
             f"resume: expected the settings that the run began with, got others: {told}. Take "
             f"them back, or begin anew with another --output"
         )
+    runs = [output, *output.glob("folds/*")]
+    done = max(max(checkpoints.steps(run / "checkpoints"), default=0) for run in runs)
+    if done > settings.steps:  # before anything is written
+        raise TrainingError(
+            f"steps: expected at least the {done} that are done, got {settings.steps}"
+        )
 
 
 def _prepare(settings: Settings, family: Family, listener: Listener) -> list[str]:
@@ -256,18 +266,18 @@ def _prepare(settings: Settings, family: Family, listener: Listener) -> list[str
 
 
 def _train(
-    base: Run, data: Data, prompts: Sequence[Prompt]
+    base: Run, data: Data, sampler: Sampler | None
 ) -> tuple[Result, dict[str, Any], list[dict[str, Any]]]:
     """The last run's result, what is chosen and why, and the curves of folds."""
     settings, model = base.settings, base.family.denoiser
-    last = dataclasses.replace(base, train=data.train, heldout=data.split.heldout, title="training")
-    if settings.sample_every and base.accelerator.is_main_process:
-        last.sampler = sampler = _sampler(last, data, prompts)
-        if data.split.folds:
-            # what drawing needs may not be there, or not fit: better told before the folds
-            model.eval()
-            with base.accelerator.autocast():
-                sampler.draw(prompts[:1])
+    last = dataclasses.replace(
+        base, train=data.train, heldout=data.split.heldout, title="training", sampler=sampler
+    )
+    if sampler is not None and data.split.folds:
+        # it may not fit into memory: better told before the folds
+        model.eval()
+        with base.accelerator.autocast():
+            sampler.draw(sampler.prompts[:1])
     start = [p.detach().clone() for p in trainable_parameters(model)]
     # of a fold only its losses are of use later; all of them run to the end, as they are compared
     # at the steps that all have reached
@@ -336,8 +346,8 @@ def _sampler(run: Run, data: Data, prompts: Sequence[Prompt]) -> Sampler:
     side = run.settings.resolution or run.family.resolution
     return Sampler(
         run.folder, run.family, run.settings, prompts, run.material.empty,
-        data.images(run.train), [run.material.names[i] for i in run.train],
-        data.images(run.heldout), (side, side),
+        data.images(data.train), [run.material.names[i] for i in data.train],
+        data.images(data.split.heldout), (side, side),
         run.accelerator.device, run.listener,
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from ..inject import disabled, set_adapters
 from ..storage import AdapterFileError, load_adapter
 from . import packing
+from .closing import ADAPTER
 from .drawing import DTYPES, Prompt, draw
 from .errors import TrainingError
 from .families import Family, load
@@ -71,20 +72,29 @@ def sample(
     told = Share(listener, "images", rows * len(prompted)).more
 
     def row() -> list[Image.Image]:
-        return draw(
-            family, prompted, empty, (side, side), steps=steps, guidance=guidance, seed=seed,
-            batch=batch, device=device, told=told,
-        )  # fmt: skip
+        try:
+            return draw(
+                family, prompted, empty, (side, side), steps=steps, guidance=guidance, seed=seed,
+                batch=batch, device=device, told=told,
+            )  # fmt: skip
+        except ValueError as error:
+            raise TrainingError(f"the pipeline does not draw this: {error}") from error
 
     with disabled(family.denoiser):
         drawn = [("base", row())]
     for name, (folder, weight) in zip(names, adapters, strict=True):
         set_adapters(family.denoiser, name, weight)
-        drawn.append((f"{Path(folder).name} x {weight:g}", row()))
+        drawn.append((f"{_name(folder)} x {weight:g}", row()))
     if len(names) > 1:
         set_adapters(family.denoiser, names, [weight for _, weight in adapters])
         drawn.append(("together", row()))
     return grid(drawn, [p.title for p in prompted])
+
+
+def _name(folder: str) -> str:
+    """Its last part; of one that a run left, which are all called `adapter`, the run's too."""
+    path = Path(folder).resolve()
+    return f"{path.parent.name}/{path.name}" if path.name == ADAPTER else path.name
 
 
 def _prompts(family: Family, prompts: Sequence[str], count: int) -> list[Prompt]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..captured import Captured
 from ..inject import disabled, trainable_parameters
-from ..storage import save_adapter
+from ..storage import AdapterFileError, load_adapter, save_adapter
 from . import checkpoints, monitor, records
 from .batches import Order, generator
 from .errors import TrainingError, is_out_of_memory
@@ -301,6 +301,12 @@ class Trainer:
                 f"resume: expected {state['processes']} processes, with which the run began, got "
                 f"{self.accelerator.num_processes}"
             )
+        try:
+            # what counts is in `state`; this one's file knows its base
+            load_adapter(self.plain, str(path / "adapter"))
+        except AdapterFileError as error:
+            told = str(error).partition("; allow_other_base")[0]
+            raise TrainingError(f"resume: {told}") from error
         with torch.no_grad():
             for name, parameter in zip(self.names, self.parameters, strict=True):
                 parameter.copy_(state["parameters"][name])

@@ -246,3 +246,15 @@ def test_too_little_memory_is_told_in_a_line(name, words, monkeypatch, capsys, t
     assert (
         said[-1].startswith(f"a3fta {name}: out of memory; ") and words.split("\n")[0] in said[-1]
     )
+
+
+def test_an_interrupted_run_says_how_it_goes_on(capsys, monkeypatch):
+    pytest.importorskip("a3fta_kernels.train.recipe")
+    import a3fta_kernels.train
+
+    def interrupted(settings, bars):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(a3fta_kernels.train, "finetune", interrupted, raising=False)
+    assert run(*PATHS) == 130
+    assert "interrupted; the same with --resume goes on" in capsys.readouterr().err

@@ -142,3 +142,14 @@ def test_the_levels_of_a_picture():
     assert list(many)[-1] == "blocks.36-37"
     assert len(many) <= ledger_picture.LEVELS and sum(map(len, many.values())) == 38
     assert of() == {}
+
+
+def test_a_folder_s_name_is_no_markup(folder, capsys, tmp_path):
+    import shutil
+
+    odd = shutil.copytree(folder, tmp_path / "un[b]e[/x]t")
+    assert cli.main(["ledger", "--model", str(odd), "--rank", "4", "--resolution", "64"]) == 0
+    assert "un[b]e[/x]t" in "".join(capsys.readouterr().out.split())
+    out = str(tmp_path / "ledger.xyz")
+    assert cli.main(["ledger", "--model", folder, "--out", out]) == 1
+    assert "out: expected a picture's name such as ledger.png" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 
@@ -281,3 +282,49 @@ def test_folds_are_patient_and_time_adds_up(settings, tmp_path, monkeypatch):
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["folds_best"], summary["chosen_step"]) == (1, 2)
     assert summary["seconds"] == pytest.approx(sum(e["seconds"] for log in logs for e in log))
+
+
+def test_another_base_under_the_same_name_is_refused(settings, tmp_path, pipelines):
+    """The losses of two bases would stand in one curve."""
+    base = shutil.copytree(pipelines("unet"), tmp_path / "base")
+    asked = settings(model=str(base), steps=2, checkpoint_every=1)
+    finetune(asked)
+    before = (tmp_path / "run" / records.LOG).read_bytes()
+    pipe = diffusers.DiffusionPipeline.from_pretrained(base)
+    with torch.no_grad():
+        for parameter in pipe.unet.parameters():
+            parameter.mul_(1.3)
+    pipe.save_pretrained(base)
+    with pytest.raises(TrainingError, match=r"resume: .*expected an adapter for this base") as told:
+        finetune(replace(asked, steps=4, resume=True))
+    assert "allow_other_base" not in str(told.value)
+    assert (tmp_path / "run" / records.LOG).read_bytes() == before
+
+
+@pytest.mark.parametrize("rule", ["none", "kfold"])
+def test_fewer_steps_than_were_done_change_nothing(settings, tmp_path, rule):
+    asked = settings(steps=4, heldout=rule, evaluate_every=2)
+    finetune(asked)
+
+    def kept():
+        return {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+    before = kept()
+    with pytest.raises(TrainingError, match="steps: expected at least the 4 that are done, got 2"):
+        finetune(replace(asked, steps=2, resume=True))
+    assert kept() == before
+
+
+def test_missing_features_leave_no_run(settings, tmp_path):
+    asked = settings(features="/nowhere", sample_every=1)
+    with pytest.raises(TrainingError, match="nowhere"):
+        finetune(asked)
+    assert not (tmp_path / "run" / recipe.SETTINGS).exists()
+    finetune(replace(asked, features="pixels", sample_count=1, sample_steps=1))
+
+
+def test_a_card_names_what_settings_left_open(settings, tmp_path):
+    card = (finetune(settings(learning_rate=None)) / "README.md").read_text()
+    for line in ("| learning_rate | `0.0005` |", "| resolution | `16` |"):
+        assert line in card
+    assert "| placement | `parallel` |" in card

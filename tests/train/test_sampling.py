@@ -211,6 +211,11 @@ def test_the_command_writes_a_grid(pipelines, adapters, tmp_path, capsys):
         (["--out", "grid"], "out: expected a picture's name such as samples.png, got grid"),
         (["--out", "grid.txt"], "got grid.txt"),
         (["--resolution", "9"], "resolution: expected a multiple of 2"),
+        (
+            ["--out", "/proc/grid.png"],
+            "out: expected a file that can be written, got /proc/grid.png",
+        ),
+        (["--steps", "5000"], "the pipeline does not draw this: "),
     ],
 )
 def test_the_command_s_failures_are_one_line(pipelines, adapters, capsys, changes, told):
@@ -244,3 +249,39 @@ def test_a_weight_that_is_no_number_is_wrong_usage(capsys, weight):
         run("--model", "m", "--adapter", f"a={weight}")
     assert stop.value.code == 2
     assert "expected FOLDER or FOLDER=WEIGHT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("--seed", "99999999999", "expected an integer from 0 to 4294967295, got 99999999999"),
+        ("--guidance", "nan", "expected a finite number, got nan"),
+        ("--count", "abc", "expected an integer of at least 1, got abc"),
+    ],
+)
+def test_numbers_are_told_what_they_may_be(capsys, option, value, told):
+    with pytest.raises(SystemExit):
+        run("--model", "m", "--adapter", "a", option, value)
+    assert told in capsys.readouterr().err
+
+
+def test_adapters_of_two_runs_have_names_of_their_own():
+    from a3fta_kernels.train.sampling import _name
+
+    assert [_name(x) for x in ("/a/dog/adapter", "/a/cat/adapter/", "/a/mine")] == [
+        "dog/adapter", "cat/adapter", "mine"
+    ]  # fmt: skip
+
+
+def test_a_picture_that_is_there_stays_until_another_is_drawn(tmp_path):
+    from a3fta_kernels.cli.errors import CommandError, check_writable
+
+    there, new = tmp_path / "there.png", tmp_path / "new" / "a.png"
+    there.write_bytes(b"picture")
+    check_writable("out", there)
+    check_writable("out", new)
+    assert there.read_bytes() == b"picture" and not new.exists() and new.parent.is_dir()
+    with pytest.raises(
+        CommandError, match=r"out: expected a file that can be written, got .*a.png"
+    ):
+        check_writable("out", there / "a.png")
