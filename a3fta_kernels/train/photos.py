@@ -123,7 +123,7 @@ def _read(entry: Entry, least: int, resolution: int, channels: int) -> tuple[Pho
     image, notes = decode(blob, channels)
     width, height = image.size
     if min(image.size) < least:
-        raise Unusable(f"{width}x{height}: expected a shorter side of at least {least}")
+        raise Unusable(f"{width}x{height}: expected a shorter side of at least {least} (min_side)")
     # in a bucket a long photo is enlarged less
     if (factor := resolution / min(image.size)) >= 1.05:
         notes = (*notes, f"enlarged up to {factor:.1f}x")

@@ -100,8 +100,8 @@ def test_what_cannot_be_used_is_named(tmp_path):
         "cut.jpg": "damaged: ",
         "text.png": "found none in the file",
         "zero.png": "an empty file",
-        "dot.png": "1x1: expected a shorter side of at least 16",
-        "flat.png": "500x15: expected a shorter side of at least 16",
+        "dot.png": "1x1: expected a shorter side of at least 16 (min_side)",
+        "flat.png": "500x15: expected a shorter side of at least 16 (min_side)",
         "phone.HEIC": ".HEIC files are not read: convert it to PNG or JPEG",
         "gone.png": "cannot be read: No such file",
         "moving.webp": "2 frames or pages",
@@ -266,8 +266,11 @@ def test_nothing_to_use(tmp_path):
         look(tmp_path / "small")
     lines = str(raised.value).splitlines()
     assert lines[0] == f"photos: no image of {tmp_path / 'small'} can be used:"
-    assert lines[1] == "  0.png: 4x1: expected a shorter side of at least 16"
-    assert lines[5:] == ["  4.png: 4x5: expected a shorter side of at least 16", "  and 2 more"]
+    assert lines[1] == "  0.png: 4x1: expected a shorter side of at least 16 (min_side)"
+    assert lines[5:] == [
+        "  4.png: 4x5: expected a shorter side of at least 16 (min_side)",
+        "  and 2 more",
+    ]
 
 
 def test_channels_that_no_photo_has(tmp_path):
