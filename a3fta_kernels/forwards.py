@@ -16,8 +16,13 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def has_hooks(module: nn.Module, but: tuple[type, ...] = ()) -> bool:
     """Whether the module carries hooks, of other classes than these, or a forward of its own."""
     state = module.__dict__
-    hooks = (hook for name in _HOOKS for hook in state[name].values())
-    return "forward" in state or any(not isinstance(hook, but) for hook in hooks)
+    if "forward" in state:
+        return True
+    for name in _HOOKS:  # most are empty, and this is asked of many modules in every forward
+        hooks = state[name]
+        if hooks and any(not isinstance(hook, but) for hook in hooks.values()):
+            return True
+    return False
 
 
 def inside(layer: Any) -> Any:

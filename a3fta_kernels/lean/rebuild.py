@@ -35,7 +35,7 @@ from ..adapters import BottleneckAdapter, reruns, timestep
 from ..ops.rule import refuse_second_derivative
 from ..projection import AdaptedProjectionMixin
 from .forgetful import remember
-from .swapping import Settings, dropout
+from .swapping import Settings, dropout, every
 
 Tensors = tuple[Tensor, ...]
 Reader = Callable[[Tensors, Tensors], Tensor]  # a tensor of the state and what is given
@@ -70,8 +70,9 @@ def run(stages: Sequence[Stage], state: Tensors, given: Tensors, settings: Setti
 def _run(stages: Sequence[Stage], state: Tensors, given: Tensors, keep: str) -> Tensors:
     modules = [m for stage in stages for m in (*stage.head_modules, *stage.aside_modules)]
     modules += [m for stage in stages[:-1] for m in stage.tail_modules]
+    held = (p for m in every(*modules) for p in m._parameters.values() if p is not None)
     # each once: layers may share one
-    params = list(dict.fromkeys(p for m in modules for p in m.parameters() if p.requires_grad))
+    params = list(dict.fromkeys(p for p in held if p.requires_grad))
     moment = timestep.now()
     # a gradient of the timestep itself is left to ordinary autograd
     differentiated = moment is not None and moment.t.requires_grad
@@ -102,18 +103,17 @@ class _Plan(NamedTuple):
 def _condition(modules: Sequence[nn.Module]) -> list[Any]:
     """What must be the same when the modules run again: parameters, values, active adapters."""
     found: list[Any] = []
-    for root in modules:
-        for module in root.modules():
-            for p in module._parameters.values():
-                if p is not None:
-                    found.append((id(p), None if p.is_inference() else p._version))
-            if isinstance(module, AdaptedProjectionMixin):
-                state = (module.enabled, module.merged is None, module.banks)
-                found.append((*state, tuple(module.weights.items())))
-            elif isinstance(module, BottleneckAdapter):
-                found.append(module.scale)
-            elif dropout(module) > 0:
-                found.append(module.training)
+    for module in every(*modules):
+        for p in module._parameters.values():
+            if p is not None:
+                found.append((id(p), None if p.is_inference() else p._version))
+        if isinstance(module, AdaptedProjectionMixin):
+            state = (module.enabled, module.merged is None, module.banks)
+            found.append((*state, tuple(module.weights.items())))
+        elif isinstance(module, BottleneckAdapter):
+            found.append(module.scale)
+        elif dropout(module) > 0:
+            found.append(module.training)
     return found
 
 

@@ -71,37 +71,53 @@ def restore(module: LeanModule) -> None:
     rebind_forward(module)
 
 
-def trains(*modules: nn.Module | None) -> bool:
+def every(*modules: nn.Module) -> list[nn.Module]:
+    """These modules and all inside them, in any order; one in two places comes twice.
+
+    Blocks ask in every forward, and `modules()` takes its way through a generator for each level.
+    """
+    found, ahead = [], list(modules)
+    while ahead:
+        module = ahead.pop()
+        found.append(module)
+        ahead += [m for m in module._modules.values() if m is not None]
+    return found
+
+
+def trains(*modules: nn.Module) -> bool:
     """Whether a parameter of these modules themselves asks for a gradient."""
-    return any(
-        p is not None and p.requires_grad
-        for module in modules
-        if module is not None
-        for p in module._parameters.values()
-    )
+    for module in modules:
+        for p in module._parameters.values():
+            if p is not None and p.requires_grad:
+                return True
+    return False
 
 
 def hooks_inside(block: nn.Module) -> str | None:
     """The reason why a block with hooks on a module inside is left to the stock forward: there
     each module runs once in a forward, with the inputs and outputs that a hook expects. Our own,
     for adapters beside attention, have their place in the stages."""
-    for name, module in block.named_modules():
-        if module is not block and has_hooks(module, but=(Hand,)):
-            return f"a module inside carries hooks ({name})"
-    return None
+
+    def hooked(module: nn.Module) -> bool:
+        return module is not block and has_hooks(module, but=(Hand,))
+
+    if not any(hooked(module) for module in every(block)):
+        return None
+    name = next(name for name, module in block.named_modules() if hooked(module))
+    return f"a module inside carries hooks ({name})"
 
 
 def drops(module: nn.Module, adapters: bool = False) -> bool:
     """Whether something in the module draws random numbers in a forward, so that no second one is
     equal. In stages adapters do not count: see `adapters.reruns`."""
     return module.training and any(
-        m.training and (dropout(m) > 0 or (adapters and _draws(m))) for m in module.modules()
+        m.training and (dropout(m) > 0 or (adapters and _draws(m))) for m in every(module)
     )
 
 
 def has_dropout(module: nn.Module) -> bool:
     """Whether `drops` may say so in training."""
-    return any(dropout(m) > 0 for m in module.modules())
+    return any(dropout(m) > 0 for m in every(module))
 
 
 def _draws(module: nn.Module) -> bool:
@@ -112,7 +128,10 @@ def dropout(module: nn.Module) -> float:
     """The rate at which the module itself drops in training. Adapters do not count."""
     if isinstance(module, BottleneckAdapter):
         return 0.0
-    rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else None
-    if rate is None:
-        rate = getattr(module, "dropout", 0.0)
+    rate: Any = None
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        rate = module.p
+    # most have none, for which a module's own getattr looks in vain, and slowly
+    elif "dropout" in module.__dict__ or hasattr(type(module), "dropout"):
+        rate = module.dropout
     return float(rate) if isinstance(rate, (int, float)) else 0.0
