@@ -27,7 +27,7 @@ from . import ops
 from .adapters import BottleneckAdapter
 from .bank import Bank
 from .forwards import Argument, arguments, inside, wrapped
-from .ops.rule import autocast_dtype
+from .ops.rule import autocast_dtype, cast
 from .stack import Stack, Weighted, delta, stacks
 
 # what attention layers call their tokens of the second kind (text), and the layers that read
@@ -213,7 +213,7 @@ def behind(layer: Any, y: Tensor, active: Sequence[Weighted], banks: Sequence[Ba
     if not any(parallel):
         return found
     source, layer.source = layer.source, None
-    return Beside(*parallel, layer.backend).add(_rows(source, y).to(y.dtype), found)
+    return Beside(*parallel, layer.backend).add(cast(_rows(source, y), y.dtype), found)
 
 
 def _rows(x: Any, y: Tensor) -> Tensor:

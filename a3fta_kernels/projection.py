@@ -25,7 +25,7 @@ from .forwards import has_hooks
 from .ops.adapter_linear import api as adapter_linear_api
 from .ops.adapter_linear import contract as adapter_linear_contract
 from .ops.cross_attention_adapter import api as cross_attention_api
-from .ops.rule import acc_dtype, autocast_dtype
+from .ops.rule import acc_dtype, autocast_dtype, cast
 from .stack import Stack, Weighted, for_samples, stacks
 from .whereabouts import unreadable_weight
 
@@ -165,7 +165,7 @@ class AdaptedProjectionMixin(_Linear):
     ) -> Tensor:
         dtype = frozen.v.dtype
         return adapter_linear_api.apply_prepared(
-            h.to(dtype), stack.w_down, stack.w_up, self.weight, self.bias, stack.b_down,
+            cast(h, dtype), stack.w_down, stack.w_up, self.weight, self.bias, stack.b_down,
             stack.b_up, residual, span(self, self.columns)[0], stack.scale, stack.activation,
             stack.gamma, stack.beta, "auto", resolve(self.backend, h.device, dtype), frozen.v,
             frozen.v_bias,
@@ -197,7 +197,7 @@ class AdaptedProjectionMixin(_Linear):
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(dtype)
         return cross_attention_api.apply_prepared(
-            q.to(dtype), k.to(dtype), v.to(dtype), stack.w_down, stack.w_up, self.weight,
+            cast(q, dtype), cast(k, dtype), cast(v, dtype), stack.w_down, stack.w_up, self.weight,
             self.bias, stack.b_down, stack.b_up, heads, mask, None, residual, stack.scale,
             stack.activation, stack.gamma, stack.beta, v_up, v_bias,
         )  # fmt: skip

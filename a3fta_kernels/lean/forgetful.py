@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
+from ..ops.rule import record
+
 Core = Callable[..., tuple[Tensor, ...]]
 
 
@@ -113,7 +115,7 @@ def remember(
     # the graph, which the memory holds, holds the hooks: through C++, where no collector looks
     its = weakref.proxy(memory)
     with torch.enable_grad():
-        entered = _Enter.apply(_anchor(), *parts)
+        entered = record(_Enter, _anchor(), *parts)
         with saved_tensors_hooks(lambda x: its._pack(x), lambda packed: its._unpack(packed)):
             outs = core(*entered)
     memory._inputs = [get_gradient_edge(x) for x in entered]

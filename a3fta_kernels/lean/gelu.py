@@ -9,7 +9,7 @@ from diffusers.models.activations import GELU
 from torch import Tensor
 
 from .. import ops
-from ..ops.rule import refuse_second_derivative
+from ..ops.rule import record, refuse_second_derivative
 from .swapping import LeanModule
 
 
@@ -19,7 +19,7 @@ class LeanGELU(LeanModule, GELU):
     def gelu(self, gate: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and gate.requires_grad):
             return GELU.gelu(self, gate)
-        return NarrowGELU.apply(gate, self.approximate)
+        return record(NarrowGELU, gate, self.approximate)
 
 
 class NarrowGELU(torch.autograd.Function):

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..adapters import BottleneckAdapter, reruns, timestep
-from ..ops.rule import refuse_second_derivative
+from ..ops.rule import record, refuse_second_derivative
 from ..projection import AdaptedProjectionMixin
 from .forgetful import remember
 from .swapping import Settings, dropout, every
@@ -78,7 +78,7 @@ def _run(stages: Sequence[Stage], state: Tensors, given: Tensors, keep: str) -> 
     differentiated = moment is not None and moment.t.requires_grad
     if not differentiated and (params or any(x.requires_grad for x in (*state, *given))):
         plan = _Plan(tuple(stages), len(state), len(given), keep, tuple(modules))
-        outs = Chain.apply(plan, *state, *given, *params)
+        outs = record(Chain, plan, *state, *given, *params)
         if len(stages) > 1:
             state, outs = outs[: len(state)], outs[len(state) :]
         return stages[-1].tail(outs, state, given)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_device, check_dtype, check_shape, check_tensor, describe
 from .quantize import contract as quantize
-from .rule import acc_dtype, autocasts
+from .rule import acc_dtype, autocasts, cast
 from .validate import FLOATS, KEEPS
 
 
@@ -106,7 +106,7 @@ def keep_input(x: Tensor, keep: str, backend: str) -> tuple[Tensor, ...]:
 def kept_input(kept: Sequence[Tensor], backend: str, dtype: torch.dtype) -> Tensor:
     """x again, or what its codes stand for, in the dtype it is computed in."""
     if len(kept) == 1:
-        return kept[0].to(dtype)
+        return cast(kept[0], dtype)
     codes, ranges = kept
     return quantize.widen(codes, ranges, dtype, backend)
 
@@ -142,4 +142,4 @@ def norm_rule(ctx: Any, dy: Tensor, backward: Callable[..., Tensor]) -> Tensor:
     dtype, count, backend, options = ctx.options
     saved = ctx.saved_tensors
     x = kept_input(saved[:count], backend, dy.dtype)
-    return backward(dy, x, *saved[count:], *options, backend).to(dtype)
+    return cast(backward(dy, x, *saved[count:], *options, backend), dtype)

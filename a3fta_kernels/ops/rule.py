@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_AS_IT_IS = contextlib.nullcontext()
 
 
 class AdapterGrads(NamedTuple):
@@ -61,6 +62,15 @@ def is_plain(x: Tensor) -> bool:
     )
 
 
+def record(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """`function.apply(*inputs)`, which looks through all inputs for what torch.func left there: as
+    much work on the host as the rest of its way into C++."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*inputs)
+    base: Any = super(torch.autograd.Function, function)
+    return base.apply(*inputs)
+
+
 def scaled(x: Tensor, scale: float, scale_tensor: Tensor | None, dtype: torch.dtype) -> Tensor:
     """scale * scale_tensor * x, rounded once to `dtype`."""
     if scale_tensor is not None:
@@ -68,7 +78,7 @@ def scaled(x: Tensor, scale: float, scale_tensor: Tensor | None, dtype: torch.dt
         return (x.to(wide) * (scale_tensor.to(wide) * scale)).to(dtype)
     if scale != 1.0:
         return (x.to(acc_dtype(dtype)) * scale).to(dtype)
-    return x.to(dtype)
+    return cast(x, dtype)
 
 
 def times(x: Tensor, factor: float | Tensor) -> Tensor:
@@ -125,14 +135,15 @@ def autocast_dtype(h: Tensor) -> torch.dtype:
 
 def autocasts(h: Tensor) -> bool:
     """Whether autocast is on for h's device; torch raises where it does not know the device."""
-    return h.device.type != "meta" and torch.is_autocast_enabled(h.device.type)
+    device = h.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def without_autocast(h: Tensor) -> contextlib.AbstractContextManager:
     """Autocast off: the op has cast what it takes, its own products keep their dtypes."""
     if autocasts(h):
         return torch.autocast(h.device.type, enabled=False)
-    return contextlib.nullcontext()
+    return _AS_IT_IS
 
 
 def op_grads(

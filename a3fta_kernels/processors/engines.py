@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..backends import BackendUnavailableError, device_class, flash3_status, xformers_status
 from ..ops.cross_attention_adapter.attention import without_suspect_cudnn
+from ..ops.rule import cast
 
 # what set_attention and A3FTAAttnProcessor take; sdpa is PyTorch's own choice of kernel
 ENGINES = ("auto", "sdpa", "flash", "cudnn", "efficient", "flash3", "xformers", "math", "sliced")
@@ -76,7 +77,7 @@ def sdpa(attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     query, key, value, mask = _heads_first(attn, query, key, value, mask)
     with careful:
         h = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    return h.transpose(1, 2).flatten(2).to(query.dtype)
+    return cast(h.transpose(1, 2).flatten(2), query.dtype)
 
 
 def sdpa_by(

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..forwards import has_hooks
-from ..ops.rule import autocast_dtype, is_plain
+from ..ops.rule import autocast_dtype, cast, is_plain, record
 from ..ops.validate import FLOATS
 
 _JOINED = "_a3fta_joined"  # on a layer that `lay_side_by_side` moved
@@ -38,9 +38,9 @@ def project(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
     dtype = autocast_dtype(x)
     if any(t.dtype != dtype or (grad and t.requires_grad) for t in tensors):
         return tuple(layer(x) for layer in layers)
-    x = x.to(dtype)
+    x = cast(x, dtype)
     if grad and x.requires_grad:
-        return FrozenProjections.apply(x, *weights, *biases)
+        return record(FrozenProjections, x, *weights, *biases)
     return products(x, weights, biases)
 
 

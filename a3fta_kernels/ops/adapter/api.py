@@ -59,7 +59,7 @@ def adapter(
         h, h.shape[-1], w_down, w_up, b_down, b_up, scale, activation, gamma, beta,
         outputs=outputs,
     )  # fmt: skip
-    h = h.to(autocast_dtype(h))
+    h = cast(h, autocast_dtype(h))
     base = cast(base, h.dtype)
     if isinstance(scale, Tensor):
         scale = scale.reshape(())  # (1, 1) would add dimensions to all it meets

@@ -39,6 +39,7 @@ from ..rule import (
     is_plain,
     loader,
     op_grads,
+    record,
     refuse_second_derivative,
     rows,
     scaled,
@@ -77,7 +78,7 @@ def forward(
         w_down, w_up, b_down, b_up = cast_together((w_down, w_up, b_down, b_up), dtype)
     return backend_module(backend).forward(
         rows(h),
-        w_down.to(dtype).contiguous(),
+        cast(w_down, dtype).contiguous(),
         scaled(w_up, scale, scale_tensor, dtype).contiguous(),
         cast(b_down, dtype),
         None if b_up is None else scaled(b_up, scale, scale_tensor, dtype),
@@ -112,7 +113,7 @@ def backward(
         rows(dy),
         rows(h),
         a,
-        w_down.to(dtype).contiguous(),
+        cast(w_down, dtype).contiguous(),
         scaled(w_up, scale, scale_tensor, dtype).contiguous(),
         cast(gamma, dtype),
         cast(beta, dtype),
@@ -187,7 +188,7 @@ def apply(*inputs: Any) -> Tensor:
     if torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in inputs[: _TENSORS + 1]
     ):
-        return AdapterFunction.apply(*inputs)
+        return record(AdapterFunction, *inputs)
     return forward(*inputs)[0]
 
 

@@ -50,6 +50,7 @@ from ..rule import (
     is_plain,
     loader,
     op_grads,
+    record,
     refuse_second_derivative,
     rows,
 )
@@ -212,7 +213,7 @@ def apply(*inputs: Any) -> Tensor:
         return torch.ops.a3fta.adapter_bank(*inputs)
     tensors = inputs[: len(SAVED) + 1]
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return AdapterBankFunction.apply(*inputs)
+        return record(AdapterBankFunction, *inputs)
     return forward(*inputs)
 
 

@@ -50,6 +50,7 @@ from ..rule import (
     is_plain,
     loader,
     op_grads,
+    record,
     refuse_second_derivative,
     rows,
 )
@@ -297,7 +298,7 @@ def apply(*inputs: Any) -> Tensor:
     if torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in inputs[:-_OPTIONS]
     ):
-        return AdapterLinearFunction.apply(*inputs)
+        return record(AdapterLinearFunction, *inputs)
     return forward(*inputs)[0]
 
 

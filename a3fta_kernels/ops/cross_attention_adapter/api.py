@@ -9,7 +9,7 @@ from ...backends import BackendUnavailableError, resolve
 from ...checks import check_device, check_dtype, check_shape, check_tensor, describe
 from ..adapter_linear import adapter_linear
 from ..adapter_linear.api import check_linear
-from ..rule import autocast_dtype, autocasts, without_autocast
+from ..rule import autocast_dtype, autocasts, cast, without_autocast
 from ..validate import FLOATS, check_adapter, check_input
 from . import contract, limits
 from .attention import attention
@@ -75,7 +75,7 @@ def cross_attention_adapter(
     dtype = autocast_dtype(q)
     check_linear(q, weight, bias, residual, "q")
     chosen = resolve(backend, q.device, dtype)
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(dtype)
     if isinstance(scale, Tensor):

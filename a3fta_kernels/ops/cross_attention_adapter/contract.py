@@ -41,6 +41,7 @@ from ..rule import (
     fake_op_grads,
     is_plain,
     op_grads,
+    record,
     refuse_second_derivative,
     rows,
 )
@@ -87,7 +88,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (B, Lq, N), h, a (M, R) and V (N, R). `v_up`, `v_bias`: as `merged` makes them, or None."""
     dtype = q.dtype
-    weight = rows(weight.to(dtype))
+    weight = rows(cast(weight, dtype))
     if v_up is None:
         w_down, v_up, v_bias = kernels().merged(
             weight, cast(bias, dtype), w_down, w_up, b_up, scale_tensor, scale, 0
@@ -99,7 +100,7 @@ def forward(
         mask,
         weight,
         v_bias,
-        w_down.to(dtype).contiguous(),
+        cast(w_down, dtype).contiguous(),
         v_up,
         b_down,
         cast(gamma, dtype),
@@ -138,7 +139,7 @@ def backward(
     """Gradients for q, k, v, w_down ... scale_tensor; an empty tensor where none is needed."""
     dtype = q.dtype
     need = dict(zip(_WANTED, needs, strict=True))
-    weight = rows(weight.to(dtype))
+    weight = rows(cast(weight, dtype))
     dq, dk, dv, grads = kernels().backward(
         rows(dy.reshape(-1, dy.shape[-1])),
         h,
@@ -148,7 +149,7 @@ def backward(
         channels_dense(v),
         mask,
         weight,
-        w_down.to(dtype).contiguous(),
+        cast(w_down, dtype).contiguous(),
         v_up,
         cast(gamma, dtype),
         cast(beta, dtype),
@@ -218,7 +219,7 @@ def apply(*inputs: Any) -> Tensor:
     if torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in inputs[:-_OPTIONS]
     ):
-        return CrossAttentionAdapterFunction.apply(*inputs)
+        return record(CrossAttentionAdapterFunction, *inputs)
     return forward(*inputs)[0]
 
 

@@ -65,7 +65,7 @@ def frozen_conv(
     dtype = autocast_dtype(x)
     if weight.dtype != dtype and not autocasts(x):
         raise TypeError(f"weight: expected dtype {dtype} (that of x), got {weight.dtype}")
-    x, weight, bias = x.to(dtype), weight.to(dtype), cast(bias, dtype)
+    x, weight, bias = cast(x, dtype), cast(weight, dtype), cast(bias, dtype)
     with without_autocast(x):
         trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         if trains and torch.is_grad_enabled():

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rule import autocast_dtype, cast, is_plain, refuse_second_derivative
+from ..rule import autocast_dtype, cast, is_plain, record, refuse_second_derivative
 from .reference import frozen_conv as forward
 
 _OPTIONS = "int[] stride, int[] padding, int[] dilation, int groups"
@@ -37,7 +37,7 @@ def backward(
     """dx, computed in the memory format that the forward had."""
     form = torch.channels_last if channels_last else torch.contiguous_format
     # the library asks an input for its shape; this one has one element of memory
-    like_x = dy.new_empty(1).expand(tuple(shape))
+    like_x = dy.new_empty_strided(shape, (0,) * len(shape))
     return torch.ops.aten.convolution_backward(
         dy.contiguous(memory_format=form), like_x, weight.contiguous(memory_format=form), None,
         stride, padding, dilation, False, [0], groups, [True, False, False],
@@ -53,7 +53,7 @@ def save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(weight)
     # as the library does: either of the two decides
     ctx.channels_last = is_channels_last(x) or is_channels_last(weight)
-    ctx.shape = tuple(x.shape)
+    ctx.shape = x.shape
     ctx.options = options
 
 
@@ -87,7 +87,7 @@ def apply(*inputs: Any) -> Tensor:
     if not is_plain(inputs[0]):
         return torch.ops.a3fta.frozen_conv(*inputs)
     if torch.is_grad_enabled() and inputs[0].requires_grad:
-        return FrozenConvFunction.apply(*inputs)
+        return record(FrozenConvFunction, *inputs)
     return forward(*inputs)
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..quantize import contract as quantize
-from ..rule import is_plain, loader, refuse_second_derivative, rows
+from ..rule import is_plain, loader, record, refuse_second_derivative, rows
 
 backend_module = loader(__package__)
 
@@ -89,7 +89,7 @@ def apply(p: Tensor, activation: str, keep: str, backend: str) -> Tensor:
         kept = keep if wants_gradient else "input"
         return torch.ops.a3fta.geglu(p, activation, kept, backend)[0]
     if wants_gradient:
-        return GegluFunction.apply(p, activation, keep, backend)
+        return record(GegluFunction, p, activation, keep, backend)
     return backend_module(backend).forward(rows(p), activation)
 
 

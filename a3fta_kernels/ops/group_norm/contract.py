@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..norm import norm_dtype, norm_rule, parameter, save_norm
-from ..rule import acc_dtype, is_plain, loader, refuse_second_derivative
+from ..rule import acc_dtype, cast, is_plain, loader, record, refuse_second_derivative
 
 ACTIVATIONS = ("identity", "silu")
 
@@ -62,7 +62,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y of x's shape, and mean and rstd (B, G)."""
     y, mean, rstd = backend_module(backend).forward(
-        flat(laid_out(x.to(dtype))),
+        flat(laid_out(cast(x, dtype))),
         groups,
         parameter(weight, dtype),
         parameter(bias, dtype),
@@ -132,7 +132,7 @@ def apply(*inputs: Any) -> Tensor:
     if not is_plain(inputs[0]):
         return torch.ops.a3fta.group_norm(*inputs)[0]
     if torch.is_grad_enabled() and inputs[0].requires_grad:
-        return GroupNormFunction.apply(*inputs)
+        return record(GroupNormFunction, *inputs)
     return forward(*inputs)[0]
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..norm import norm_dtype, norm_rule, parameter, save_norm
-from ..rule import acc_dtype, is_plain, loader, refuse_second_derivative, rows
+from ..rule import acc_dtype, cast, is_plain, loader, record, refuse_second_derivative, rows
 
 backend_module = loader(__package__)
 
@@ -41,7 +41,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y of x's shape, and mean and rstd (M,)."""
     y, mean, rstd = backend_module(backend).forward(
-        flat(x.to(dtype)), parameter(weight, dtype), parameter(bias, dtype), eps
+        flat(cast(x, dtype)), parameter(weight, dtype), parameter(bias, dtype), eps
     )
     # no view to autograd, which lets nobody write into one that a Function returns; models do
     return torch.ops.aten._unsafe_view(y, x.shape), mean, rstd
@@ -89,7 +89,7 @@ def apply(*inputs: Any) -> Tensor:
     if not is_plain(inputs[0]):
         return torch.ops.a3fta.layer_norm(*inputs)[0]
     if torch.is_grad_enabled() and inputs[0].requires_grad:
-        return LayerNormFunction.apply(*inputs)
+        return record(LayerNormFunction, *inputs)
     return forward(*inputs)[0]
 
 
