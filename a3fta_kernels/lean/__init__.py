@@ -1,7 +1,7 @@
 """The memory-lean frozen trunk: modules that keep less for the backward.
 
     exact       no matrix product is computed twice: convolutions keep no input, GroupNorm and
-                SiLU are one op that keeps its input, GEGLU keeps hidden and gate
+                SiLU are one op that keeps its input, as RMSNorm does, GEGLU keeps hidden and gate
     recompute   transformer blocks also compute q, k, v and the feed-forward's hidden layer again
     block       and rebuild the residual stream inside a block; attention is never computed twice
     compressed  exact, with what norms and activations keep in 8 bits

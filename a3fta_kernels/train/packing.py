@@ -28,9 +28,8 @@ def check(kind: str) -> None:
 def pack(model: nn.Module, kind: str, device: torch.device) -> None:
     """Replaces every plain linear layer of `model`, on the CPU, by a packed one, on the CPU too.
 
-    They are packed on `device`, one at a time, so that it never holds the model.
+    They are packed on `device`, one at a time, so that it never holds the model. After `check`.
     """
-    check(kind)
     if kind == "no":
         return
     for path, layer in list(model.named_modules()):
